@@ -24,7 +24,7 @@ _C.SEED = 0  # of weights, sampling and augmentation; a run is repeatable to the
 
 _C.MODEL = CfgNode()
 _C.MODEL.META_ARCHITECTURE = "RetinaNet"
-_C.MODEL.DEVICE = "cuda"  # "cuda" or "cpu"
+_C.MODEL.DEVICE = "auto"  # "cuda", "cpu", or "auto": cuda where there is one
 # "" (random), a file, or the name of torchvision weights such as "ResNet50_Weights.IMAGENET1K_V2"
 _C.MODEL.WEIGHTS = ""
 _C.MODEL.PIXEL_MEAN = [0.485, 0.456, 0.406]  # RGB, of images in [0, 1]
@@ -125,6 +125,7 @@ STATISTICS = ("population", "minibatch")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
 
 _CHOICES = {
+    "MODEL.DEVICE": ("auto", "cuda", "cpu"),
     "MODEL.META_ARCHITECTURE": ("RetinaNet",),
     "MODEL.BACKBONE.NAME": BACKBONES,
     "MODEL.BACKBONE.NORM": NORMS,
@@ -243,9 +244,7 @@ def _coerce(value: Any, default: Any) -> Any:
 
 def _type_name(default: Any) -> str:
     return (
-        f"a list such as {default}"
-        if isinstance(default, list)
-        else f"{type(default).__name__} (such as {default!r})"
+        f"a list such as {default}" if isinstance(default, list) else f"{type(default).__name__} (such as {default!r})"
     )
 
 
@@ -261,9 +260,7 @@ def _check(cfg: CfgNode) -> None:
     for key, choices in _CHOICES.items():
         if _get(cfg, key) not in choices:
             nearest = difflib.get_close_matches(str(_get(cfg, key)), choices, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}"
-            )
+            raise UserError(f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}")
     for key in _POSITIVE:
         if not _get(cfg, key) > 0:
             raise UserError(f"{key} takes a number above 0, got {_get(cfg, key)!r}")
@@ -302,9 +299,5 @@ def _check(cfg: CfgNode) -> None:
                 f"INPUT.MIN_SIZE_{which} {smallest} contradicts INPUT.MAX_SIZE_{which} "
                 f"{cfg.INPUT[f'MAX_SIZE_{which}']}: the shorter side cannot be longer than the longer one"
             )
-    low, high = cfg.MODEL.RETINANET.IOU_THRESHOLDS if len(cfg.MODEL.RETINANET.IOU_THRESHOLDS) == 2 else (1, 0)
-    if low > high:
-        raise UserError(
-            "MODEL.RETINANET.IOU_THRESHOLDS takes two increasing numbers, "
-            f"got {cfg.MODEL.RETINANET.IOU_THRESHOLDS}"
-        )
+    if len(head.IOU_THRESHOLDS) != 2 or head.IOU_THRESHOLDS[0] > head.IOU_THRESHOLDS[1]:
+        raise UserError(f"MODEL.RETINANET.IOU_THRESHOLDS takes two increasing numbers, got {head.IOU_THRESHOLDS}")
