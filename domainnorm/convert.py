@@ -1,0 +1,29 @@
+"""Change the norm layers of a model: which statistics normalize."""
+
+from torch import nn
+
+from .layers import DomainBatchNorm
+
+
+def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
+    """Set which statistics normalize in every `DomainBatchNorm` of `model`; returns the model.
+
+    Args:
+        statistics: `"auto"`: minibatch in training, population in eval; `"minibatch"`: of the current input, also in
+            eval, where no buffer changes; `"population"`: the buffers, also in training.
+
+    `FrozenBatchNorm` layers stay frozen.
+
+    Raises:
+        TypeError: the model has a torch BatchNorm, whose statistics cannot be chosen so; nothing was changed.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(
+                f"{name or 'the model'} is torch's {type(module).__name__}, which follows train() and eval() only: "
+                "build it as dn.DomainBatchNorm (same state dict) to choose its statistics"
+            )
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            module.statistics = statistics
+    return model

@@ -1,0 +1,153 @@
+"""Ranks, the few collectives, and starting one process per rank.
+
+Everything works without a process group (one rank) and over any backend (NCCL, gloo).
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from .config import UserError
+
+Group = dist.ProcessGroup | None  # None: all ranks
+
+
+def world_size(group: Group = None) -> int:
+    """Number of ranks in `group`; 1 where no process group was started."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: Group = None) -> int:
+    """This process's place in `group`; 0 where no process group was started."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather_stack(x: Tensor, group: Group = None) -> Tensor:
+    """The `x` of every rank, all of one shape and dtype, stacked: `(W, *x.shape)`. Not differentiable."""
+    out = x.new_empty((world_size(group), *x.shape))
+    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+    return out
+
+
+def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
+    """The sum of `x` over all ranks; `x` itself is left as it is. Not differentiable."""
+    if world_size(group) == 1:
+        return x
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The (picklable) `value` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def get_device(name: str) -> torch.device:
+    """The device of this rank for a config's `MODEL.DEVICE`: "auto", "cuda" or "cpu"."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("MODEL.DEVICE is 'cuda', but torch finds no CUDA device: set MODEL.DEVICE to cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def launch(
+    function: Callable[..., None],
+    args: Sequence[Any] = (),
+    *,
+    device: str = "cpu",
+    num_processes: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> None:
+    """Run `function(*args)` on every rank: in this process if there is one, else in `num_processes` new ones.
+
+    Under torchrun the processes exist already, and the other arguments but `device` are not used.
+
+    Args:
+        device: "cuda" (one GPU per process, NCCL), "cpu" (gloo) or "auto".
+        num_processes: on this machine.
+        dist_url: where the ranks meet, `tcp://host:port`; "auto" on a single machine.
+
+    Raises:
+        UserError: from any rank, with its own message; the other ranks are stopped.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _run_rank(function, args, device, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return
+    world = num_processes * num_machines
+    if world == 1:
+        function(*args)
+        return
+    if device != "cpu" and torch.cuda.is_available() and num_processes > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()}; "
+            "ask for fewer, or set MODEL.DEVICE to cpu to start that many CPU processes"
+        )
+    if dist_url == "auto" and num_machines > 1:
+        raise UserError("--dist-url auto finds ranks of one machine only: give tcp://HOST:PORT of machine 0")
+    with tempfile.TemporaryDirectory() as folder:
+        if dist_url == "auto":
+            dist_url = f"file://{folder}/rendezvous"  # unlike a free port, nobody else can take it
+        mistakes = mp.get_context("spawn").SimpleQueue()
+        try:
+            mp.spawn(
+                _run_child,
+                (function, args, device, dist_url, machine_rank * num_processes, world, num_processes, mistakes),
+                nprocs=num_processes,
+            )
+        except mp.ProcessExitedException:
+            if mistakes.empty():
+                raise
+            raise UserError(mistakes.get()) from None
+
+
+def _run_child(
+    local_rank: int,
+    function: Callable[..., None],
+    args: Sequence[Any],
+    device: str,
+    url: str,
+    first_rank: int,
+    world: int,
+    num_processes: int,
+    mistakes: Any,
+) -> None:
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))  # else ranks spin against each other
+    try:
+        _run_rank(function, args, device, url, first_rank + local_rank, world)
+    except UserError as error:
+        mistakes.put(str(error))
+        sys.exit(2)
+
+
+def _run_rank(function: Callable[..., None], args: Sequence[Any], device: str, url: str, rank: int, world: int) -> None:
+    where = get_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", init_method=url, rank=rank, world_size=world)
+    try:
+        function(*args)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,336 @@
+"""BatchNorm whose batch is an explicit choice, for inputs from several domains."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed import Group, world_size
+from ..moments import Moments, normalize_rows
+
+Input = TypeVar("Input", Tensor, list[Tensor])
+
+CHOICES = ("shared", "per_domain")
+STATISTICS = ("auto", "minibatch", "population")
+
+
+class DomainBatchNorm(nn.Module):
+    """Batch normalization over inputs `(N, C, *)` of `num_domains` domains (*Rethinking "Batch"*, §5.2, Table 5).
+
+    A domain is a source of features: a pyramid level, a data set. What is shared between domains is three
+    independent choices. With one domain it is `nn.BatchNorm1d/2d/3d`, to rounding, with the same state dict.
+
+    The domain of an input is always said:
+
+    - `bn([x_1, …, x_K])`: one tensor per domain, any of them may be empty, sizes may differ; returns a list;
+    - `bn(x, domain=k)`: a tensor of domain k;
+    - `bn(x, domain=ids)`: a mixed batch, `ids` a LongTensor `(N,)`;
+    - `bn(x)`: only with one domain.
+
+    Args:
+        num_features: C.
+        num_domains: K.
+        sgd_statistics: how training normalizes. `"shared"`: one mean and variance from the elements of all
+            domains; `"per_domain"`: each domain its own.
+        population_statistics: how inference normalizes. `"shared"`: one pair of buffers `(C,)`, updated with the
+            merged moments if the SGD statistics are shared, else once per domain, in their order;
+            `"per_domain"`: buffers `(K, C)`, each domain updated with its own moments.
+        affine: γ and β, `"shared"`: `(C,)`; `"per_domain"`: `(K, C)`; None: none.
+        eps: added to the variance.
+        momentum: of the EMA, in torch's meaning; None: cumulative average.
+        sync: True merges the moments of all ranks by their true element counts (uneven and empty ranks are
+            exact); a process group: of its ranks. In training only. One collective per direction serves all
+            domains; see `normalize_in_step` for several layers.
+
+    Attributes:
+        statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
+            `"minibatch"`: those of the current input, also in eval (no buffer changes then);
+            `"population"`: the buffers, also in training (they do not change; γ and β still learn).
+
+    In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
+    ValueError, as in torch (with shared SGD and per-domain population statistics, a domain of one element updates
+    its mean only). In inference under `"minibatch"` such an element becomes β. Double backward is not implemented
+    and raises.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_domains: int = 1,
+        sgd_statistics: str = "per_domain",
+        population_statistics: str = "per_domain",
+        affine: str | None = "shared",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        sync: "bool | Group" = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1 or num_domains < 1:
+            raise ValueError(
+                f"num_features and num_domains take positive numbers, got {num_features} and {num_domains}"
+            )
+        _one_of("sgd_statistics", sgd_statistics, CHOICES)
+        _one_of("population_statistics", population_statistics, CHOICES)
+        _one_of("affine", affine, (*CHOICES, None))
+        self.num_features = num_features
+        self.num_domains = num_domains
+        self.sgd_statistics = sgd_statistics
+        self.population_statistics = population_statistics
+        self.affine = affine
+        self.eps = eps
+        self.momentum = momentum
+        self.sync = sync
+        self.statistics = "auto"
+
+        factory = {"device": device, "dtype": dtype}
+        # With one domain, shared and per_domain are the same thing: (C,), as torch.
+        domains = (num_domains,) if population_statistics == "per_domain" and num_domains > 1 else ()
+        self.register_buffer("running_mean", torch.zeros(*domains, num_features, **factory))
+        self.register_buffer("running_var", torch.ones(*domains, num_features, **factory))
+        self.register_buffer("num_batches_tracked", torch.zeros(domains, dtype=torch.long, device=device))
+        domains = (num_domains,) if affine == "per_domain" and num_domains > 1 else ()
+        for name, initial in (("weight", torch.ones), ("bias", torch.zeros)):
+            value = None if affine is None else nn.Parameter(initial(*domains, num_features, **factory))
+            self.register_parameter(name, value)
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    @property
+    def statistics(self) -> str:
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, value: str) -> None:
+        _one_of("statistics", value, STATISTICS)
+        self._statistics = value
+
+    @property
+    def uses_minibatch(self) -> bool:
+        """Whether the next forward normalizes by the statistics of its input."""
+        return self.training if self.statistics == "auto" else self.statistics == "minibatch"
+
+    def forward(self, x: Input, domain: int | Tensor | None = None) -> Input:
+        return normalize_in_step([self], [x], domain)[0]
+
+    def reset_running_stats(self) -> None:
+        """Population statistics as at construction: mean 0, variance 1, no step counted."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def _with_domains(self, x: Tensor | Sequence[Tensor], domain: int | Tensor | None) -> "_Batch":
+        """The input as tensors with a domain each; says clearly what is wrong with it."""
+        name, count = type(self).__name__, self.num_domains
+        domains: Sequence[int | Tensor]
+        if not isinstance(x, Tensor):
+            if domain is not None:
+                raise ValueError(f"{name}: a list has one tensor per domain; leave domain= out")
+            if len(x) != count:
+                raise ValueError(f"{name}: expected a list of num_domains={count} tensors, got {len(x)}")
+            tensors, domains = list(x), list(range(count))
+        else:
+            if domain is None:
+                if count > 1:
+                    raise ValueError(
+                        f"{name} has num_domains={count}: give a list of {count} tensors, or say domain=k, or "
+                        "domain=ids with one domain per sample; got a single tensor and no domain"
+                    )
+                domain = 0
+            tensors, domains = [x], [domain]
+        for tensor in tensors:
+            if tensor.ndim < 2 or tensor.shape[1] != self.num_features:
+                raise ValueError(f"{name}: expected inputs (N, {self.num_features}, …), got {tuple(tensor.shape)}")
+        if isinstance(domain, Tensor):
+            if domain.shape != tensors[0].shape[:1] or domain.dtype != torch.long:
+                raise ValueError(
+                    f"{name}: domain= takes an int or a LongTensor of shape ({tensors[0].shape[0]},), "
+                    f"got {domain.dtype} of shape {tuple(domain.shape)}"
+                )
+            if domain.device.type == "cpu" and domain.numel():  # on a GPU, indexing checks it without a sync
+                low, high = int(domain.min()), int(domain.max())
+                if low < 0 or high >= count:
+                    raise ValueError(f"{name}: domains are 0 to {count - 1}, got {low} to {high}")
+        elif domain is not None and not 0 <= domain < count:
+            raise ValueError(f"{name}: domains are 0 to {count - 1}, got {domain}")
+        return _Batch(tensors, domains)
+
+    def _population(self, batch: "_Batch") -> list[Tensor]:
+        """Normalized by the buffers: torch's own inference kernel, except for mixed or empty tensors."""
+        outputs = []
+        for x, domain in zip(batch.tensors, batch.domains, strict=True):
+            mean, var, weight, bias = (
+                _of_domain(v, domain) for v in (self.running_mean, self.running_var, self.weight, self.bias)
+            )
+            if isinstance(domain, Tensor) or x.numel() == 0:
+                scale = (var + self.eps).rsqrt() if weight is None else weight * (var + self.eps).rsqrt()
+                shift = -mean * scale if bias is None else bias - mean * scale
+                rows = (*x.shape[:2], *[1] * (x.ndim - 2))
+                scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
+                outputs.append((x * scale + shift).to(x.dtype))
+            else:
+                outputs.append(F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps))
+        return outputs
+
+    def _normalize(self, batch: "_Batch", merged: Moments) -> list[Tensor]:
+        """Normalized by the moments of each domain, `merged` `(K, C)`, over all ranks; updates the buffers."""
+        total = merged.merge(0) if self.sgd_statistics == "shared" else merged  # (1, C) or (K, C)
+        outputs = []
+        for x, rows, domain in zip(batch.tensors, batch.rows(), batch.domains, strict=True):
+            own = 0 if self.sgd_statistics == "shared" else domain
+            weight, bias = _of_domain(self.weight, domain), _of_domain(self.bias, domain)
+            outputs.append(normalize_rows(x, rows, total[own], weight, bias, self.eps))
+        if self.training:
+            self._update_population(total if self.population_statistics == "shared" else merged)
+        return outputs
+
+    def _check_counts(self, batch: "_Batch", merged: Moments, ranks: int) -> None:
+        """A normalization batch of one element has no variance: ValueError, on every rank alike."""
+        per_domain = self.sgd_statistics == "per_domain"
+        if batch.cannot_be_single(per_domain, ranks, self.num_domains):
+            return  # known from the shapes, without waiting for a GPU
+        count = merged.count if per_domain else merged.count.sum(0, keepdim=True)
+        single = (count.flatten() == 1).nonzero().flatten().tolist()
+        if single:
+            which = f"domain {single[0]}" if per_domain and self.num_domains > 1 else "the normalization batch"
+            where = f" on all {ranks} ranks together" if ranks > 1 else ""
+            raise ValueError(
+                f"{type(self).__name__}: expected more than 1 value per channel in training, got 1 in {which}{where}: "
+                "use a larger batch or input, or statistics='population'"
+            )
+
+    @torch.no_grad()
+    def _update_population(self, moments: Moments) -> None:
+        """One EMA step for every set of moments that has elements (formulas of Table 5's rows)."""
+        if self.running_mean.ndim == 2:
+            self._ema_step(moments)
+        else:
+            for k in range(len(moments.mean)):  # one step each, in order: a shared BatchNorm called K times
+                self._ema_step(moments[k])
+
+    def _ema_step(self, moments: Moments) -> None:
+        count = moments.count.squeeze(-1)  # () or (K,)
+        self.num_batches_tracked += count > 0
+        momentum = self.momentum
+        step = 1 / self.num_batches_tracked.clamp(min=1) if momentum is None else torch.full_like(count, momentum)
+        for buffer, value, fewest in (
+            (self.running_mean, moments.mean, 1),
+            (self.running_var, moments.unbiased_var(), 2),
+        ):
+            weight = torch.where(count >= fewest, step, 0).to(buffer.dtype).unsqueeze(-1)
+            buffer.lerp_(value.to(buffer.dtype), weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""
+        for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            key = prefix + name
+            if name == "num_batches_tracked":
+                state_dict.setdefault(key, own)  # absent in checkpoints of frozen layers and of torch < 0.4
+            value = state_dict.get(key)
+            if value is None or value.shape == own.shape:
+                continue
+            if own.shape[1:] == value.shape and own.ndim == value.ndim + 1:
+                state_dict[key] = value.expand_as(own)
+            elif value.shape[1:] == own.shape and value.ndim == own.ndim + 1:
+                choice = "affine" if name in ("weight", "bias") else "population_statistics"
+                errors.append(
+                    f"{key}: the checkpoint has one per domain, {tuple(value.shape)}, this layer one for all, "
+                    f"{tuple(own.shape)}: build it with num_domains={value.shape[0]}, {choice}='per_domain', or select "
+                    "one domain's row before loading"
+                )
+                state_dict[key] = own
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_features}"
+        if self.num_domains > 1:
+            text += (
+                f", num_domains={self.num_domains}, sgd_statistics={self.sgd_statistics!r}, "
+                f"population_statistics={self.population_statistics!r}"
+            )
+        text += f", affine={self.affine!r}, eps={self.eps}, momentum={self.momentum}"
+        if self.sync:
+            text += ", sync=True"
+        if self.statistics != "auto":
+            text += f", statistics={self.statistics!r}"
+        return text
+
+
+def normalize_in_step(
+    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: int | Tensor | None = None
+) -> list[Input]:
+    """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
+
+    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
+    equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
+    """
+    first = layers[0]
+    batches = [layer._with_domains(x, domain) for layer, x in zip(layers, inputs, strict=True)]
+    if not first.uses_minibatch:
+        outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
+    else:
+        local = [batch.by_domain(layer.num_domains) for layer, batch in zip(layers, batches, strict=True)]
+        group = None if isinstance(first.sync, bool) else first.sync
+        ranks = world_size(group) if first.sync and first.training else 1
+        if ranks > 1:
+            widths = [layer.num_features for layer in layers]
+            means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
+            merged = Moments(local[0].count, means, variances).merge_ranks(group)
+            halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)
+            local = [Moments(merged.count, mean, var) for mean, var in halves]
+        if first.training:
+            first._check_counts(batches[0], local[0], ranks)
+        outputs = [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
+    return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
+
+
+class _Batch:
+    """Input tensors with the domain of each: an int, or a LongTensor of one domain per sample."""
+
+    def __init__(self, tensors: list[Tensor], domains: Sequence[int | Tensor]) -> None:
+        self.tensors = tensors
+        self.domains = domains
+        self._rows: list[Moments] | None = None
+
+    def rows(self) -> list[Moments]:
+        """Moments of the rows of each tensor; x is read for them once."""
+        if self._rows is None:
+            self._rows = [Moments.rows(x) for x in self.tensors]
+        return self._rows
+
+    def by_domain(self, num_domains: int) -> Moments:
+        """All rows merged per domain, `(K, C)`, on this rank."""
+        ids = [d if isinstance(d, Tensor) else _full(x, d) for x, d in zip(self.tensors, self.domains, strict=True)]
+        return Moments.cat(self.rows()).merge_by(torch.cat(ids).to(self.tensors[0].device), num_domains)
+
+    def cannot_be_single(self, per_domain: bool, ranks: int, num_domains: int) -> bool:
+        """Whether the shapes of this rank alone rule out a normalization batch of one element."""
+        sizes = [x.shape[0] * x.shape[2:].numel() for x in self.tensors]
+        if any(isinstance(d, Tensor) for d in self.domains):  # the counts are on the device, but come in whole rows
+            return ranks == 1 and self.tensors[0].shape[2:].numel() > 1
+        if not per_domain:
+            sizes = [sum(sizes)]
+        elif len(sizes) < num_domains:
+            sizes.append(0)
+        return min(sizes) > 1 if ranks > 1 else 1 not in sizes
+
+
+def _full(x: Tensor, domain: int) -> Tensor:
+    return torch.full(x.shape[:1], domain, dtype=torch.long, device=x.device)
+
+
+def _of_domain(value: Any, domain: int | Tensor) -> Any:
+    """The row(s) of a `(K, C)` tensor that belong to `domain`; a shared `(C,)` belongs to all."""
+    return value if value is None or value.ndim == 1 else value[domain]
+
+
+def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} takes one of {list(choices)}, got {value!r}")
