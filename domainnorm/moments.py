@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .distributed import Group, all_gather_stack, all_reduce_sum
 
@@ -163,7 +162,6 @@ class _RowMoments(Function):
         return mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
         count = max(x.shape[2:].numel(), 1)
@@ -180,11 +178,11 @@ class _RowAffine(Function):
         return torch.addcmul(_per_row(shift, x), centred, _per_row(scale, x)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, scale, centre = ctx.saved_tensors
         wide = grad.to(scale.dtype)
         grad_scale = _sum_rows((x - _per_row(centre, x)).mul_(wide))
+        # No gradient for the centre: whoever builds `shift` from it makes y independent of it, to all orders.
         return (wide * _per_row(scale, x)).to(x.dtype), grad_scale, _sum_rows(wide), None
 
 
@@ -202,8 +200,9 @@ class _MergeRanks(Function):
         return total, total_mean, total_var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _, grad_mean, grad_var):
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives over ranks would be silently wrong
+            raise RuntimeError("double backward is not implemented for moments merged over ranks: use sync=False")
         share, offset = ctx.saved_tensors
         grad_mean, grad_var = all_reduce_sum(torch.stack([grad_mean, grad_var]), ctx.group)
         return None, share * (grad_mean + 2 * offset * grad_var), share * grad_var, None

@@ -51,8 +51,8 @@ class DomainBatchNorm(nn.Module):
 
     In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
     ValueError, as in torch (with shared SGD and per-domain population statistics, a domain of one element updates
-    its mean only). In inference under `"minibatch"` such an element becomes β. Double backward is not implemented
-    and raises.
+    its mean only). In inference under `"minibatch"` such an element becomes β. Double backward works without
+    `sync`, and raises with it.
     """
 
     def __init__(
@@ -218,8 +218,10 @@ class DomainBatchNorm(nn.Module):
     def _ema_step(self, moments: Moments) -> None:
         count = moments.count.squeeze(-1)  # () or (K,)
         self.num_batches_tracked += count > 0
-        momentum = self.momentum
-        step = 1 / self.num_batches_tracked.clamp(min=1) if momentum is None else torch.full_like(count, momentum)
+        if self.momentum is None:
+            step = 1 / self.num_batches_tracked.clamp(min=1).to(count.dtype)
+        else:
+            step = torch.full_like(count, self.momentum)
         for buffer, value, fewest in (
             (self.running_mean, moments.mean, 1),
             (self.running_var, moments.unbiased_var(), 2),

@@ -1,0 +1,65 @@
+"""torchvision backbones with a chosen norm, under a feature pyramid."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torchvision
+from fvcore.common.config import CfgNode
+from torch import nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from ..layers import freeze_batchnorm, get_norm
+
+
+def build_retinanet_backbone(cfg: CfgNode) -> BackboneWithFPN:
+    """P3 to P7 (strides 8 to 128) of `MODEL.FPN.OUT_CHANNELS` channels; P6 and P7 from C5, as detectron2.
+
+    State-dict keys are torchvision's (`body.…`, `fpn.…`).
+    """
+    name, norm = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NORM
+    body, stages, outputs = (_mobilenet if name.startswith("mobilenet") else _resnet)(name, norm)
+    _freeze(body, stages[: cfg.MODEL.BACKBONE.FREEZE_AT])
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return BackboneWithFPN(
+        body,
+        return_layers={layer: str(i) for i, layer in enumerate(outputs)},
+        in_channels_list=list(outputs.values()),
+        out_channels=channels,
+        extra_blocks=LastLevelP6P7(outputs[list(outputs)[-1]], channels),
+        norm_layer=partial(get_norm, cfg.MODEL.FPN.NORM) if cfg.MODEL.FPN.NORM else None,
+    )
+
+
+# Each returns the body, the names of its children stage by stage (stem first), and the children whose outputs have
+# strides 8, 16 and 32 with their channels.
+_Body = tuple[nn.Module, list[list[str]], dict[str, int]]
+
+
+def _resnet(name: str, norm: str) -> _Body:
+    body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm))
+    stages = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
+    width = body.inplanes  # of layer4
+    return body, stages, {"layer2": width // 4, "layer3": width // 2, "layer4": width}
+
+
+def _mobilenet(name: str, norm: str) -> _Body:
+    # eps and momentum of the paper, with which the published weights were trained
+    body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm, eps=0.001, momentum=0.01)).features
+    # A stage ends before the next block with stride 2; the first block is the stem.
+    ends = [i - 1 for i, block in enumerate(body) if getattr(block, "_is_cn", False)] + [len(body) - 1]
+    starts = [0] + [end + 1 for end in ends[:-1]]
+    stages = [[str(i) for i in range(a, b + 1)] for a, b in zip(starts, ends, strict=True)]
+    return body, stages, {str(i): body[i].out_channels for i in ends[-3:]}
+
+
+def _norm_or_identity(norm: str, **options: float) -> Callable[[int], nn.Module]:
+    return lambda channels: get_norm(norm, channels, **options) or nn.Identity()
+
+
+def _freeze(body: nn.Module, stages: list[list[str]]) -> None:
+    """Constant weights, and BatchNorms as FrozenBatchNorm, in the given stages."""
+    for name in (name for stage in stages for name in stage):
+        child = freeze_batchnorm(body.get_submodule(name))
+        body.add_module(name, child)
+        child.requires_grad_(False)

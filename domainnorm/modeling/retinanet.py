@@ -1,0 +1,178 @@
+"""RetinaNet whose head normalizes pyramid levels as domains."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection import retinanet
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops.misc import Conv2dNormActivation
+
+from ..distributed import all_reduce_sum, world_size
+from ..layers import DomainBatchNorm, get_norm, normalize_in_step
+
+
+class RetinaNetHead(retinanet.RetinaNetHead):
+    """Two towers of convolutions shared by all pyramid levels; list of features in, predictions out.
+
+    The norm of each tower layer is one layer for all levels, which are its domains: by the three choices of
+    `DomainBatchNorm`, every row of Table 5 of *Rethinking "Batch"*. The towers run in step, so that a synchronized
+    norm costs one collective per depth and direction for both towers and all levels (App. A.6).
+
+    State-dict keys are torchvision's: the heads of its RetinaNet checkpoints load, `norm=""` (v1) or `norm="GN"` (v2).
+
+    Args:
+        in_channels: of every level.
+        num_anchors: per location.
+        num_classes: without background; labels are 0 to `num_classes - 1`.
+        num_levels: of the pyramid: the number of domains.
+        num_convs: in each tower.
+        norm: as `get_norm`.
+        sgd_statistics, population_statistics, affine: of `DomainBatchNorm`, where `norm` is one.
+        prior_prob: of foreground, at the first step.
+        focal_alpha, focal_gamma: of the focal loss.
+        box_loss: `"smooth_l1"` with `smooth_l1_beta`, or `"giou"`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_anchors: int,
+        num_classes: int,
+        *,
+        num_levels: int = 5,
+        num_convs: int = 4,
+        norm: str = "",
+        sgd_statistics: str = "per_domain",
+        population_statistics: str = "per_domain",
+        affine: str | None = "shared",
+        prior_prob: float = 0.01,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        box_loss: str = "smooth_l1",
+        smooth_l1_beta: float = 0.1,
+    ) -> None:
+        super().__init__(in_channels, num_anchors, num_classes)
+        norm_layer = None
+        if norm:
+            norm_layer = partial(
+                get_norm,
+                norm,
+                num_domains=num_levels,
+                sgd_statistics=sgd_statistics,
+                population_statistics=population_statistics,
+                affine=affine,
+            )
+        for head in (self.classification_head, self.regression_head):
+            head.conv = nn.Sequential(
+                *(Conv2dNormActivation(in_channels, in_channels, norm_layer=norm_layer) for _ in range(num_convs))
+            )
+            for layer in head.conv.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.normal_(layer.weight, std=0.01)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.classification_head.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+        self.box_loss = box_loss
+        self.smooth_l1_beta = smooth_l1_beta
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        """`cls_logits` `(N, anchors, classes)` and `bbox_regression` `(N, anchors, 4)`, anchors of all levels.
+
+        In inference under minibatch statistics each image is its own normalization batch.
+        """
+        if not self.training and features[0].shape[0] > 1 and self._uses_minibatch():
+            images = [self([f[i : i + 1] for f in features]) for i in range(features[0].shape[0])]
+            return {key: torch.cat([image[key] for image in images]) for key in images[0]}
+        cls, box = self.classification_head, self.regression_head
+        towers = [features, features]
+        for blocks in zip(cls.conv, box.conv, strict=True):
+            towers = _blocks_in_step(blocks, towers)
+        return {
+            "cls_logits": _flatten([cls.cls_logits(x) for x in towers[0]], cls.num_classes),
+            "bbox_regression": _flatten([box.bbox_reg(x) for x in towers[1]], 4),
+        }
+
+    def _uses_minibatch(self) -> bool:
+        return any(m.uses_minibatch for m in self.modules() if isinstance(m, DomainBatchNorm))
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Focal loss and box loss, both divided by the number of foreground anchors of the whole batch.
+
+        The batch is the total batch, over all ranks (one collective of one number), and a plain sum, not a running
+        average: W processes then take the same step as one, an image weighs by its objects and not by the rank
+        it landed on, and there is no state to initialize, save and keep equal on all ranks.
+        """
+        matched = torch.stack(matched_idxs)  # (N, A): box of its image, or below zero
+        foreground = matched >= 0
+        # DDP averages gradients over ranks: each divides by its share of the sum.
+        count = all_reduce_sum(foreground.sum()).clamp(min=1) / world_size()
+
+        # Boxes of all images in one list: an image's begin where those of the images before it end.
+        sizes = matched.new_tensor([len(t["boxes"]) for t in targets])
+        boxes = (matched + (sizes.cumsum(0) - sizes)[:, None])[foreground]
+        gt_boxes = torch.cat([t["boxes"] for t in targets])[boxes]
+        gt_labels = torch.cat([t["labels"] for t in targets])[boxes]
+
+        logits = head_outputs["cls_logits"].float()
+        classes = torch.zeros_like(logits)
+        classes[(*foreground.nonzero(as_tuple=True), gt_labels)] = 1.0
+        decided = matched != self.classification_head.BETWEEN_THRESHOLDS
+        loss_cls = sigmoid_focal_loss(
+            logits[decided], classes[decided], self.focal_alpha, self.focal_gamma, reduction="sum"
+        )
+        regression = head_outputs["bbox_regression"].float()[foreground]
+        loss_box = self._box_loss(regression, torch.stack(anchors)[foreground], gt_boxes)
+        return {"loss_cls": loss_cls / count, "loss_box_reg": loss_box / count}
+
+    def _box_loss(self, regression: Tensor, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+        coder = self.regression_head.box_coder
+        if self.box_loss == "giou":
+            return generalized_box_iou_loss(coder.decode_single(regression, anchors), gt_boxes, reduction="sum")
+        target = coder.encode_single(gt_boxes, anchors)
+        return F.smooth_l1_loss(regression, target, beta=self.smooth_l1_beta, reduction="sum")
+
+
+class RetinaNet(TorchvisionRetinaNet):
+    """torchvision's RetinaNet, in which a prediction depends on its own image only.
+
+    In training, images come in the size they are trained at; in inference they are resized here, and boxes are in
+    the pixels of the image given.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
+        super().__init__(backbone, num_classes, _skip_resize=True, **options)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections."""
+        if self.training:
+            return super().forward(images, targets)
+        # One at a time: neither minibatch statistics nor the padding to a common size may see another image.
+        return [super(RetinaNet, self).forward([image])[0] for image in images]
+
+
+def _blocks_in_step(blocks: tuple[nn.Sequential, ...], inputs: list[list[Tensor]]) -> list[list[Tensor]]:
+    """One block (convolution, norm, activation) of each tower, applied to the levels of each."""
+    for layers in zip(*blocks, strict=True):
+        if isinstance(layers[0], DomainBatchNorm):
+            inputs = normalize_in_step(layers, inputs)
+        else:
+            inputs = [[layer(x) for x in levels] for layer, levels in zip(layers, inputs, strict=True)]
+    return inputs
+
+
+def _flatten(levels: list[Tensor], columns: int) -> Tensor:
+    """Maps `(N, A · columns, H, W)` of all levels -> `(N, ΣHWA, columns)`."""
+    return torch.cat([x.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], dim=1)

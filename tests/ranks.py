@@ -1,0 +1,40 @@
+"""Run a test function in several real processes over gloo."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """`function(rank, *args)` on every rank of a gloo group; the results in rank order.
+
+    A rank that raises fails the test with its traceback; ranks that hang fail it after `timeout` seconds.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "torchvision", "domainnorm"])
+    with tempfile.TemporaryDirectory() as folder:
+        processes = mp.start_processes(
+            _rank, (function, args, world_size, folder), world_size, join=False, start_method="forkserver"
+        )
+        deadline = time.monotonic() + timeout
+        while not processes.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in processes.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__} hangs on {world_size} ranks")
+        return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world_size)]
+
+
+def _rank(rank: int, function: Callable[..., Any], args: tuple, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(rank, *args), f"{folder}/{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
