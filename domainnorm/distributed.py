@@ -3,6 +3,7 @@
 Everything works without a process group (one rank) and over any backend (NCCL, gloo).
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -98,6 +99,9 @@ def launch(
     if world == 1:
         function(*args)
         return
+    get_device(device)  # an error here is one error, not one a rank
+    # a rank's error is raised here; that the other ranks are stopped for it needs no line
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     if device != "cpu" and torch.cuda.is_available() and num_processes > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()}; "
@@ -115,7 +119,7 @@ def launch(
                 (function, args, device, dist_url, machine_rank * num_processes, world, num_processes, mistakes),
                 nprocs=num_processes,
             )
-        except mp.ProcessExitedException:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException):  # the latter: of a rank that lost the others
             if mistakes.empty():
                 raise
             raise UserError(mistakes.get()) from None
@@ -135,10 +139,14 @@ def _run_child(
     os.environ["LOCAL_RANK"] = str(local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))  # else ranks spin against each other
+    _run_rank(_report_mistake, (function, args, mistakes), device, url, first_rank + local_rank, world)
+
+
+def _report_mistake(function: Callable[..., None], args: Sequence[Any], mistakes: Any) -> None:
     try:
-        _run_rank(function, args, device, url, first_rank + local_rank, world)
+        function(*args)
     except UserError as error:
-        mistakes.put(str(error))
+        mistakes.put(str(error))  # while the group lives: when it ends, the other ranks fail and all are stopped
         sys.exit(2)
 
 

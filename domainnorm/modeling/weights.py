@@ -75,8 +75,8 @@ def initialize(model: nn.Module, weights: str) -> None:
     if re.fullmatch(r"\w+_Weights\.\w+", weights):
         try:
             state = torchvision.models.get_weight(weights).get_state_dict(check_hash=True)
-        except ValueError as error:
-            raise UserError(f"MODEL.WEIGHTS {weights}: torchvision knows no such weights ({error})") from error
+        except (ValueError, KeyError) as error:  # no such enum, no such member
+            raise UserError(f"MODEL.WEIGHTS {weights}: torchvision knows no such weights") from error
         except OSError as error:
             raise UserError(f"MODEL.WEIGHTS {weights}: cannot be downloaded ({error}); give a file instead") from error
     else:

@@ -1,0 +1,13 @@
+from .coco import CocoDataset, resolve_dataset
+from .image import read_image
+from .loader import EvaluationLoader, num_classes, test_loader, train_loader
+
+__all__ = [
+    "CocoDataset",
+    "EvaluationLoader",
+    "num_classes",
+    "read_image",
+    "resolve_dataset",
+    "test_loader",
+    "train_loader",
+]

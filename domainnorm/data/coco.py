@@ -1,0 +1,96 @@
+"""A data set in COCO format, checked when it is opened."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from domainnorm.config import UserError
+from domainnorm.data.annotations import ImageRecord, read_annotations
+from domainnorm.data.catalog import resolve_dataset
+from domainnorm.data.image import read_image
+from domainnorm.data.masks import decode_segmentation
+
+__all__ = ["CocoDataset", "resolve_dataset"]
+
+
+class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
+    """Images and their objects; `dataset[i]` is `(image, target)`.
+
+    The image is a `tv_tensors.Image`, uint8, (3, H, W), RGB. The target has `image_id` and `file_name` as in the
+    file, `domain` (the image's "domain" in the file, else ""), `boxes` (`tv_tensors.BoundingBoxes`, (n, 4), float32,
+    XYXY), `labels` (int64, (n,), from 0) and, with `masks`, `masks` (`tv_tensors.Mask`, uint8, (n, H, W)). Crowd
+    annotations are left out.
+
+    Args:
+        name: what `resolve_dataset` takes.
+        keep_empty: whether to keep the images without an object.
+        invalid_boxes: "error", or "skip" to clip or drop the boxes outside their image or of no area.
+        masks: whether to check and decode the segmentations.
+        transforms: of `torchvision.transforms.v2`, applied to image and target together.
+
+    Attributes:
+        annotation_file, image_folder: paths.
+        categories: the file's, sorted by id; label k is the k-th.
+        category_ids, class_names: of each label.
+        image_ids, sizes: id and (height, width) of each image kept, in the order of the file.
+
+    Raises:
+        UserError: what is wrong with the name, the file, an entry or, from `dataset[i]`, an image.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        keep_empty: bool = True,
+        invalid_boxes: str = "error",
+        masks: bool = False,
+        transforms: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.annotation_file, self.image_folder = resolve_dataset(name)
+        self.masks = masks
+        self.transforms = transforms
+        self.categories, records = read_annotations(self.annotation_file, invalid_boxes=invalid_boxes, masks=masks)
+        self.records = [record for record in records if keep_empty or len(record.boxes)]
+        self.category_ids: list[int] = [int(category["id"]) for category in self.categories]
+        self.class_names: list[str] = [category["name"] for category in self.categories]
+        self.image_ids = [record.image_id for record in self.records]
+        self.sizes = [record.size for record in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        record = self.records[index]
+        image = tv_tensors.Image(read_image(self.image_folder / record.file_name, record.size))
+        target: dict[str, Any] = {
+            "image_id": record.image_id,
+            "file_name": record.file_name,
+            "domain": record.domain,
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(record.boxes.copy()), format="XYXY", canvas_size=record.size
+            ),
+            "labels": torch.from_numpy(record.labels.copy()),
+        }
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(self._masks(record)))
+        return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def _masks(self, record: ImageRecord) -> np.ndarray:
+        masks = np.zeros((len(record.boxes), *record.size), dtype=np.uint8)
+        segmentations = pickle.loads(record.segmentations) if record.segmentations else []
+        for mask, segmentation, annotation_id in zip(masks, segmentations, record.annotation_ids, strict=True):
+            try:
+                mask[:] = decode_segmentation(segmentation, record.size)
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"annotation file {self.annotation_file}: annotation {annotation_id} (image {record.file_name}): "
+                    f"its segmentation cannot be decoded ({error}); correct or remove it"
+                ) from error
+        return masks

@@ -1,0 +1,111 @@
+"""Draw one scene of the built-in data set: a textured background and a few textured shapes that may overlap."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CLASSES = ("disk", "square", "triangle", "ring")
+MIN_VISIBLE = 0.3  # of an object's pixels: a scene in which one shows less is not drawn
+SIZES = (10.0, 110.0)  # pixels, diameter of the circle around an object; log-uniform
+TRIES = 10  # places tried for an object before it is left out
+
+
+@dataclass(frozen=True)
+class Look:
+    """The appearance of a domain; values are ranges in [0, 1]."""
+
+    background: tuple[float, float]  # brightness
+    foreground: tuple[float, float]  # brightness
+    background_saturation: tuple[float, float]
+    foreground_saturation: tuple[float, float]
+    tint: tuple[float, float, float]  # factor of each channel
+    noise: float  # standard deviation
+
+
+LOOKS = {
+    "day": Look((0.25, 0.55), (0.7, 1.0), (0.0, 0.25), (0.6, 1.0), (1.0, 1.0, 1.0), 0.02),
+    "night": Look((0.05, 0.15), (0.35, 0.6), (0.0, 0.6), (0.3, 0.8), (0.75, 0.85, 1.0), 0.05),
+    "xray": Look((0.6, 0.85), (0.1, 0.35), (0.0, 0.0), (0.0, 0.0), (1.0, 1.0, 1.0), 0.03),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image, uint8 (H, W, 3), with each object's class and visible pixels, bool (H, W), of which there are some."""
+
+    image: np.ndarray
+    labels: list[int]
+    masks: list[np.ndarray]
+
+
+def draw_scene(look: Look, rng: np.random.Generator) -> Scene:
+    """One scene; the same state of `rng` gives the same pixels."""
+    height, width = ((128, 128), (128, 160), (160, 128))[rng.choice(3, p=(0.7, 0.15, 0.15))]
+    image = _background(look, height, width, rng)
+    ys, xs = np.mgrid[:height, :width] + 0.5
+    labels: list[int] = []
+    whole: list[int] = []  # pixels of each object, had nothing been drawn over it
+    masks: list[np.ndarray] = []
+    for _ in range(0 if rng.random() < 0.05 else rng.integers(1, 7)):
+        label = int(rng.integers(len(CLASSES)))
+        radius = np.exp(rng.uniform(*np.log(SIZES))) / 2
+        for _ in range(TRIES):
+            # Up to 0.3 radii beyond the border: some objects are cut off.
+            x, y = (rng.uniform(0.7 * radius, side - 0.7 * radius) for side in (width, height))
+            distance = _signed_distance(CLASSES[label], xs - x, ys - y, radius, rng.uniform(0, 2 * np.pi))
+            inside = distance < 0
+            remaining = [mask & ~inside for mask in masks]
+            if all(mask.sum() >= MIN_VISIBLE * area for mask, area in zip(remaining, whole, strict=True)):
+                masks = [*remaining, inside]
+                whole.append(int(inside.sum()))
+                labels.append(label)
+                cover = np.clip(0.5 - distance, 0, 1)[..., None]  # one pixel of soft edge
+                image += cover * (_paint(look, xs, ys, rng) - image)
+                break
+    image = image * look.tint + rng.normal(0, look.noise, image.shape)
+    return Scene(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), labels, masks)
+
+
+def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: float) -> np.ndarray:
+    """Pixels to the outline of a shape around the origin, negative inside; `radius` is of the circle around it."""
+    if shape in ("disk", "ring"):
+        from_center = np.hypot(x, y)
+        # the ring: between 0.5 and 1 radius
+        return from_center - radius if shape == "disk" else abs(from_center - 0.75 * radius) - 0.25 * radius
+    corners = {"triangle": 3, "square": 4}[shape]
+    normals = angle + 2 * np.pi * np.arange(corners) / corners
+    return np.max([x * np.cos(n) + y * np.sin(n) for n in normals], axis=0) - radius * np.cos(np.pi / corners)
+
+
+def _background(look: Look, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """One colour, varied smoothly: coarse noise, interpolated. (H, W, 3)."""
+    color = _color(look.background, look.background_saturation, rng)
+    image = np.broadcast_to(color, (height, width, 3))
+    for cells, strength in ((3, 0.3), (12, 0.12)):
+        grid = rng.uniform(-1, 1, (cells + 1, cells + 1))
+        rows, columns = _interpolation(height, cells), _interpolation(width, cells)
+        image = image * (1 + strength * (rows @ grid @ columns.T)[..., None])
+    return image
+
+
+def _interpolation(size: int, cells: int) -> np.ndarray:
+    """The linear map (size, cells + 1) from values at the nodes of a grid to pixels."""
+    position = (np.arange(size)[:, None] + 0.5) / size * cells
+    return np.clip(1 - abs(position - np.arange(cells + 1)), 0, 1)
+
+
+def _paint(look: Look, xs: np.ndarray, ys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The texture of one object over the whole image, (H, W, 3): plain, striped or checked, in shades of one colour."""
+    color = _color(look.foreground, look.foreground_saturation, rng)
+    period, angle = rng.uniform(4, 12), rng.uniform(0, np.pi)
+    along = np.sin((xs * np.cos(angle) + ys * np.sin(angle)) * 2 * np.pi / period)
+    across = np.sin((ys * np.cos(angle) - xs * np.sin(angle)) * 2 * np.pi / period)
+    pattern = (np.zeros_like(xs), along, along * across)[rng.integers(3)]
+    return color * (1 + 0.15 * pattern[..., None])
+
+
+def _color(brightness: tuple[float, float], saturation: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """RGB (3,) of any hue; `brightness` is the largest channel's."""
+    hue = rng.uniform(0, 6)
+    pure = np.clip(2 - abs((hue - np.array([0.0, 2.0, 4.0]) + 3) % 6 - 3), 0, 1)
+    return rng.uniform(*brightness) * (1 - rng.uniform(*saturation) * (1 - pure))

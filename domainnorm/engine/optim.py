@@ -1,0 +1,90 @@
+"""The optimizer with its weight-decay groups, the learning rate of an iteration, gradient clipping."""
+
+import logging
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import (
+    CosineParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+)
+from torch import nn
+
+from ..layers import is_norm
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters, each once, in groups of their weight decay.
+
+    Parameters of norm layers decay by `WEIGHT_DECAY_NORM`, other biases by `WEIGHT_DECAY_BIAS`, the rest by
+    `WEIGHT_DECAY`. A parameter shared by a norm layer and another module counts where it is met first.
+    """
+    solver = cfg.SOLVER
+    groups: dict[float, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            if is_norm(module):
+                decay = solver.WEIGHT_DECAY_NORM
+            elif name == "bias":
+                decay = solver.WEIGHT_DECAY_BIAS
+            else:
+                decay = solver.WEIGHT_DECAY
+            groups.setdefault(decay, []).append(parameter)
+    parameters: list[dict[str, Any]] = [{"params": p, "weight_decay": decay} for decay, p in groups.items()]
+    if solver.OPTIMIZER == "AdamW":
+        return torch.optim.AdamW(parameters, lr=solver.BASE_LR)
+    return torch.optim.SGD(parameters, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+
+
+def learning_rate(cfg: CfgNode, iteration: int) -> float:
+    """Of step `iteration`, counted from 0: the schedule times a linear warm-up. A pure function.
+
+    Steps: `BASE_LR` times `GAMMA` for each of `STEPS` that was reached. Cosine: half a period, 0 at `MAX_ITER`.
+    Warm-up: from `WARMUP_FACTOR` at 0 to 1 at `WARMUP_ITERS`.
+    """
+    solver = cfg.SOLVER
+    schedule: ParamScheduler
+    if solver.LR_SCHEDULER == "cosine":
+        schedule = CosineParamScheduler(1.0, 0.0)
+    else:
+        steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
+        schedule = MultiStepParamScheduler(
+            [solver.GAMMA**k for k in range(len(steps) + 1)], num_updates=solver.MAX_ITER, milestones=steps
+        )
+    rate = solver.BASE_LR * schedule(iteration / solver.MAX_ITER)
+    if iteration < solver.WARMUP_ITERS:
+        rate *= LinearParamScheduler(solver.WARMUP_FACTOR, 1.0)(iteration / solver.WARMUP_ITERS)
+    return rate
+
+
+def warn_about_schedule(cfg: CfgNode) -> None:
+    """Log what of the schedule this run is too short to reach."""
+    solver = cfg.SOLVER
+    if beyond := [step for step in solver.STEPS if step >= solver.MAX_ITER]:
+        logger.warning("SOLVER.STEPS %s: never reached, SOLVER.MAX_ITER is %d", beyond, solver.MAX_ITER)
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d: the warm-up never ends, SOLVER.MAX_ITER is %d",
+            solver.WARMUP_ITERS,
+            solver.MAX_ITER,
+        )
+
+
+def clip_gradients(cfg: CfgNode, model: nn.Module) -> None:
+    """Bound the gradients as `SOLVER.CLIP_GRADIENTS` says; nothing where it is not enabled."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return
+    if clip.CLIP_TYPE == "norm":
+        nn.utils.clip_grad_norm_(model.parameters(), clip.CLIP_VALUE)
+    else:
+        nn.utils.clip_grad_value_(model.parameters(), clip.CLIP_VALUE)

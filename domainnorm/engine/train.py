@@ -1,0 +1,148 @@
+"""Training: one loop, in plain sight."""
+
+import contextlib
+import logging
+import math
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import UserError, save_config
+from ..data import test_loader, train_loader
+from ..distributed import get_device, rank, world_size
+from ..evaluation import evaluate
+from ..modeling import build_model
+from ..output import output_folder
+from .checkpoint import read_training, restore_training, save_training
+from .log import TrainingLog, setup_logging
+from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
+
+logger = logging.getLogger(__name__)
+
+
+def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
+    """Train what `cfg` says, on every rank; into `cfg.OUTPUT_DIR` go checkpoints, logs and results.
+
+    Args:
+        resume: continue from the last checkpoint in `OUTPUT_DIR`, or start where there is none. The result equals
+            that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU).
+
+    Returns:
+        The trained model, not wrapped for several processes.
+
+    Raises:
+        UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, a
+            checkpoint of another run, a loss that is not finite (the checkpoints stay as they were).
+    """
+    solver = cfg.SOLVER
+    device = get_device(cfg.MODEL.DEVICE)
+    amp = getattr(torch, solver.AMP.DTYPE)
+    if solver.AMP.ENABLED and amp == torch.float16 and device.type == "cpu":
+        raise UserError("SOLVER.AMP.DTYPE 'float16' needs CUDA, and MODEL.DEVICE is a CPU here: use bfloat16")
+    share = solver.IMS_PER_BATCH // (world_size() * solver.ACCUMULATE)  # images of one forward
+
+    # What can be wrong with the input shows before anything is written, and not after days of training.
+    checkpoint = read_training(cfg) if resume else None
+    start = checkpoint["iteration"] if checkpoint else 0
+    ranks = {"rank": rank(), "world_size": world_size()}
+    batches = train_loader(cfg, **ranks, start_iteration=start)
+    for name in cfg.DATASETS.TEST:
+        test_loader(cfg, name, **ranks)
+    folder = output_folder(cfg.OUTPUT_DIR)
+    setup_logging(folder)
+    if rank() == 0:
+        save_config(cfg, folder / "config.yaml")
+        warn_about_schedule(cfg)
+
+    _seed(cfg.SEED)  # the same weights on every rank
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=solver.AMP.ENABLED and amp == torch.float16)
+    network: nn.Module = model
+    if world_size() > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        network.broadcast_buffers = False  # here, because torch 2.13 renamed the argument
+    _seed(cfg.SEED + rank())
+    if checkpoint:
+        restore_training(checkpoint, model, optimizer, scaler)
+    del checkpoint  # as large as the model and its optimizer
+    log = TrainingLog(folder, start, solver.MAX_ITER, device)
+    logger.info("training from iteration %d to %d on %s, %d processes", start, solver.MAX_ITER, device, world_size())
+
+    for iteration in range(start, solver.MAX_ITER):
+        began = time.perf_counter()
+        images, targets = _to(next(batches), device)
+        data_seconds = time.perf_counter() - began
+
+        rate = learning_rate(cfg, iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        losses: dict[str, float] = {}
+        for k in range(solver.ACCUMULATE):
+            part = slice(k * share, (k + 1) * share)
+            with _only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
+                with torch.autocast(device.type, dtype=amp, enabled=solver.AMP.ENABLED):
+                    output = network(images[part], targets[part])
+                for name, value in _finite(output, iteration, targets[part]).items():
+                    losses[name] = losses.get(name, 0.0) + value / solver.ACCUMULATE
+                scaler.scale(sum(output.values()) / solver.ACCUMULATE).backward()
+        scaler.unscale_(optimizer)
+        clip_gradients(cfg, model)
+        scaler.step(optimizer)
+        scaler.update()
+
+        done = iteration + 1
+        log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
+        if done == solver.MAX_ITER:
+            save_training(cfg, "model_final.pth", model, optimizer, scaler, done)
+        elif done % solver.CHECKPOINT_PERIOD == 0:
+            save_training(cfg, f"model_{done:07d}.pth", model, optimizer, scaler, done)
+        if cfg.TEST.EVAL_PERIOD and done % cfg.TEST.EVAL_PERIOD == 0 and done < solver.MAX_ITER:
+            log.evaluation(done, evaluate(cfg, model))
+
+    del batches  # ends its worker processes
+    if cfg.DATASETS.TEST:
+        log.evaluation(solver.MAX_ITER, evaluate(cfg, model))
+    log.close()
+    return model
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _only_here(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gradients of this block stay on this rank; the next ones carry them along to the others."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_to(value, device) for value in batch]
+    return batch
+
+
+def _finite(losses: dict[str, Tensor], iteration: int, targets: list[dict[str, Any]]) -> dict[str, float]:
+    """The losses as numbers, in one copy from the device; refused before their gradients reach anyone."""
+    values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
+    if all(math.isfinite(value) for value in values.values()):
+        return values
+    shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    files = ", ".join(str(target.get("file_name", target.get("image_id"))) for target in targets)
+    raise UserError(
+        f"the loss is not finite at iteration {iteration + 1}: {shown}; images of rank {rank()}: {files}; "
+        "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
+    )

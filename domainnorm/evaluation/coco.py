@@ -1,0 +1,100 @@
+"""Predictions of a model in COCO's format, and their AP by pycocotools."""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from ..config import UserError
+from ..distributed import gather_objects, rank
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[str, Any]]:
+    """What `model`, in the mode it is in, finds in the images of every rank's `loader`; the same list on every rank.
+
+    Sorted by image id, then as the model gave it: batch sizes, order and ranks leave no trace.
+
+    Args:
+        loader: of `(images, targets)`, its `dataset.category_ids` the COCO id of each label.
+    """
+    found: list[dict[str, Any]] = []
+    for images, targets in tqdm(loader, desc="evaluation", file=sys.stdout, disable=True if rank() else None):
+        outputs = model([image.to(device, non_blocking=True) for image in images])
+        for output, target in zip(outputs, targets, strict=True):
+            found += _coco_results(int(target["image_id"]), output, loader.dataset.category_ids)
+    everything = [result for part in gather_objects(found) for result in part]
+    return sorted(everything, key=lambda result: result["image_id"])  # stable
+
+
+def evaluate_coco(
+    predictions: list[dict[str, Any]], annotation_file: str | Path, iou_type: str = "bbox"
+) -> dict[str, float]:
+    """AP of `predictions` (in COCO's results format) against all of `annotation_file`, in percent.
+
+    Args:
+        iou_type: "bbox" or "segm", of boxes or masks.
+
+    Returns:
+        AP (mean over IoU 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects; nan where the ground
+        truth has no such object.
+    """
+    truth = _index(_with_defaults(json.loads(Path(annotation_file).read_text(encoding="utf-8"))))
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        if predictions:
+            # loadRes writes into the entries; and it would take the area of a mask from a box beside it
+            own = [{k: v for k, v in p.items() if iou_type == "bbox" or k != "bbox"} for p in predictions]
+            results = truth.loadRes(own)
+        else:
+            results = _index(truth.dataset | {"annotations": []})
+        evaluation = COCOeval(truth, results, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {
+        name: float(value) * 100 if value >= 0 else float("nan")  # pycocotools' -1: nothing to find
+        for name, value in zip(METRICS, evaluation.stats[: len(METRICS)], strict=True)
+    }
+
+
+def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
+    labels, scores = output["labels"].tolist(), output["scores"].tolist()
+    if max(labels, default=0) >= len(category_ids):
+        raise UserError(
+            f"the model predicts class {max(labels)}, counted from 0, but the data set has {len(category_ids)} "
+            "categories: name the data set the model was trained for in DATASETS.TEST"
+        )
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for box, label, score in zip(boxes, labels, scores, strict=True)
+    ]
+
+
+def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """What pycocotools needs of each object but hand-made files leave out."""
+    for number, entry in enumerate(data["annotations"], start=1):
+        entry["id"] = number  # pycocotools takes an object with id 0 for one that was never matched
+        entry.setdefault("iscrowd", 0)
+        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+    return data
+
+
+def _index(data: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

@@ -1,0 +1,123 @@
+"""One model, evaluated with several statistics, side by side."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ..config import STATISTICS, UserError
+from ..convert import set_statistics
+from ..data import test_loader
+from ..distributed import gather_objects, get_device, rank, world_size
+from ..layers import DomainBatchNorm
+from ..output import output_folder, replace_file
+from .coco import METRICS, evaluate_coco, predict
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
+    """AP of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table. Every rank calls it.
+
+    Training goes on after it as if it had not been: modes, statistics, buffers and random states are put back.
+
+    Args:
+        statistics: "population", "minibatch" or a list of them; None: `cfg.TEST.STATISTICS`.
+
+    Returns:
+        On every rank `{statistics: {"bbox": {"AP": …, …}}}`, in percent, nan where there is nothing to find; with
+        several test sets `{statistics: {data set: {"bbox": …}}}`. The same goes, with null for nan, to
+        `OUTPUT_DIR/results.json`, and the predictions to
+        `OUTPUT_DIR/inference/<statistics>[/<data set>]/coco_instances_results.json`.
+    """
+    names = [statistics] if isinstance(statistics, str) else list(statistics or cfg.TEST.STATISTICS)
+    for name in names:
+        if name not in STATISTICS:
+            raise UserError(f"statistics take any of {list(STATISTICS)}, got {name!r}")
+    sets = list(cfg.DATASETS.TEST)
+    if not sets:
+        raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
+    folder = output_folder(cfg.OUTPUT_DIR)
+    device = get_device(cfg.MODEL.DEVICE)
+    results: dict[str, Any] = {}
+    with _as_found(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.eval()
+        _broadcast_buffers(model)
+        for name in names:
+            set_statistics(model, name)
+            results[name] = {}
+            for data_set in sets:
+                loader = test_loader(cfg, data_set, rank=rank(), world_size=world_size())
+                predictions = predict(model, loader, device)
+                scores = {}
+                if rank() == 0:
+                    where = folder / "inference" / name / (_file_name(data_set) if len(sets) > 1 else "")
+                    _write_json(where / "coco_instances_results.json", predictions)
+                    scores = {"bbox": evaluate_coco(predictions, loader.dataset.annotation_file)}
+                results[name][data_set] = gather_objects(scores)[0]
+    if rank() == 0:
+        print(format_table(results))
+    if len(sets) == 1:
+        results = {name: result[sets[0]] for name, result in results.items()}
+    if rank() == 0:
+        _write_json(folder / "results.json", _nan_to_none(results))
+    return results
+
+
+def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """`{statistics: {data set: {"bbox": {"AP": …}}}}` as lines of text, one a statistics and data set."""
+    several = len(next(iter(results.values()))) > 1
+    rows = []
+    for name, sets in results.items():
+        for data_set, scores in sets.items():
+            cells = ["-" if math.isnan(value := scores["bbox"][m]) else f"{value:.2f}" for m in METRICS]
+            rows.append([f"{name} {data_set}" if several else name, *cells])
+    width = max(len("statistics"), *(len(row[0]) for row in rows))
+    rows.insert(0, ["statistics", *METRICS])
+    return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows)
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Put back every module's mode and statistics, and every buffer."""
+    modes = [(module, module.training) for module in model.modules()]
+    statistics = [(m, m.statistics) for m in model.modules() if isinstance(m, DomainBatchNorm)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if world_size() > 1 else []
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for layer, choice in statistics:
+            layer.statistics = choice
+        for buffer, content in buffers:
+            buffer.copy_(content)
+
+
+def _broadcast_buffers(model: nn.Module) -> None:
+    """Evaluate one model: running statistics differ between ranks, and a checkpoint holds those of rank 0."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def _file_name(data_set: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", data_set)
+
+
+def _nan_to_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _nan_to_none(value) for key, value in tree.items()}
+    return None if math.isnan(tree) else tree
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(file) as stream:
+        json.dump(content, stream)

@@ -1,0 +1,111 @@
+"""tools/train_net.py: what it does, and one line and exit code 2 for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from domainnorm.config import save_config
+
+TOOL = Path(__file__).parent.parent / "tools" / "train_net.py"
+sys.path.insert(0, str(TOOL.parent))
+
+import train_net  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    return tiny.write_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture
+def config_file(data_set, tmp_path):
+    file = tmp_path / "config.yaml"
+    save_config(tiny.config(data_set, tmp_path / "out"), file)
+    return str(file)
+
+
+def run(*argv):
+    return train_net.main([str(word) for word in argv])
+
+
+def mistake(capsys, *argv):
+    assert run(*argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_train_resume_and_evaluate(config_file, data_set, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--config-file", config_file, "SOLVER.MAX_ITER", 2) == 0
+    assert (out / "model_final.pth").is_file() and not (out / "results.json").exists()
+    assert run("--config-file", config_file, "--resume", "SOLVER.MAX_ITER", 2, "DATASETS.TEST", data_set) == 0
+    assert (out / "results.json").is_file()
+    statistics = ["TEST.STATISTICS", "['population', 'minibatch']"]
+    (out / "results.json").unlink()
+    evaluate = ["--config-file", config_file, "--eval-only", "DATASETS.TEST", data_set, *statistics]
+    assert run(*evaluate, "--resume") == 0
+    last = json.loads((out / "results.json").read_text())
+    assert list(last) == ["population", "minibatch"]
+    assert run(*evaluate, "MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path / "other") == 0
+    assert json.loads((tmp_path / "other" / "results.json").read_text()) == last
+    assert capsys.readouterr().err == ""
+
+
+def test_arguments_may_follow_the_options():
+    args = train_net.parse(["--config-file", "F", "SEED", "1", "--num-gpus", "2", "MODEL.WEIGHTS", "", "--resume"])
+    assert args.num_gpus == 2 and args.resume and args.opts == ["SEED", "1", "MODEL.WEIGHTS", ""]
+
+
+def test_mistakes_on_the_command_line(config_file, tmp_path, capsys):
+    assert "--config-file" in mistake(capsys)
+    assert "--num-gpu" in mistake(capsys, "--config-file", config_file, "--num-gpu", 2)
+    assert "SOLVER.MAX_ITERS" in mistake(capsys, "--config-file", config_file, "SOLVER.MAX_ITERS", 2)
+    assert "pairs" in mistake(capsys, "--config-file", config_file, "SOLVER.MAX_ITER")
+    assert "no such file" in mistake(capsys, "--config-file", tmp_path / "absent.yaml")
+    assert "--num-gpus" in mistake(capsys, "--config-file", config_file, "--num-gpus", 0)
+    assert "--machine-rank" in mistake(capsys, "--config-file", config_file, "--machine-rank", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_what_to_evaluate(config_file, data_set, tmp_path, capsys):
+    evaluate = ["--config-file", config_file, "--eval-only", "DATASETS.TEST", data_set]
+    assert "MODEL.WEIGHTS is empty" in mistake(capsys, *evaluate)
+    assert "holds no checkpoint" in mistake(capsys, *evaluate, "--resume")
+    assert "no such file" in mistake(capsys, *evaluate, "MODEL.WEIGHTS", tmp_path / "absent.pth")
+    torch.save({"backbone.body.other": torch.zeros(1)}, tmp_path / "other.pth")
+    message = mistake(capsys, *evaluate, "MODEL.WEIGHTS", tmp_path / "other.pth")
+    assert "missing" in message and "unexpected backbone.body.other" in message and "more" in message
+
+
+def test_other_errors_keep_their_traceback(config_file, monkeypatch):
+    monkeypatch.setattr(train_net, "train", lambda cfg, resume: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--config-file", config_file)
+
+
+def tool(*argv):
+    return subprocess.run([sys.executable, TOOL, *map(str, argv)], capture_output=True, text=True, timeout=100)
+
+
+def test_exit_code_and_one_line_of_a_process(config_file):
+    done = tool("--config-file", config_file, "SOLVER.BASE_LT", 1)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "SOLVER.BASE_LR" in done.stderr
+
+
+def test_two_processes_and_a_loss_that_is_not_finite(config_file, data_set, tmp_path):
+    done = tool("--config-file", config_file, "--num-gpus", 2, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", data_set)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("statistics ") == 1  # one table, not one a rank
+    assert "population" in json.loads((tmp_path / "out" / "results.json").read_text())
+
+    done = tool("--config-file", config_file, "--num-gpus", 2, "SOLVER.BASE_LR", 1e30, "SOLVER.CHECKPOINT_PERIOD", 1)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: the loss is not finite at iteration")
