@@ -23,12 +23,12 @@ _C.OUTPUT_DIR = "./output"  # checkpoints, logs and results of this run
 _C.SEED = 0  # of weights, sampling and augmentation; a run is repeatable to the bit on one machine
 
 _C.MODEL = CfgNode()
-_C.MODEL.META_ARCHITECTURE = "RetinaNet"
+_C.MODEL.META_ARCHITECTURE = "RetinaNet"  # the only one so far
 _C.MODEL.DEVICE = "auto"  # "cuda", "cpu", or "auto": cuda where there is one
 # "" (random), a file, or the name of torchvision weights such as "ResNet50_Weights.IMAGENET1K_V2"
 _C.MODEL.WEIGHTS = ""
 _C.MODEL.PIXEL_MEAN = [0.485, 0.456, 0.406]  # RGB, of images in [0, 1]
-_C.MODEL.PIXEL_STD = [0.229, 0.224, 0.225]
+_C.MODEL.PIXEL_STD = [0.229, 0.224, 0.225]  # RGB, of images in [0, 1]
 
 _C.MODEL.BACKBONE = CfgNode()
 # resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large or mobilenet_v3_small
@@ -37,18 +37,12 @@ _C.MODEL.BACKBONE.NORM = "FrozenBN"  # "", BN, SyncBN, GN, FrozenBN
 _C.MODEL.BACKBONE.FREEZE_AT = 2  # 0: train all; 1: freeze the stem; k: also the k-1 stages after it
 
 _C.MODEL.FPN = CfgNode()
-_C.MODEL.FPN.OUT_CHANNELS = 256
+_C.MODEL.FPN.OUT_CHANNELS = 256  # of every pyramid level and of the head
 _C.MODEL.FPN.NORM = ""  # as BACKBONE.NORM
 
 _C.MODEL.ANCHOR_GENERATOR = CfgNode()
-_C.MODEL.ANCHOR_GENERATOR.SIZES = [
-    32,
-    64,
-    128,
-    256,
-    512,
-]  # pixels, one base size a level; 3 octave scales each
-_C.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [0.5, 1.0, 2.0]
+_C.MODEL.ANCHOR_GENERATOR.SIZES = [32, 64, 128, 256, 512]  # pixels, one a level; at 3 octave scales each
+_C.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [0.5, 1.0, 2.0]  # height / width, at every size
 
 _C.MODEL.RETINANET = CfgNode()
 _C.MODEL.RETINANET.NUM_CLASSES = 0  # 0: as many as the training set has categories
@@ -60,25 +54,25 @@ _C.MODEL.RETINANET.POPULATION_STATISTICS = "per_domain"  # "shared" | "per_domai
 _C.MODEL.RETINANET.AFFINE = "shared"  # "shared" | "per_domain" | "" (no affine)
 _C.MODEL.RETINANET.PRIOR_PROB = 0.01  # of foreground, at the first step
 _C.MODEL.RETINANET.IOU_THRESHOLDS = [0.4, 0.5]  # below: background; from the second on: foreground
-_C.MODEL.RETINANET.FOCAL_LOSS_ALPHA = 0.25
-_C.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 2.0
+_C.MODEL.RETINANET.FOCAL_LOSS_ALPHA = 0.25  # weight of foreground against background
+_C.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 2.0  # how much less well-classified anchors weigh
 _C.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "smooth_l1"  # "smooth_l1" | "giou"
-_C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.1
-_C.MODEL.RETINANET.SCORE_THRESH_TEST = 0.05
-_C.MODEL.RETINANET.NMS_THRESH_TEST = 0.5
+_C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.1  # from quadratic to linear, in units of the box code
+_C.MODEL.RETINANET.SCORE_THRESH_TEST = 0.05  # detections below it are dropped
+_C.MODEL.RETINANET.NMS_THRESH_TEST = 0.5  # IoU, within a class
 _C.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 1000  # a level, before NMS
 
 _C.INPUT = CfgNode()
 _C.INPUT.MIN_SIZE_TRAIN = [800]  # pixels, of the shorter side; one is drawn for each image
 _C.INPUT.MAX_SIZE_TRAIN = 1333  # pixels, of the longer side
-_C.INPUT.MIN_SIZE_TEST = 800
-_C.INPUT.MAX_SIZE_TEST = 1333
+_C.INPUT.MIN_SIZE_TEST = 800  # pixels, of the shorter side
+_C.INPUT.MAX_SIZE_TEST = 1333  # pixels, of the longer side
 _C.INPUT.RANDOM_FLIP = 0.5  # probability of a horizontal flip
 
 _C.DATASETS = CfgNode()
 # names (shapes_train, coco_2017_train, …) or "annotations.json:image_folder"
 _C.DATASETS.TRAIN = []
-_C.DATASETS.TEST = []
+_C.DATASETS.TEST = []  # evaluated one by one
 
 _C.DATALOADER = CfgNode()
 _C.DATALOADER.NUM_WORKERS = 2  # processes, for each rank; 0 loads in the main process
@@ -92,32 +86,32 @@ _C.SOLVER.IMS_PER_BATCH = 16  # images in one SGD step, over all ranks
 # accumulation does not enlarge it (App. A.5).
 _C.SOLVER.ACCUMULATE = 1
 _C.SOLVER.OPTIMIZER = "SGD"  # "SGD" | "AdamW"
-_C.SOLVER.BASE_LR = 0.01
+_C.SOLVER.BASE_LR = 0.01  # after warm-up
 _C.SOLVER.MOMENTUM = 0.9  # of SGD
-_C.SOLVER.NESTEROV = False
+_C.SOLVER.NESTEROV = False  # of SGD
 _C.SOLVER.LR_SCHEDULER = "steps"  # "steps" | "cosine"
 _C.SOLVER.STEPS = []  # iterations at which the learning rate is multiplied by GAMMA
-_C.SOLVER.GAMMA = 0.1
-_C.SOLVER.MAX_ITER = 90000
+_C.SOLVER.GAMMA = 0.1  # factor at each of STEPS
+_C.SOLVER.MAX_ITER = 90000  # SGD steps
 _C.SOLVER.WARMUP_ITERS = 1000  # linear, from BASE_LR * WARMUP_FACTOR
-_C.SOLVER.WARMUP_FACTOR = 0.001
-_C.SOLVER.WEIGHT_DECAY = 1e-4
+_C.SOLVER.WARMUP_FACTOR = 0.001  # of BASE_LR, at the first step
+_C.SOLVER.WEIGHT_DECAY = 1e-4  # of all weights but those below
 _C.SOLVER.WEIGHT_DECAY_NORM = 0.0  # of γ and β in norm layers
 _C.SOLVER.WEIGHT_DECAY_BIAS = 1e-4  # of all other biases
 _C.SOLVER.CHECKPOINT_PERIOD = 5000  # iterations
 _C.SOLVER.AMP = CfgNode()
-_C.SOLVER.AMP.ENABLED = False
+_C.SOLVER.AMP.ENABLED = False  # autocast; norm statistics stay float32
 _C.SOLVER.AMP.DTYPE = "bfloat16"  # "bfloat16" | "float16" (CUDA, with loss scaling)
 _C.SOLVER.CLIP_GRADIENTS = CfgNode()
-_C.SOLVER.CLIP_GRADIENTS.ENABLED = False
+_C.SOLVER.CLIP_GRADIENTS.ENABLED = False  # before each step
 _C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"  # "norm": of all gradients together | "value": each element
-_C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+_C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0  # the largest norm, or absolute value
 
 _C.TEST = CfgNode()
 _C.TEST.STATISTICS = ["population"]  # any of population, minibatch: each is evaluated, side by side
 _C.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
 _C.TEST.IMS_PER_BATCH = 1  # images loaded together, for each rank; results do not depend on it
-_C.TEST.DETECTIONS_PER_IMAGE = 100
+_C.TEST.DETECTIONS_PER_IMAGE = 100  # the best, over all classes
 
 NORMS = ("", "BN", "SyncBN", "GN", "FrozenBN")
 BATCH_NORMS = ("BN", "SyncBN")
@@ -187,13 +181,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"config file {file}: no such file")
     try:
-        return CfgNode.load_yaml_with_base(str(file))
+        tree = CfgNode.load_yaml_with_base(str(file))
     except yaml.YAMLError as error:
         raise UserError(f"config file {file}: not valid YAML: {' '.join(str(error).split())}") from error
     except FileNotFoundError as error:
         raise UserError(f"config file {file}: its _BASE_ {error.filename} does not exist") from error
-    except (AttributeError, TypeError, AssertionError) as error:  # a list or a word where a mapping belongs
-        raise UserError(f"config file {file}: expected a mapping of keys to values") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {file}: expected a mapping of keys to values, got {type(tree).__name__}")
+    return tree
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

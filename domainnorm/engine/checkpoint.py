@@ -21,7 +21,14 @@ from ..modeling.weights import load_weights, read_checkpoint
 from ..output import replace_file
 
 # What a resumed run may choose anew: nothing here changes the weights that training arrives at.
-_FREE_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "DATASETS.TEST", "TEST.", "SOLVER.CHECKPOINT_PERIOD")
+_FREE_KEYS = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.TEST",
+    "TEST.",
+    "SOLVER.CHECKPOINT_PERIOD",
+)
 
 
 def save_checkpoint(folder: str | Path, name: str, state: dict[str, Any]) -> Path:

@@ -1,0 +1,110 @@
+"""Every YAML is built; every mistake in a config is one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+
+import domainnorm as dn
+from domainnorm.config import _KNOWN, save_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_every_config_builds_a_model(file):
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", 3]
+    model = dn.build_model(dn.load_config(file, overrides))
+    assert sum(p.numel() for p in model.parameters()) > 1e6
+
+
+def test_there_are_configs():
+    assert {"quickstart.yaml", "coco_folder.yaml", "row1.yaml", "row6.yaml"} <= {file.name for file in CONFIGS}
+
+
+def test_a_saved_config_loads_equal(tmp_path):
+    cfg = dn.load_config(ROOT / "configs/table5/row4.yaml", ["SOLVER.BASE_LR", "2e-3", "DATASETS.TEST", "a.json:b"])
+    save_config(cfg, tmp_path / "config.yaml")
+    assert dn.load_config(tmp_path / "config.yaml") == cfg
+    assert cfg.SOLVER.BASE_LR == 0.002 and cfg.DATASETS.TEST == ["a.json:b"] and cfg.SOLVER.MAX_ITER == 270000
+
+
+def test_base_files_and_overrides_take_precedence(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 1, MAX_ITER: 7}\nDATASETS: {TRAIN: [a, b]}")
+    (tmp_path / "top.yaml").write_text("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 8}\nDATASETS: {TRAIN: [c]}")
+    cfg = dn.load_config(tmp_path / "top.yaml", ["SOLVER.MAX_ITER", "9"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.DATASETS.TRAIN) == (1.0, 9, ["c"])
+    with pytest.raises(AttributeError):
+        cfg.SOLVER.MAX_ITER = 1  # frozen
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.BSE_LR", "1"], "unknown key SOLVER.BSE_LR; the nearest known key is SOLVER.BASE_LR"),
+        (["MODEL.RETINANET.NORMS", "BN"], "nearest known key is MODEL.RETINANET.NORM"),
+        (["SOLVER", "1"], "unknown key SOLVER"),
+        (["SOLVER.BASE_LR"], "KEY VALUE pairs, got 1 words"),
+        (["SOLVER.MAX_ITER", "ten"], r"SOLVER.MAX_ITER takes int .*, got 'ten' \(str\)"),
+        (["SOLVER.MAX_ITER", "1.5"], "SOLVER.MAX_ITER takes int"),
+        (["SOLVER.MAX_ITER", "True"], "SOLVER.MAX_ITER takes int"),
+        (["SOLVER.AMP.ENABLED", "1"], "SOLVER.AMP.ENABLED takes bool"),
+        (["SOLVER.STEPS", "5"], "SOLVER.STEPS takes a list"),
+        (["INPUT.MIN_SIZE_TRAIN", "['a']"], "INPUT.MIN_SIZE_TRAIN takes a list such as"),
+        (["MODEL.RETINANET.NORM", "BatchNorm"], "MODEL.RETINANET.NORM takes one of .*got 'BatchNorm'"),
+        (["TEST.STATISTICS", "running"], "TEST.STATISTICS takes any of .*got 'running'"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH takes a number above 0"),
+        (["MODEL.RETINANET.AFFINE", "per_domain"], "AFFINE 'per_domain' contradicts MODEL.RETINANET.NORM ''"),
+        (
+            ["MODEL.RETINANET.NORM", "GN", "MODEL.RETINANET.SGD_STATISTICS", "shared"],
+            "SGD_STATISTICS 'shared' contradicts MODEL.RETINANET.NORM 'GN'",
+        ),
+        (["SOLVER.LR_SCHEDULER", "cosine", "SOLVER.STEPS", "[5]"], "contradicts SOLVER.LR_SCHEDULER"),
+        (["SOLVER.STEPS", "[9, 5]"], "SOLVER.STEPS takes increasing"),
+        (["SOLVER.ACCUMULATE", "3"], "contradicts SOLVER.ACCUMULATE 3"),
+        (
+            ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16", "MODEL.DEVICE", "cpu"],
+            "contradicts MODEL.DEVICE",
+        ),
+        (["INPUT.MAX_SIZE_TEST", "100"], "INPUT.MIN_SIZE_TEST 800 contradicts INPUT.MAX_SIZE_TEST 100"),
+        (["INPUT.MIN_SIZE_TRAIN", "[]"], "INPUT.MIN_SIZE_TRAIN takes at least one"),
+        (["MODEL.RETINANET.IOU_THRESHOLDS", "[0.5, 0.4]"], "IOU_THRESHOLDS takes two increasing"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(overrides, message):
+    with pytest.raises(dn.UserError, match=message) as error:
+        dn.load_config(None, overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL: [1", "not valid YAML"),
+        ("- a\n- b", "expected a mapping"),
+        ("word", "expected a mapping"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml does not exist"),
+        ("SOLVER: {BASE_LRR: 1}", "unknown key SOLVER.BASE_LRR"),
+        ("SOLVER: 3", "unknown key SOLVER;"),
+        ("SOLVER: {BASE_LR: [1]}", "SOLVER.BASE_LR takes float"),
+        ("SOLVER: {BASE_LR: !!python/object/apply:os.getcwd []}", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(dn.UserError, match=message) as error:
+        dn.load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(error.value) and "c.yaml" in str(error.value)
+
+
+def test_a_missing_file():
+    with pytest.raises(dn.UserError, match=r"nowhere\.yaml: no such file"):
+        dn.load_config("nowhere.yaml")
+
+
+def test_every_option_has_a_comment_beside_or_above():
+    lines = (ROOT / "domainnorm/config.py").read_text(encoding="utf-8").splitlines()
+    options = [i for i, line in enumerate(lines) if line.startswith("_C.") and "CfgNode()" not in line]
+    assert len(options) == len(_KNOWN)
+    for i in options:
+        assert "#" in lines[i] or lines[i - 1].startswith("#"), lines[i]

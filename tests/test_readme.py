@@ -1,0 +1,25 @@
+"""The README's snippets run, its commands name files that exist."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_snippets_run_in_order(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(snippets) >= 3
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert [level.shape[2:] for level in names["levels"]] == [(64 >> k, 80 >> k) for k in range(5)]
+    assert {"boxes", "scores", "labels"} <= names["detections"][0].keys()
+
+
+def test_the_paths_it_names_exist():
+    paths = re.findall(r"(?:tools|configs|docs|domainnorm)/[\w./]+", README)
+    assert len(paths) > 4
+    for path in paths:
+        assert (ROOT / path.rstrip(".")).exists(), path
