@@ -20,7 +20,7 @@ class UserError(ValueError):
 _C = CfgNode()
 
 _C.OUTPUT_DIR = "./output"  # checkpoints, logs and results of this run
-_C.SEED = 0  # of weights, sampling and augmentation; a run is repeatable to the bit on one machine
+_C.SEED = 0  # of weights, sampling and augmentation; a CPU run is repeatable to the bit on one machine
 
 _C.MODEL = CfgNode()
 _C.MODEL.META_ARCHITECTURE = "RetinaNet"  # the only one so far
@@ -277,8 +277,10 @@ def _check(cfg: CfgNode) -> None:
             f"SOLVER.STEPS {solver.STEPS} contradicts SOLVER.LR_SCHEDULER 'cosine': "
             "leave STEPS empty or set LR_SCHEDULER to 'steps'"
         )
-    if sorted(solver.STEPS) != list(solver.STEPS):
-        raise UserError(f"SOLVER.STEPS takes increasing iterations, got {solver.STEPS}")
+    if sorted({*solver.STEPS, 0}) != [0, *solver.STEPS]:
+        raise UserError(f"SOLVER.STEPS takes increasing iterations above 0, got {solver.STEPS}")
+    if cfg.SEED < 0:
+        raise UserError(f"SEED takes a number from 0 on, got {cfg.SEED}")
     if solver.IMS_PER_BATCH % solver.ACCUMULATE:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} contradicts SOLVER.ACCUMULATE {solver.ACCUMULATE}: "

@@ -427,6 +427,7 @@ def test_another_size_than_annotated(make, tmp_path):
     assert "a.png: is 20 x 30" in message and "say 30 x 20" in message and "EXIF" not in message
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # it also warns
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP"])
 def test_truncated(tmp_path, kind):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -61,6 +61,9 @@ def test_base_files_and_overrides_take_precedence(tmp_path):
         ),
         (["SOLVER.LR_SCHEDULER", "cosine", "SOLVER.STEPS", "[5]"], "contradicts SOLVER.LR_SCHEDULER"),
         (["SOLVER.STEPS", "[9, 5]"], "SOLVER.STEPS takes increasing"),
+        (["SOLVER.STEPS", "[5, 5]"], "SOLVER.STEPS takes increasing"),
+        (["SOLVER.STEPS", "[0, 5]"], "SOLVER.STEPS takes increasing"),
+        (["SEED", "-1"], "SEED takes a number from 0 on"),
         (["SOLVER.ACCUMULATE", "3"], "contradicts SOLVER.ACCUMULATE 3"),
         (
             ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16", "MODEL.DEVICE", "cpu"],

@@ -257,8 +257,6 @@ def test_batch_sizes_that_cannot_be_shared(name):
         train_loader(config(name), rank=0, world_size=3)
     with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH 4 .*SOLVER.ACCUMULATE 4.* multiple of 8"):
         train_loader(config(name, SOLVER__ACCUMULATE=4), rank=0, world_size=2)
-    with pytest.raises(UserError, match="SEED"):
-        train_loader(config(name, SEED=-1), rank=0, world_size=1)
 
 
 # evaluation

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from domainnorm.config import UserError
-from domainnorm.data.masks import segmentation_problem
-from domainnorm.data.table import Table, read_json, sorted_categories
+from ..config import UserError
+from .masks import segmentation_problem
+from .table import Table, read_json, sorted_categories
 
 logger = logging.getLogger(__name__)
 

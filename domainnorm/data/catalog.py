@@ -4,8 +4,8 @@ import difflib
 import os
 from pathlib import Path
 
-from domainnorm.config import UserError
-from domainnorm.data.shapes import SHAPES, shapes_dataset
+from ..config import UserError
+from .shapes import SHAPES, shapes_dataset
 
 # Under $DETECTRON2_DATASETS, laid out as detectron2 expects it.
 COCO = {

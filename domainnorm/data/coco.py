@@ -1,5 +1,6 @@
 """A data set in COCO format, checked when it is opened."""
 
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,11 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from domainnorm.config import UserError
-from domainnorm.data.annotations import ImageRecord, read_annotations
-from domainnorm.data.catalog import resolve_dataset
-from domainnorm.data.image import read_image
-from domainnorm.data.masks import decode_segmentation
+from ..config import UserError
+from .annotations import ImageRecord, read_annotations
+from .catalog import resolve_dataset
+from .image import read_image
+from .masks import decode_segmentation
 
 __all__ = ["CocoDataset", "resolve_dataset"]
 
@@ -58,6 +59,7 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         self.transforms = transforms
         self.categories, records = read_annotations(self.annotation_file, invalid_boxes=invalid_boxes, masks=masks)
         self.records = [record for record in records if keep_empty or len(record.boxes)]
+        self._check_files()
         self.category_ids: list[int] = [int(category["id"]) for category in self.categories]
         self.class_names: list[str] = [category["name"] for category in self.categories]
         self.image_ids = [record.image_id for record in self.records]
@@ -65,6 +67,18 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def _check_files(self) -> None:
+        """A missing image shows now, not after days of training; one listing per folder, also over a network."""
+        files = [self.image_folder / record.file_name for record in self.records]
+        there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {f.parent for f in files}}
+        missing = [file for file in files if file.name not in there[file.parent]]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UserError(
+                f"image {missing[0]}: no such file{more}; check the image folder and the file_name in "
+                f"{self.annotation_file}"
+            )
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         record = self.records[index]

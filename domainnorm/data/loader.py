@@ -1,24 +1,23 @@
 """Batches for training and evaluation, on this rank."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from domainnorm.config import UserError
-from domainnorm.data.coco import CocoDataset, resolve_dataset
-from domainnorm.data.sampler import TrainingBatchSampler, evaluation_indices
-from domainnorm.data.table import read_categories
-from domainnorm.data.transforms import test_transforms, train_transforms
+from ..config import UserError
+from .coco import CocoDataset, resolve_dataset
+from .sampler import TrainingBatchSampler, evaluation_indices
+from .table import read_categories
+from .transforms import test_transforms, train_transforms
 
 Sample = tuple[torch.Tensor, dict[str, Any]]
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
-def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Iterator[Batch]:
+def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
 
     Images are float32 (3, H, W) in [0, 1], of different sizes; targets are those of `CocoDataset`, as plain tensors.
@@ -34,8 +33,6 @@ def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: i
             f"SOLVER.IMS_PER_BATCH {total} cannot be shared equally by {world_size} processes with "
             f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; use a multiple of {ways}"
         )
-    if cfg.SEED < 0:
-        raise UserError(f"SEED takes a whole number from 0 on, got {cfg.SEED}")
     datasets = _training_datasets(cfg)
     sampler = TrainingBatchSampler(
         [size for dataset in datasets for size in dataset.sizes],
@@ -84,11 +81,15 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
 
 
 def num_classes(cfg: CfgNode) -> int:
-    """The number of categories of the first of `DATASETS.TRAIN`, or of `DATASETS.TEST` if there is none."""
+    """The number of categories of the first of `DATASETS.TRAIN`, or of `DATASETS.TEST` if there is none.
+
+    Raises:
+        UserError: both are empty, or the annotation file is missing or broken.
+    """
     names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty; name a data set or set the number of classes")
-    return len(read_categories(Path(resolve_dataset(names[0])[0])))
+    return len(read_categories(resolve_dataset(names[0])[0]))
 
 
 def _training_datasets(cfg: CfgNode) -> list[CocoDataset]:
@@ -129,7 +130,7 @@ def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader
     )
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
     iterator = iter(loader)
     try:
         for batch in iterator:

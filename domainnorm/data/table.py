@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from domainnorm.config import UserError
+from ..config import UserError
 
 
 def read_json(file: Path) -> dict[str, Any]:

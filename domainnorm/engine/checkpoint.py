@@ -89,10 +89,11 @@ def read_training(cfg: CfgNode) -> dict[str, Any] | None:
         raise UserError(f"checkpoint {file}: holds no training to resume: {sorted(missing)[0]!r} is not in it")
     then, now = _leaves(yaml.safe_load(checkpoint["config"])), _leaves(yaml.safe_load(cfg.dump()))
     # A key that only one of them has came or went with a version of this library.
+    free = _FREE_KEYS + (("SOLVER.MAX_ITER",) if cfg.SOLVER.LR_SCHEDULER == "steps" else ())  # cosine spans it
     changed = [
         f"{key} was {then[key]!r}, is {now[key]!r}"
         for key in now
-        if key in then and then[key] != now[key] and not key.startswith(_FREE_KEYS)
+        if key in then and then[key] != now[key] and not key.startswith(free)
     ]
     if changed:
         rest = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
