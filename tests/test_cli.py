@@ -89,8 +89,8 @@ def test_other_errors_keep_their_traceback(config_file, monkeypatch):
         run("--config-file", config_file)
 
 
-def tool(*argv):
-    return subprocess.run([sys.executable, TOOL, *map(str, argv)], capture_output=True, text=True, timeout=100)
+def tool(*argv, launcher=(sys.executable,)):
+    return subprocess.run([*launcher, TOOL, *map(str, argv)], capture_output=True, text=True, timeout=200)
 
 
 def test_exit_code_and_one_line_of_a_process(config_file):
@@ -109,3 +109,14 @@ def test_two_processes_and_a_loss_that_is_not_finite(config_file, data_set, tmp_
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: the loss is not finite at iteration")
+
+
+def test_torchrun(config_file, data_set, tmp_path):
+    """The same weights as from two processes that --num-gpus starts."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = tool("--config-file", config_file, "SOLVER.MAX_ITER", 2, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    own = tool("--config-file", config_file, "SOLVER.MAX_ITER", 2, "--num-gpus", 2, "OUTPUT_DIR", tmp_path / "own")
+    assert own.returncode == 0, own.stderr
+    models = [torch.load(folder / "model_final.pth")["model"] for folder in (tmp_path / "out", tmp_path / "own")]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

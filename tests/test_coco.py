@@ -447,3 +447,4 @@ def test_missing_and_not_an_image(make, tmp_path):
     (tmp_path / "images" / "a.png").unlink()
     assert "images/a.png: no such file" in error_of(dataset.__getitem__, 0)
     assert str(tmp_path) in error_of(read_image, tmp_path)
+    assert "images/a.png: no such file" in error_of(CocoDataset, dataset.name)  # before any is read

@@ -252,7 +252,8 @@ def test_metrics_beyond_the_start_are_dropped(tmp_path):
     assert [line["iteration"] for line in metrics_of(tmp_path)] == [20, 40]
 
 
-def test_a_line_every_twenty_iterations_averages_them(tmp_path):
+def test_a_line_every_twenty_iterations_averages_them(tmp_path, caplog):
+    caplog.set_level("INFO")
     log = TrainingLog(tmp_path, 0, 50, torch.device("cpu"))
     for iteration in range(1, 51):
         log.step(iteration, {"a": float(iteration), "b": 1.0}, 0.1, 2.0, 0.5)
@@ -263,4 +264,9 @@ def test_a_line_every_twenty_iterations_averages_them(tmp_path):
     assert [line["a"] for line in lines[:3]] == [np.mean(range(1, 21)), np.mean(range(21, 41)), np.mean(range(31, 51))]
     assert lines[0]["total_loss"] == lines[0]["a"] + 1
     assert lines[0]["eta_seconds"] == 60 and lines[0]["time"] == 2 and lines[0]["data_time"] == 0.5
+    assert lines[0]["max_memory_mb"] > 100  # torch is loaded
+    shown = [record.getMessage() for record in caplog.records if "eta" in record.getMessage()]
+    assert len(shown) == 3
+    for word in ("iteration 20/50", "eta 0:01:00", "total_loss", "a 10.5", "time 2.0", "data 0.5", "lr 0.1", "memory "):
+        assert word in shown[0]
     assert lines[3] == {"iteration": 50, "population/bbox/AP": 1.0, "population/bbox/APl": None}

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import resource
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,7 @@ class TrainingLog:
         # the median forgives the first iterations and the odd pause for a checkpoint
         metrics["eta_seconds"] = self.history["time"].median(1000) * (self.last - iteration)
         metrics["lr"] = learning_rate
-        if self.device.type == "cuda":
-            metrics["max_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        metrics["max_memory_mb"] = self._max_memory() / 2**20
         self._write(iteration, metrics)
         logger.info(_line(iteration, self.last, metrics, list(losses)))
 
@@ -96,6 +97,13 @@ class TrainingLog:
         if rank() == 0:
             self.tensorboard.close()
 
+    def _max_memory(self) -> int:
+        """Bytes: the most that tensors took on the GPU or, on a CPU, that this process took."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
     def _write(self, iteration: int, metrics: dict[str, float]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as stream:
             finite = {name: None if math.isnan(value) else value for name, value in metrics.items()}
@@ -109,8 +117,7 @@ def _line(iteration: int, last: int, metrics: dict[str, float], losses: list[str
     parts = [f"iteration {iteration}/{last}", f"eta {timedelta(seconds=int(metrics['eta_seconds']))}"]
     parts += [f"{name} {metrics[name]:.4g}" for name in ("total_loss", *losses)]
     parts += [f"time {metrics['time']:.3f}", f"data {metrics['data_time']:.3f}", f"lr {metrics['lr']:.3g}"]
-    if "max_memory_mb" in metrics:
-        parts.append(f"memory {metrics['max_memory_mb']:.0f} MB")
+    parts.append(f"memory {metrics['max_memory_mb']:.0f} MB")
     return "  ".join(parts)
 
 
