@@ -66,8 +66,10 @@ class Moments:
         if num_groups == 1:
             return self.merge(0)
         member = group == torch.arange(num_groups, device=group.device)[:, None]  # (G, R)
-        count = self.count * member.view(*member.shape, *[1] * (self.count.ndim - 1))  # (G, R, …)
-        merged = Moments(count, self.mean[None], self.var[None]).merge(1)
+        member = member.view(*member.shape, *[1] * (self.mean.ndim - 1))  # (G, R, …)
+        # Chosen, not multiplied by 0: a NaN of one group must not reach the others.
+        parts = (torch.where(member, value, 0) for value in (self.count, self.mean, self.var))
+        merged = Moments(*parts).merge(1)
         return Moments(merged.count.squeeze(1), merged.mean.squeeze(1), merged.var.squeeze(1))
 
     def merge_ranks(self, group: Group) -> Moments:

@@ -211,10 +211,21 @@ def test_a_domain_of_a_single_tensor_touches_no_other():
     assert (layer.running_mean[[0, 2]] == 0).all() and (layer.running_mean[1] > 0.3).all()
 
 
+def test_a_nan_stays_in_its_domain():
+    layer, xs = make(), [x.detach() for x in inputs()]
+    expected = layer(xs)
+    xs[1][0, 0, 0, 0] = torch.nan
+    ys = layer(xs)
+    assert ys[1][:, 0].isnan().all() and layer.running_mean[1, 0].isnan()
+    for k in (0, 2):
+        close(ys[k], expected[k])
+        assert layer.running_mean[k].isfinite().all()
+
+
 def test_the_domain_must_be_said_and_be_right():
     layer, x = make(), torch.randn(2, C, 3, dtype=torch.float64)
     for call, message in (
-        (lambda: layer(x), "num_domains=3.*domain=k"),
+        (lambda: layer(x), "num_domains=3 got a single tensor.*domain=k"),
         (lambda: layer([x, x]), "num_domains=3 tensors, got 2"),
         (lambda: layer([x] * 3, domain=1), "leave domain= out"),
         (lambda: layer(x, domain=3), "0 to 2, got 3"),

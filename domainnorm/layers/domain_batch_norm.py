@@ -1,7 +1,7 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed import Group, world_size
 from ..moments import Moments, normalize_rows
-
-Input = TypeVar("Input", Tensor, list[Tensor])
+from .domains import DomainBatch, Input
 
 CHOICES = ("shared", "per_domain")
 STATISTICS = ("auto", "minibatch", "population")
@@ -126,43 +125,7 @@ class DomainBatchNorm(nn.Module):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
-    def _with_domains(self, x: Tensor | Sequence[Tensor], domain: int | Tensor | None) -> "_Batch":
-        """The input as tensors with a domain each; says clearly what is wrong with it."""
-        name, count = type(self).__name__, self.num_domains
-        domains: Sequence[int | Tensor]
-        if not isinstance(x, Tensor):
-            if domain is not None:
-                raise ValueError(f"{name}: a list has one tensor per domain; leave domain= out")
-            if len(x) != count:
-                raise ValueError(f"{name}: expected a list of num_domains={count} tensors, got {len(x)}")
-            tensors, domains = list(x), list(range(count))
-        else:
-            if domain is None:
-                if count > 1:
-                    raise ValueError(
-                        f"{name} has num_domains={count}: give a list of {count} tensors, or say domain=k, or "
-                        "domain=ids with one domain per sample; got a single tensor and no domain"
-                    )
-                domain = 0
-            tensors, domains = [x], [domain]
-        for tensor in tensors:
-            if tensor.ndim < 2 or tensor.shape[1] != self.num_features:
-                raise ValueError(f"{name}: expected inputs (N, {self.num_features}, …), got {tuple(tensor.shape)}")
-        if isinstance(domain, Tensor):
-            if domain.shape != tensors[0].shape[:1] or domain.dtype != torch.long:
-                raise ValueError(
-                    f"{name}: domain= takes an int or a LongTensor of shape ({tensors[0].shape[0]},), "
-                    f"got {domain.dtype} of shape {tuple(domain.shape)}"
-                )
-            if domain.device.type == "cpu" and domain.numel():  # on a GPU, indexing checks it without a sync
-                low, high = int(domain.min()), int(domain.max())
-                if low < 0 or high >= count:
-                    raise ValueError(f"{name}: domains are 0 to {count - 1}, got {low} to {high}")
-        elif domain is not None and not 0 <= domain < count:
-            raise ValueError(f"{name}: domains are 0 to {count - 1}, got {domain}")
-        return _Batch(tensors, domains)
-
-    def _population(self, batch: "_Batch") -> list[Tensor]:
+    def _population(self, batch: DomainBatch) -> list[Tensor]:
         """Normalized by the buffers: torch's own inference kernel, except for mixed or empty tensors."""
         outputs = []
         for x, domain in zip(batch.tensors, batch.domains, strict=True):
@@ -179,7 +142,7 @@ class DomainBatchNorm(nn.Module):
                 outputs.append(F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps))
         return outputs
 
-    def _normalize(self, batch: "_Batch", merged: Moments) -> list[Tensor]:
+    def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
         """Normalized by the moments of each domain, `merged` `(K, C)`, over all ranks; updates the buffers."""
         total = merged.merge(0) if self.sgd_statistics == "shared" else merged  # (1, C) or (K, C)
         outputs = []
@@ -191,10 +154,10 @@ class DomainBatchNorm(nn.Module):
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
 
-    def _check_counts(self, batch: "_Batch", merged: Moments, ranks: int) -> None:
+    def _check_counts(self, batch: DomainBatch, merged: Moments, ranks: int) -> None:
         """A normalization batch of one element has no variance: ValueError, on every rank alike."""
         per_domain = self.sgd_statistics == "per_domain"
-        if batch.cannot_be_single(per_domain, ranks, self.num_domains):
+        if batch.cannot_be_single(per_domain, ranks):
             return  # known from the shapes, without waiting for a GPU
         count = merged.count if per_domain else merged.count.sum(0, keepdim=True)
         single = (count.flatten() == 1).nonzero().flatten().tolist()
@@ -274,11 +237,14 @@ def normalize_in_step(
     equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
     """
     first = layers[0]
-    batches = [layer._with_domains(x, domain) for layer, x in zip(layers, inputs, strict=True)]
+    batches = [
+        DomainBatch.of(x, domain, layer.num_domains, layer.num_features)
+        for layer, x in zip(layers, inputs, strict=True)
+    ]
     if not first.uses_minibatch:
         outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
     else:
-        local = [batch.by_domain(layer.num_domains) for layer, batch in zip(layers, batches, strict=True)]
+        local = [batch.by_domain() for batch in batches]
         group = None if isinstance(first.sync, bool) else first.sync
         ranks = world_size(group) if first.sync and first.training else 1
         if ranks > 1:
@@ -291,41 +257,6 @@ def normalize_in_step(
             first._check_counts(batches[0], local[0], ranks)
         outputs = [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
     return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
-
-
-class _Batch:
-    """Input tensors with the domain of each: an int, or a LongTensor of one domain per sample."""
-
-    def __init__(self, tensors: list[Tensor], domains: Sequence[int | Tensor]) -> None:
-        self.tensors = tensors
-        self.domains = domains
-        self._rows: list[Moments] | None = None
-
-    def rows(self) -> list[Moments]:
-        """Moments of the rows of each tensor; x is read for them once."""
-        if self._rows is None:
-            self._rows = [Moments.rows(x) for x in self.tensors]
-        return self._rows
-
-    def by_domain(self, num_domains: int) -> Moments:
-        """All rows merged per domain, `(K, C)`, on this rank."""
-        ids = [d if isinstance(d, Tensor) else _full(x, d) for x, d in zip(self.tensors, self.domains, strict=True)]
-        return Moments.cat(self.rows()).merge_by(torch.cat(ids).to(self.tensors[0].device), num_domains)
-
-    def cannot_be_single(self, per_domain: bool, ranks: int, num_domains: int) -> bool:
-        """Whether the shapes of this rank alone rule out a normalization batch of one element."""
-        sizes = [x.shape[0] * x.shape[2:].numel() for x in self.tensors]
-        if any(isinstance(d, Tensor) for d in self.domains):  # the counts are on the device, but come in whole rows
-            return ranks == 1 and self.tensors[0].shape[2:].numel() > 1
-        if not per_domain:
-            sizes = [sum(sizes)]
-        elif len(sizes) < num_domains:
-            sizes.append(0)
-        return min(sizes) > 1 if ranks > 1 else 1 not in sizes
-
-
-def _full(x: Tensor, domain: int) -> Tensor:
-    return torch.full(x.shape[:1], domain, dtype=torch.long, device=x.device)
 
 
 def _of_domain(value: Any, domain: int | Tensor) -> Any:

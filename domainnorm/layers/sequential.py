@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .domain_batch_norm import DomainBatchNorm, Input
+from .domain_batch_norm import DomainBatchNorm
+from .domains import Input
 
 
 class DomainSequential(nn.Sequential):

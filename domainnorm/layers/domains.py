@@ -1,0 +1,95 @@
+"""What a layer is given, as tensors with a domain each: the one form behind the three ways to say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..moments import Moments
+
+Input = TypeVar("Input", Tensor, list[Tensor])
+Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of each
+
+
+class DomainBatch:
+    """Tensors `(N, C, *)` and the domain of each."""
+
+    def __init__(self, tensors: list[Tensor], domains: Sequence[Domain], num_domains: int) -> None:
+        self.tensors = tensors
+        self.domains = domains
+        self.num_domains = num_domains
+        self._rows: list[Moments] | None = None
+
+    @staticmethod
+    def of(x: Tensor | Sequence[Tensor], domain: Domain | None, num_domains: int, num_features: int) -> DomainBatch:
+        """The input of a layer: a list with one tensor per domain, or a tensor and its `domain`.
+
+        Raises:
+            ValueError: the domain is not said, or wrong; or the shapes are not `(N, num_features, *)`.
+        """
+        domains: Sequence[Domain]
+        if isinstance(x, Tensor):
+            if domain is None:
+                if num_domains > 1:
+                    raise ValueError(
+                        f"a layer with num_domains={num_domains} got a single tensor and no domain: give a list of "
+                        f"{num_domains} tensors, or say domain=k, or domain=ids with one domain per sample"
+                    )
+                domain = 0
+            _check_domain(domain, x, num_domains)
+            tensors, domains = [x], [domain]
+        else:
+            if domain is not None:
+                raise ValueError("a list has one tensor per domain; leave domain= out")
+            if len(x) != num_domains:
+                raise ValueError(f"expected a list of num_domains={num_domains} tensors, got {len(x)}")
+            tensors, domains = list(x), range(num_domains)
+        for tensor in tensors:
+            if tensor.ndim < 2 or tensor.shape[1] != num_features:
+                raise ValueError(f"expected inputs (N, {num_features}, …), got {tuple(tensor.shape)}")
+        return DomainBatch(tensors, domains, num_domains)
+
+    def rows(self) -> list[Moments]:
+        """Moments of the rows of each tensor; x is read for them once."""
+        if self._rows is None:
+            self._rows = [Moments.rows(x) for x in self.tensors]
+        return self._rows
+
+    def by_domain(self) -> Moments:
+        """All rows merged per domain, `(K, C)`, on this rank."""
+        device = self.tensors[0].device
+        ids = [
+            d.to(device) if isinstance(d, Tensor) else torch.full(x.shape[:1], d, dtype=torch.long, device=device)
+            for x, d in zip(self.tensors, self.domains, strict=True)
+        ]
+        return Moments.cat(self.rows()).merge_by(torch.cat(ids), self.num_domains)
+
+    def cannot_be_single(self, per_domain: bool, ranks: int) -> bool:
+        """Whether the shapes of this rank alone rule out a normalization batch of one element, over all ranks."""
+        sizes = [x.shape[0] * x.shape[2:].numel() for x in self.tensors]
+        if any(isinstance(d, Tensor) for d in self.domains):  # the counts are on the device, but come in whole rows
+            return ranks == 1 and self.tensors[0].shape[2:].numel() > 1
+        if not per_domain:
+            sizes = [sum(sizes)]
+        elif len(sizes) < self.num_domains:
+            sizes.append(0)
+        return min(sizes) > 1 if ranks > 1 else 1 not in sizes
+
+
+def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:
+    if not isinstance(domain, Tensor):
+        if not 0 <= domain < num_domains:
+            raise ValueError(f"domains are 0 to {num_domains - 1}, got {domain}")
+        return
+    if domain.shape != x.shape[:1] or domain.dtype != torch.long:
+        raise ValueError(
+            f"domain= takes an int or a LongTensor of shape ({x.shape[0]},), "
+            f"got {domain.dtype} of shape {tuple(domain.shape)}"
+        )
+    if domain.device.type == "cpu" and domain.numel():  # on a GPU, indexing checks it without a sync
+        low, high = int(domain.min()), int(domain.max())
+        if low < 0 or high >= num_domains:
+            raise ValueError(f"domains are 0 to {num_domains - 1}, got {low} to {high}")
