@@ -8,9 +8,9 @@ CLASSES = ("disk", "square", "triangle", "ring")
 # Colour and texture are hints, not answers: the hue (of 0…6) spreads around the class's own, the texture is the
 # class's own in most objects. Without them 800 steps from random weights learn where objects are, but not what.
 HUES = (0.0, 1.5, 3.0, 4.5)
-HUE_SPREAD = 0.5  # standard deviation
+HUE_SPREAD = 0.35  # standard deviation
 TEXTURES = ("plain", "checked", "striped", "plain")
-TEXTURE_SHARE = 0.7
+TEXTURE_SHARE = 0.85
 MIN_VISIBLE = 0.5  # of an object's pixels: a place in which one would show less is not taken
 COUNTS = (0.05, 0.25, 0.25, 0.2, 0.12, 0.08, 0.05)  # probability of 0, 1, … 6 objects
 SIZES = (10.0, 110.0)  # pixels, diameter of the circle around an object; log-uniform
