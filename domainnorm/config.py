@@ -5,6 +5,7 @@ command-line overrides and refuses unknown keys, wrong types and keys that contr
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,18 +137,26 @@ _CHOICES = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("norm", "value"),
 }
 
+# Of numbers, and of each number in a list: above 0; not below 0; from 0 to 1.
 _POSITIVE = (
-    "MODEL.FPN.OUT_CHANNELS",
-    "INPUT.MIN_SIZE_TEST",
-    "SOLVER.IMS_PER_BATCH",
-    "SOLVER.ACCUMULATE",
-    "SOLVER.BASE_LR",
-    "SOLVER.MAX_ITER",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-    "TEST.IMS_PER_BATCH",
-    "TEST.DETECTIONS_PER_IMAGE",
+    *("MODEL.PIXEL_STD", "MODEL.FPN.OUT_CHANNELS", "MODEL.ANCHOR_GENERATOR.SIZES"),
+    *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "MODEL.RETINANET.PRIOR_PROB"),
+    *("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE", "SOLVER.BASE_LR"),
+    *("SOLVER.STEPS", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"),
+    *("TEST.IMS_PER_BATCH", "TEST.DETECTIONS_PER_IMAGE"),
 )
+_NOT_NEGATIVE = (
+    *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
+    *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "DATALOADER.NUM_WORKERS", "SOLVER.WARMUP_ITERS", "SOLVER.WEIGHT_DECAY"),
+    *("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "TEST.EVAL_PERIOD"),
+)
+_SHARES = (
+    *("MODEL.RETINANET.PRIOR_PROB", "MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.SCORE_THRESH_TEST"),
+    *("MODEL.RETINANET.NMS_THRESH_TEST", "INPUT.RANDOM_FLIP", "SOLVER.MOMENTUM", "SOLVER.WARMUP_FACTOR"),
+)
+_LENGTHS = {"MODEL.PIXEL_MEAN": 3, "MODEL.PIXEL_STD": 3, "MODEL.RETINANET.IOU_THRESHOLDS": 2}
+_NOT_EMPTY = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "INPUT.MIN_SIZE_TRAIN", "TEST.STATISTICS")
+_ELEMENTS = {"SOLVER.STEPS": 0, "DATASETS.TRAIN": "", "DATASETS.TEST": ""}  # of lists that are empty by default
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:
@@ -210,7 +219,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     default = _KNOWN[key]
     decoded = CfgNode._decode_cfg_value(value) if not isinstance(default, str) else value
     try:
-        coerced = _coerce(decoded, default)
+        coerced = _coerce(decoded, [_ELEMENTS[key]] if key in _ELEMENTS else default)
     except TypeError:
         raise UserError(
             f"{source}: {key} takes {_type_name(default)}, got {value!r} ({type(decoded).__name__})"
@@ -229,7 +238,7 @@ def _coerce(value: Any, default: Any) -> Any:
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise TypeError
-        return [_coerce(v, default[0]) if default else v for v in value]
+        return [_coerce(v, default[0]) for v in value]
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
@@ -256,9 +265,7 @@ def _check(cfg: CfgNode) -> None:
         if _get(cfg, key) not in choices:
             nearest = difflib.get_close_matches(str(_get(cfg, key)), choices, n=1, cutoff=0.0)[0]
             raise UserError(f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}")
-    for key in _POSITIVE:
-        if not _get(cfg, key) > 0:
-            raise UserError(f"{key} takes a number above 0, got {_get(cfg, key)!r}")
+    _check_numbers(cfg)
     for name in cfg.TEST.STATISTICS:
         if name not in STATISTICS:
             raise UserError(f"TEST.STATISTICS takes any of {list(STATISTICS)}, got {name!r}")
@@ -277,10 +284,12 @@ def _check(cfg: CfgNode) -> None:
             f"SOLVER.STEPS {solver.STEPS} contradicts SOLVER.LR_SCHEDULER 'cosine': "
             "leave STEPS empty or set LR_SCHEDULER to 'steps'"
         )
-    if sorted({*solver.STEPS, 0}) != [0, *solver.STEPS]:
-        raise UserError(f"SOLVER.STEPS takes increasing iterations above 0, got {solver.STEPS}")
-    if cfg.SEED < 0:
-        raise UserError(f"SEED takes a number from 0 on, got {cfg.SEED}")
+    if sorted(set(solver.STEPS)) != solver.STEPS:
+        raise UserError(f"SOLVER.STEPS takes increasing iterations, got {solver.STEPS}")
+    if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
+        raise UserError(
+            f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
+        )
     if solver.IMS_PER_BATCH % solver.ACCUMULATE:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} contradicts SOLVER.ACCUMULATE {solver.ACCUMULATE}: "
@@ -288,13 +297,29 @@ def _check(cfg: CfgNode) -> None:
         )
     if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
         raise UserError("SOLVER.AMP.DTYPE 'float16' contradicts MODEL.DEVICE 'cpu': use bfloat16 there")
-    if not cfg.INPUT.MIN_SIZE_TRAIN:
-        raise UserError("INPUT.MIN_SIZE_TRAIN takes at least one size, got []")
     for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
         if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:
             raise UserError(
                 f"INPUT.MIN_SIZE_{which} {smallest} contradicts INPUT.MAX_SIZE_{which} "
                 f"{cfg.INPUT[f'MAX_SIZE_{which}']}: the shorter side cannot be longer than the longer one"
             )
-    if len(head.IOU_THRESHOLDS) != 2 or head.IOU_THRESHOLDS[0] > head.IOU_THRESHOLDS[1]:
+    if head.IOU_THRESHOLDS[0] > head.IOU_THRESHOLDS[1]:
         raise UserError(f"MODEL.RETINANET.IOU_THRESHOLDS takes two increasing numbers, got {head.IOU_THRESHOLDS}")
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    for keys, expected, holds in (
+        (_POSITIVE, "above 0", lambda v: 0 < v < math.inf),
+        (_NOT_NEGATIVE, "from 0 on", lambda v: 0 <= v < math.inf),
+        (_SHARES, "from 0 to 1", lambda v: 0 <= v <= 1),
+    ):
+        for key in keys:
+            value = _get(cfg, key)
+            if not all(holds(v) for v in (value if isinstance(value, list) else [value])):
+                raise UserError(f"{key} takes a number {expected}, got {value!r}")
+    for key, length in _LENGTHS.items():
+        if len(_get(cfg, key)) != length:
+            raise UserError(f"{key} takes {length} numbers, got {_get(cfg, key)!r}")
+    for key in _NOT_EMPTY:
+        if not _get(cfg, key):
+            raise UserError(f"{key} takes at least one, got []")

@@ -14,8 +14,8 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
 
     Args:
         name: `""`: None is returned. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
-            `"FrozenBN"`: `FrozenBatchNorm`; `"GN"`: `nn.GroupNorm` of 32 groups, or as many as divide both 32 and
-            `num_features` where 32 does not divide `num_features` (MobileNets).
+            `"FrozenBN"`: `FrozenBatchNorm`; `"GN"`: `nn.GroupNorm` of 32 groups, or of as many as divide both 32 and
+            `num_features` and hold two channels or more (one channel of a 1 × 1 map has no variance).
         **options: of `DomainBatchNorm`, such as `num_domains`, `sgd_statistics`, `eps`. `GN` has no domains and no
             running statistics: it takes `eps` and is the same layer for every domain.
     """
@@ -28,7 +28,9 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     if name == "FrozenBN":
         return FrozenBatchNorm(num_features, **options)
     if name == "GN":
-        return nn.GroupNorm(math.gcd(32, num_features), num_features, eps=options.get("eps", 1e-5))
+        groups = math.gcd(32, num_features)
+        groups = max(groups // 2, 1) if groups == num_features else groups
+        return nn.GroupNorm(groups, num_features, eps=options.get("eps", 1e-5))
     raise ValueError(f"norm takes one of '', 'BN', 'SyncBN', 'GN', 'FrozenBN', got {name!r}")
 
 

@@ -1,5 +1,6 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,14 @@ class DomainBatchNorm(nn.Module):
     def forward(self, x: Input, domain: int | Tensor | None = None) -> Input:
         return normalize_in_step([self], [x], domain)[0]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
+        """A copy that synchronizes over the same process group; a group itself cannot be copied."""
+        memo[id(self.sync)] = self.sync
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
     def reset_running_stats(self) -> None:
         """Population statistics as at construction: mean 0, variance 1, no step counted."""
         self.running_mean.zero_()
@@ -202,7 +211,7 @@ class DomainBatchNorm(nn.Module):
             if value is None or value.shape == own.shape:
                 continue
             if own.shape[1:] == value.shape and own.ndim == value.ndim + 1:
-                state_dict[key] = value.expand_as(own)
+                state_dict[key] = value.expand_as(own).clone()  # each domain its own memory, also with assign=True
             elif value.shape[1:] == own.shape and value.ndim == own.ndim + 1:
                 choice = "affine" if name in ("weight", "bias") else "population_statistics"
                 errors.append(
