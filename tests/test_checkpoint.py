@@ -136,9 +136,26 @@ def test_resume_with_another_config_is_refused_and_writes_nothing(data_set, tmp_
     assert "SOLVER.BASE_LR was 0.01, is 0.5" in str(error.value) and "SEED was 0, is 1" in str(error.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
+    with pytest.raises(UserError, match=r"trained to iteration 4 already, SOLVER\.MAX_ITER is 3"):
+        train(tiny.config(data_set, tmp_path, SOLVER__MAX_ITER=3), resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
     free = {"DATALOADER__NUM_WORKERS": 1, "SOLVER__CHECKPOINT_PERIOD": 3, "TEST__IMS_PER_BATCH": 2}
     train(tiny.config(data_set, tmp_path, **free), resume=True)  # finished already: nothing left to train
     assert (tmp_path / "model_final.pth").read_bytes() == before[tmp_path / "model_final.pth"]
+
+
+def test_a_run_in_steps_may_be_made_longer(data_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "build_model", _noisy)
+    train(tiny.config(data_set, tmp_path / "whole"))
+    train(tiny.config(data_set, tmp_path / "parts", SOLVER__MAX_ITER=2))
+    train(tiny.config(data_set, tmp_path / "parts"), resume=True)
+    whole, parts = (read_checkpoint(tmp_path / name / "model_final.pth")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    cosine = {"SOLVER__LR_SCHEDULER": "cosine"}
+    train(tiny.config(data_set, tmp_path / "cosine", SOLVER__MAX_ITER=2, **cosine))
+    with pytest.raises(UserError, match=r"SOLVER\.MAX_ITER was 2, is 4"):
+        train(tiny.config(data_set, tmp_path / "cosine", **cosine), resume=True)
 
 
 def test_resume_without_a_checkpoint_starts(data_set, tmp_path, monkeypatch):

@@ -339,6 +339,7 @@ def test_statistics_of_one_domain_load_into_each_of_several():
     layer.load_state_dict(plain.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(layer.state_dict()[name], torch.stack([value] * K))
+    layer.load_state_dict(plain.state_dict(), assign=True)
     with torch.no_grad():
         layer.running_mean[0] = 9  # rows are separate memory
     assert (layer.running_mean[1] != 9).all()
@@ -420,6 +421,14 @@ def test_compiled_equals_eager(sgd, population):
         close(x.grad, twin.grad)
     for name, value in eager.state_dict().items():
         close(compiled.state_dict()[name], value)
+
+
+def test_domain_ids_compile_to_one_graph():
+    torch._dynamo.reset()
+    layer = make()
+    ids, x = torch.tensor([0, 2, 2]), torch.randn(3, C, 4, dtype=torch.float64)
+    step = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    close(step(x, domain=ids), layer(x, domain=ids))
 
 
 # ---- in step -------------------------------------------------------------------------------------------------------

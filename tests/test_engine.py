@@ -157,6 +157,35 @@ def _explode_on_rank_1(cfg):
     train(cfg)
 
 
+class BadGradient(tiny.Regressor):
+    """A finite loss whose gradient is nan in the third forward."""
+
+    calls = 0
+
+    def forward(self, images, targets=None):
+        self.calls += 1
+        losses = super().forward(images, targets)
+        if self.calls == 3:
+            zero = (losses["loss_size"] * 0).sqrt()  # its derivative at 0 is infinite, times 0
+            losses["loss_size"] = losses["loss_size"] + zero
+        return losses
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(data_set, tmp_path, monkeypatch, clip):
+    monkeypatch.setattr(train_module, "build_model", lambda cfg: BadGradient())
+    with pytest.raises(UserError, match=r"gradient is not finite at iteration 3: norm nan; images of rank 0: \d\.png"):
+        train(tiny.config(data_set, tmp_path, SOLVER__CLIP_GRADIENTS__ENABLED=clip))
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000002.pth"]
+
+
+def test_a_model_that_is_not_finite_is_not_saved(data_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "build_model", lambda cfg: tiny.Regressor())
+    with pytest.raises(UserError, match="model is not finite at iteration 1: norm of its weights inf"):
+        train(tiny.config(data_set, tmp_path, SOLVER__BASE_LR=1e308, SOLVER__CHECKPOINT_PERIOD=1))
+    assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "last_checkpoint").exists()
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(data_set, tmp_path):
     with pytest.raises(UserError, match=r"iteration 3.*rank 1"):
         launch(_explode_on_rank_1, (tiny.config(data_set, tmp_path),), num_processes=2)

@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from ranks import run_ranks
 
 from domainnorm.config import UserError
+from domainnorm.data import CocoDataset
 from domainnorm.data import test_loader as make_loader
 from domainnorm.distributed import rank
 from domainnorm.evaluation import evaluate, evaluate_coco, predict
@@ -33,6 +34,10 @@ def annotations(data_set):
     return data_set.rsplit(":", 1)[0]
 
 
+def read(annotations):
+    return json.loads(Path(annotations).read_text())
+
+
 def perfect(annotations):
     truth = json.loads(Path(annotations).read_text())["annotations"]
     return [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth]
@@ -40,14 +45,14 @@ def perfect(annotations):
 
 def test_perfect_predictions_have_100(annotations):
     """Also of the object whose id is 0, which pycocotools alone takes for unmatched."""
-    scores = evaluate_coco(perfect(annotations), annotations)
+    scores = evaluate_coco(perfect(annotations), read(annotations))
     assert list(scores) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
     assert scores["AP"] == scores["AP50"] == scores["AP75"] == scores["APs"] == pytest.approx(100)
     assert math.isnan(scores["APl"])  # there is no large object
 
 
 def test_no_predictions_have_0(annotations):
-    scores = evaluate_coco([], annotations)
+    scores = evaluate_coco([], read(annotations))
     assert scores["AP"] == scores["AP50"] == scores["APs"] == 0 and math.isnan(scores["APl"])
 
 
@@ -64,7 +69,7 @@ def test_equals_pycocotools_and_leaves_the_predictions_alone(tmp_path, annotatio
         kind = draw.choice(tiny.CATEGORY_IDS)
         predictions.append({"image_id": entry["image_id"], "category_id": kind, "bbox": box, "score": draw.random()})
     before = json.dumps(predictions)
-    scores = evaluate_coco(predictions, file)
+    scores = evaluate_coco(predictions, read(file))
     assert json.dumps(predictions) == before
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(file))
@@ -76,12 +81,45 @@ def test_equals_pycocotools_and_leaves_the_predictions_alone(tmp_path, annotatio
     assert list(scores.values())[:4] == [100 * value for value in reference.stats[:4]]
 
 
-def test_annotations_without_what_pycocotools_needs(tmp_path, annotations):
+def test_annotations_without_what_pycocotools_needs(annotations):
     data = json.loads(Path(annotations).read_text())
     for entry in data["annotations"]:
         del entry["area"]
-    (tmp_path / "bare.json").write_text(json.dumps(data))
-    assert evaluate_coco(perfect(annotations), tmp_path / "bare.json")["AP"] == pytest.approx(100)
+    assert evaluate_coco(perfect(annotations), data)["AP"] == pytest.approx(100)
+
+
+def test_boxes_skipped_in_training_are_not_missed_in_evaluation(tmp_path):
+    """Dropped ones are no ground truth, clipped ones are it as clipped; crowds stay."""
+    name = tiny.write_dataset(tmp_path)
+    file = tmp_path / "annotations.json"
+    data = read(file)
+    boxes = [entry["bbox"] for entry in data["annotations"]]
+    boxes[0][:], boxes[1][:] = [5, 5, 0, 9], [200, 5, 9, 9]
+    boxes[2][2:] = [500, 40]
+    data["annotations"][3]["iscrowd"] = 1
+    file.write_text(json.dumps(data), encoding="utf-8-sig")  # as some editors save it
+    dataset = CocoDataset(name, invalid_boxes="skip")
+    predictions = [
+        {"image_id": r.image_id, "category_id": dataset.category_ids[label], "bbox": [x, y, u - x, v - y], "score": 0.9}
+        for r in dataset.records
+        for (x, y, u, v), label in zip(r.boxes.tolist(), r.labels, strict=True)
+    ]
+    truth = dataset.ground_truth()
+    assert len(predictions) == len(data["annotations"]) - 3 and len(truth["annotations"]) == len(predictions) + 1
+    assert evaluate_coco(predictions, truth)["AP"] == pytest.approx(100)
+    assert evaluate_coco(predictions, data)["AP"] < 90
+
+
+def test_test_sets_have_the_classes_the_model_is_trained_on(data_set, tmp_path):
+    other = tiny.write_dataset(tmp_path / "other")
+    file = tmp_path / "other" / "annotations.json"
+    data = read(file)
+    data["categories"].insert(1, {"id": 5, "name": "between"})
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"DATASETS\.TEST: .*'between'.* the model is trained on"):
+        evaluate(tiny.config(data_set, tmp_path / "out", DATASETS__TEST=[other]), build())
+    with pytest.raises(UserError, match=r"NUM_CLASSES 2 contradicts .*3 categories"):
+        evaluate(tiny.config(other, tmp_path / "out", DATASETS__TEST=[other], MODEL__RETINANET__NUM_CLASSES=2), build())
 
 
 def test_predictions_are_in_coco_format_whatever_the_batches(data_set, tmp_path):

@@ -1,5 +1,6 @@
 """SyncBN: W processes with uneven and empty inputs equal one process with all of them (App. A.6, A.10)."""
 
+import copy
 import itertools
 from unittest import mock
 
@@ -215,6 +216,7 @@ def subgroups(rank):
     """Ranks 0 and 1 share their statistics; rank 2 is alone in its group."""
     pair, alone = dist.new_group([0, 1]), dist.new_group([2])
     layer = dn.DomainBatchNorm(C, sync=pair if rank < 2 else alone, dtype=torch.float64, momentum=1.0)
+    layer = copy.deepcopy(torch.nn.Sequential(layer))[0]  # keeps its group
     layer(torch.randn(2 + rank, C, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)))
     return layer.running_mean
 

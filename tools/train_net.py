@@ -62,10 +62,11 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
         raise UserError(f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint")
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only: MODEL.WEIGHTS is empty; give a checkpoint file, or --resume for the last one")
-    setup_logging(output_folder(cfg.OUTPUT_DIR))
+    setup_logging()
     model = build_model(cfg)
     if file is not None:
         load_weights(model, read_checkpoint(file)["model"], file)
+    setup_logging(output_folder(cfg.OUTPUT_DIR))
     evaluate(cfg, model)
 
 

@@ -15,6 +15,7 @@ from .annotations import ImageRecord, read_annotations
 from .catalog import resolve_dataset
 from .image import read_image
 from .masks import decode_segmentation
+from .table import read_json
 
 __all__ = ["CocoDataset", "resolve_dataset"]
 
@@ -64,6 +65,28 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         self.class_names: list[str] = [category["name"] for category in self.categories]
         self.image_ids = [record.image_id for record in self.records]
         self.sizes = [record.size for record in self.records]
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The contents of the annotation file to evaluate against: without the boxes that were dropped as invalid,
+        and with those that reached outside their image clipped.
+        """
+        data = read_json(self.annotation_file)
+        kept = {
+            int(id_): box
+            for record in self.records
+            for id_, box in zip(record.annotation_ids, record.boxes, strict=True)
+        }
+        annotations = []
+        for entry in data["annotations"]:
+            box = kept.get(int(entry["id"]))
+            if box is not None:
+                x0, y0, x1, y1 = box.tolist()
+                clipped = [x0, y0, x1 - x0, y1 - y0]
+                if max(abs(a - b) for a, b in zip(clipped, entry["bbox"], strict=True)) > 1:  # less is left as it is
+                    entry["bbox"] = clipped
+            if box is not None or entry.get("iscrowd", 0):
+                annotations.append(entry)
+        return data | {"annotations": annotations}
 
     def __len__(self) -> int:
         return len(self.records)

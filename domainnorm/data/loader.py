@@ -76,6 +76,14 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
         UserError: here, for the annotations; when iterated, for an image.
     """
     dataset = CocoDataset(name, invalid_boxes=cfg.DATALOADER.INVALID_BOXES, transforms=test_transforms(cfg))
+    _check_classes(cfg, dataset)
+    if cfg.DATASETS.TRAIN and (trained := resolve_dataset(cfg.DATASETS.TRAIN[0])[0]).is_file():
+        names = [category["name"] for category in read_categories(trained)]
+        if names != dataset.class_names:
+            raise UserError(
+                f"DATASETS.TEST: {name} has the categories {dataset.class_names}, the model is trained on {names}; "
+                "they must be equal, in the order of their ids"
+            )
     indices = evaluation_indices(len(dataset), rank, world_size)
     return EvaluationLoader(dataset, indices, cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS)
 
@@ -111,12 +119,22 @@ def _training_datasets(cfg: CfgNode) -> list[CocoDataset]:
                 f"data set {dataset.name} ({dataset.annotation_file}): no image remains to train on; give one with "
                 "objects, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False if images without any are meant"
             )
+        _check_classes(cfg, dataset)
         if dataset.class_names != datasets[0].class_names:
             raise UserError(
                 f"DATASETS.TRAIN: {datasets[0].name} has the categories {datasets[0].class_names}, {dataset.name} has "
                 f"{dataset.class_names}; they must be equal, in the order of their ids, to train on both"
             )
     return datasets
+
+
+def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    if classes and len(dataset.categories) > classes:
+        raise UserError(
+            f"MODEL.RETINANET.NUM_CLASSES {classes} contradicts {dataset.annotation_file}, which has "
+            f"{len(dataset.categories)} categories; raise it, or set it to 0 to take the data set's number"
+        )
 
 
 def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader[Any]:

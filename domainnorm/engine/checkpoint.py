@@ -98,6 +98,11 @@ def read_training(cfg: CfgNode) -> dict[str, Any] | None:
     if changed:
         rest = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(f"cannot resume {file} with another config: {'; '.join(changed[:3])}{rest}")
+    if checkpoint["iteration"] > cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"cannot resume {file}: it is trained to iteration {checkpoint['iteration']} already, "
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}"
+        )
     if len(checkpoint["ranks"]) != world_size():
         raise UserError(
             f"cannot resume {file}: it was trained by {len(checkpoint['ranks'])} processes, these are {world_size()}"

@@ -21,7 +21,7 @@ PERIOD = 20  # iterations from one line to the next; also how many a line averag
 logger = logging.getLogger(__name__)
 
 
-def setup_logging(folder: str | Path) -> None:
+def setup_logging(folder: str | Path | None = None) -> None:
     """Send this library's log to the console and to `folder/log.txt`; of ranks other than 0, only warnings."""
     package = logging.getLogger("domainnorm")
     for handler in list(package.handlers):  # of an earlier run in this process
@@ -29,7 +29,7 @@ def setup_logging(folder: str | Path) -> None:
         handler.close()
     package.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [_Console()]
-    if rank() == 0:
+    if rank() == 0 and folder is not None:
         handlers.append(logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8"))
     for handler in handlers:
         who = "" if rank() == 0 else f"rank {rank()} "

@@ -79,12 +79,13 @@ def warn_about_schedule(cfg: CfgNode) -> None:
         )
 
 
-def clip_gradients(cfg: CfgNode, model: nn.Module) -> None:
-    """Bound the gradients as `SOLVER.CLIP_GRADIENTS` says; nothing where it is not enabled."""
+def clip_gradients(cfg: CfgNode, model: nn.Module) -> torch.Tensor:
+    """Bound the gradients as `SOLVER.CLIP_GRADIENTS` says; returns the norm that all of them together had before."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
-    if not clip.ENABLED:
-        return
-    if clip.CLIP_TYPE == "norm":
-        nn.utils.clip_grad_norm_(model.parameters(), clip.CLIP_VALUE)
-    else:
-        nn.utils.clip_grad_value_(model.parameters(), clip.CLIP_VALUE)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip.ENABLED and clip.CLIP_TYPE == "norm":
+        nn.utils.clip_grads_with_norm_(parameters, clip.CLIP_VALUE, norm)
+    elif clip.ENABLED:
+        nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+    return norm

@@ -38,7 +38,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
 
     Raises:
         UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, a
-            checkpoint of another run, a loss that is not finite (the checkpoints stay as they were).
+            checkpoint of another run; a loss, gradient or weight that is not finite (checkpoints stay as they were).
     """
     solver = cfg.SOLVER
     device = get_device(cfg.MODEL.DEVICE)
@@ -48,20 +48,21 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     share = solver.IMS_PER_BATCH // (world_size() * solver.ACCUMULATE)  # images of one forward
 
     # What can be wrong with the input shows before anything is written, and not after days of training.
+    setup_logging()
     checkpoint = read_training(cfg) if resume else None
     start = checkpoint["iteration"] if checkpoint else 0
     ranks = {"rank": rank(), "world_size": world_size()}
     batches = train_loader(cfg, **ranks, start_iteration=start)
     for name in cfg.DATASETS.TEST:
         test_loader(cfg, name, **ranks)
+    _seed(cfg.SEED)  # the same weights on every rank
+    model = build_model(cfg).train()
     folder = output_folder(cfg.OUTPUT_DIR)
     setup_logging(folder)
     if rank() == 0:
         save_config(cfg, folder / "config.yaml")
         warn_about_schedule(cfg)
 
-    _seed(cfg.SEED)  # the same weights on every rank
-    model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler(device.type, enabled=solver.AMP.ENABLED and amp == torch.float16)
     network: nn.Module = model
@@ -90,15 +91,20 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             with _only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype=amp, enabled=solver.AMP.ENABLED):
                     output = network(images[part], targets[part])
-                for name, value in _finite(output, iteration, targets[part]).items():
+                for name, value in _finite("loss", output, iteration, targets[part]).items():
                     losses[name] = losses.get(name, 0.0) + value / solver.ACCUMULATE
                 scaler.scale(sum(output.values()) / solver.ACCUMULATE).backward()
         scaler.unscale_(optimizer)
-        clip_gradients(cfg, model)
+        norm = clip_gradients(cfg, model)
+        if not scaler.is_enabled():  # which skips the steps whose gradients overflow, and lowers its scale
+            _finite("gradient", {"norm": norm}, iteration, targets)
         scaler.step(optimizer)
         scaler.update()
 
         done = iteration + 1
+        if done == solver.MAX_ITER or done % solver.CHECKPOINT_PERIOD == 0:
+            weights = [value for value in model.state_dict().values() if value.is_floating_point()]
+            _finite("model", {"norm of its weights": nn.utils.get_total_norm(weights)}, iteration, targets)
         log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
         if done == solver.MAX_ITER:
             save_training(cfg, "model_final.pth", model, optimizer, scaler, done)
@@ -135,14 +141,14 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _finite(losses: dict[str, Tensor], iteration: int, targets: list[dict[str, Any]]) -> dict[str, float]:
-    """The losses as numbers, in one copy from the device; refused before their gradients reach anyone."""
-    values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
+def _finite(what: str, tensors: dict[str, Tensor], iteration: int, targets: list[dict[str, Any]]) -> dict[str, float]:
+    """Numbers of the loss, gradient or model, in one copy from the device; refused before they do harm."""
+    values = dict(zip(tensors, torch.stack([v.detach().float() for v in tensors.values()]).tolist(), strict=True))
     if all(math.isfinite(value) for value in values.values()):
         return values
     shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
     files = ", ".join(str(target.get("file_name", target.get("image_id"))) for target in targets)
     raise UserError(
-        f"the loss is not finite at iteration {iteration + 1}: {shown}; images of rank {rank()}: {files}; "
+        f"the {what} is not finite at iteration {iteration + 1}: {shown}; images of rank {rank()}: {files}; "
         "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
     )

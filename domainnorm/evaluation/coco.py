@@ -2,10 +2,8 @@
 
 import contextlib
 import io
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,18 +38,19 @@ def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[st
 
 
 def evaluate_coco(
-    predictions: list[dict[str, Any]], annotation_file: str | Path, iou_type: str = "bbox"
+    predictions: list[dict[str, Any]], ground_truth: dict[str, Any], iou_type: str = "bbox"
 ) -> dict[str, float]:
-    """AP of `predictions` (in COCO's results format) against all of `annotation_file`, in percent.
+    """AP of `predictions` (in COCO's results format) against all of `ground_truth`, in percent.
 
     Args:
+        ground_truth: the contents of a COCO annotation file, as `CocoDataset.ground_truth` returns them.
         iou_type: "bbox" or "segm", of boxes or masks.
 
     Returns:
         AP (mean over IoU 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects; nan where the ground
         truth has no such object.
     """
-    truth = _index(_with_defaults(json.loads(Path(annotation_file).read_text(encoding="utf-8"))))
+    truth = _index(_with_defaults(ground_truth))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if predictions:
             # loadRes writes into the entries; and it would take the area of a mask from a box beside it
@@ -84,12 +83,14 @@ def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequen
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
-    """What pycocotools needs of each object but hand-made files leave out."""
-    for number, entry in enumerate(data["annotations"], start=1):
-        entry["id"] = number  # pycocotools takes an object with id 0 for one that was never matched
-        entry.setdefault("iscrowd", 0)
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-    return data
+    """With what pycocotools needs of each object but hand-made files leave out."""
+    annotations = [
+        {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3]}
+        | entry
+        | {"id": number}  # pycocotools takes an object with id 0 for one that was never matched
+        for number, entry in enumerate(data["annotations"], start=1)
+    ]
+    return data | {"annotations": annotations}
 
 
 def _index(data: dict[str, Any]) -> COCO:

@@ -59,7 +59,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
                 if rank() == 0:
                     where = folder / "inference" / name / (_file_name(data_set) if len(sets) > 1 else "")
                     _write_json(where / "coco_instances_results.json", predictions)
-                    scores = {"bbox": evaluate_coco(predictions, loader.dataset.annotation_file)}
+                    scores = {"bbox": evaluate_coco(predictions, loader.dataset.ground_truth())}
                 results[name][data_set] = gather_objects(scores)[0]
     if rank() == 0:
         print(format_table(results))
