@@ -177,7 +177,8 @@ class _RowAffine(Function):
     def forward(ctx, x, scale, shift, centre):
         ctx.save_for_backward(x, scale, centre)
         centred = x - _per_row(centre, x)
-        return torch.addcmul(_per_row(shift, x), centred, _per_row(scale, x)).to(x.dtype)
+        y = torch.addcmul(_per_row(shift, x), centred, _per_row(scale, x))
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11 compiles a .to() without effect to no gradient
 
     @staticmethod
     def backward(ctx, grad):

@@ -102,14 +102,12 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
         scaler.update()
 
         done = iteration + 1
+        log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
         if done == solver.MAX_ITER or done % solver.CHECKPOINT_PERIOD == 0:
             weights = [value for value in model.state_dict().values() if value.is_floating_point()]
             _finite("model", {"norm of its weights": nn.utils.get_total_norm(weights)}, iteration, targets)
-        log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
-        if done == solver.MAX_ITER:
-            save_training(cfg, "model_final.pth", model, optimizer, scaler, done)
-        elif done % solver.CHECKPOINT_PERIOD == 0:
-            save_training(cfg, f"model_{done:07d}.pth", model, optimizer, scaler, done)
+            name = "model_final.pth" if done == solver.MAX_ITER else f"model_{done:07d}.pth"
+            save_training(cfg, name, model, optimizer, scaler, done)
         if cfg.TEST.EVAL_PERIOD and done % cfg.TEST.EVAL_PERIOD == 0 and done < solver.MAX_ITER:
             log.evaluation(done, evaluate(cfg, model))
 
