@@ -134,6 +134,11 @@ def one_collective(rank):
     with Counted() as backward:
         loss_of(itertools.chain(*together)).backward()
     apart = [twins[0](xs)]
+    try:
+        normalize_in_step(layers, [xs, [x[..., 1:] for x in xs]])
+        raise AssertionError("unequal sizes in step were accepted")
+    except ValueError as error:
+        assert "equal N and spatial sizes" in str(error)
     same = all(torch.equal(a, b) for a, b in zip(together[0], apart[0], strict=True))
     with torch.no_grad(), Counted() as eval_calls:
         for layer in layers:

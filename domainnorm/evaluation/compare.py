@@ -43,6 +43,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     sets = list(cfg.DATASETS.TEST)
     if not sets:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
+    loaders = {data_set: test_loader(cfg, data_set, rank=rank(), world_size=world_size()) for data_set in sets}
     folder = output_folder(cfg.OUTPUT_DIR)
     device = get_device(cfg.MODEL.DEVICE)
     results: dict[str, Any] = {}
@@ -52,8 +53,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
         for name in names:
             set_statistics(model, name)
             results[name] = {}
-            for data_set in sets:
-                loader = test_loader(cfg, data_set, rank=rank(), world_size=world_size())
+            for data_set, loader in loaders.items():
                 predictions = predict(model, loader, device)
                 scores = {}
                 if rank() == 0:

@@ -257,6 +257,7 @@ def normalize_in_step(
         group = None if isinstance(first.sync, bool) else first.sync
         ranks = world_size(group) if first.sync and first.training else 1
         if ranks > 1:
+            _check_in_step(batches)
             widths = [layer.num_features for layer in layers]
             means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
             merged = Moments(local[0].count, means, variances).merge_ranks(group)
@@ -266,6 +267,14 @@ def normalize_in_step(
             first._check_counts(batches[0], local[0], ranks)
         outputs = [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
     return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
+
+
+def _check_in_step(batches: Sequence[DomainBatch]) -> None:
+    """One collective carries one count per domain for all layers."""
+    shapes = [[(x.shape[0], *x.shape[2:]) for x in batch.tensors] for batch in batches]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(f"layers in step take inputs of equal N and spatial sizes, got {shapes[0]} and {other}")
 
 
 def _of_domain(value: Any, domain: int | Tensor) -> Any:
