@@ -1,23 +1,28 @@
 """domainnorm: the batch of BatchNorm as an explicit choice."""
 
-from .config import UserError, load_config
+from .config import load_config
 from .convert import set_statistics
 from .engine import train
+from .errors import UserError
 from .evaluation import evaluate
 from .layers import DomainBatchNorm, DomainSequential, FrozenBatchNorm, get_norm
 from .modeling import build_model
 from .moments import Moments
+from .population import merge_population_statistics
+from .roi_shuffle import RoIShuffle
 
 __all__ = [
     "DomainBatchNorm",
     "DomainSequential",
     "FrozenBatchNorm",
     "Moments",
+    "RoIShuffle",
     "UserError",
     "build_model",
     "evaluate",
     "get_norm",
     "load_config",
+    "merge_population_statistics",
     "set_statistics",
     "train",
 ]

@@ -5,7 +5,6 @@ command-line overrides and refuses unknown keys, wrong types and keys that contr
 """
 
 import difflib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-
-class UserError(ValueError):
-    """A mistake in what the user gave (config, data, checkpoint): one line that says what to do. Exit code 2."""
-
+from .config_checks import check
+from .errors import UserError
 
 _C = CfgNode()
 
@@ -24,10 +21,11 @@ _C.OUTPUT_DIR = "./output"  # checkpoints, logs and results of this run
 _C.SEED = 0  # of weights, sampling and augmentation; a CPU run is repeatable to the bit on one machine
 
 _C.MODEL = CfgNode()
-_C.MODEL.META_ARCHITECTURE = "RetinaNet"  # the only one so far
+_C.MODEL.META_ARCHITECTURE = "RetinaNet"  # "RetinaNet" | "GeneralizedRCNN" (Faster and Mask R-CNN)
 _C.MODEL.DEVICE = "auto"  # "cuda", "cpu", or "auto": cuda where there is one
 # "" (random), a file, or the name of torchvision weights such as "ResNet50_Weights.IMAGENET1K_V2"
 _C.MODEL.WEIGHTS = ""
+_C.MODEL.MASK_ON = False  # of GeneralizedRCNN: also predict masks (Mask R-CNN)
 _C.MODEL.PIXEL_MEAN = [0.485, 0.456, 0.406]  # RGB, of images in [0, 1]
 _C.MODEL.PIXEL_STD = [0.229, 0.224, 0.225]  # RGB, of images in [0, 1]
 
@@ -42,7 +40,8 @@ _C.MODEL.FPN.OUT_CHANNELS = 256  # of every pyramid level and of the head
 _C.MODEL.FPN.NORM = ""  # as BACKBONE.NORM
 
 _C.MODEL.ANCHOR_GENERATOR = CfgNode()
-_C.MODEL.ANCHOR_GENERATOR.SIZES = [32, 64, 128, 256, 512]  # pixels, one a level; at 3 octave scales each
+# pixels, one a level; RetinaNet has 3 octave scales of each
+_C.MODEL.ANCHOR_GENERATOR.SIZES = [32, 64, 128, 256, 512]
 _C.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [0.5, 1.0, 2.0]  # height / width, at every size
 
 _C.MODEL.RETINANET = CfgNode()
@@ -62,6 +61,41 @@ _C.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.1  # from quadratic to linear, in uni
 _C.MODEL.RETINANET.SCORE_THRESH_TEST = 0.05  # detections below it are dropped
 _C.MODEL.RETINANET.NMS_THRESH_TEST = 0.5  # IoU, within a class
 _C.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 1000  # a level, before NMS
+
+_C.MODEL.RPN = CfgNode()
+_C.MODEL.RPN.NUM_CONV = 1  # 3x3 convolutions of FPN.OUT_CHANNELS channels before the predictions
+_C.MODEL.RPN.IOU_THRESHOLDS = [0.3, 0.7]  # of anchors; below: background; from the second on: foreground
+_C.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 256  # anchors sampled for the loss
+_C.MODEL.RPN.POSITIVE_FRACTION = 0.5  # of them, at most
+_C.MODEL.RPN.PRE_NMS_TOPK_TRAIN = 2000  # a level
+_C.MODEL.RPN.PRE_NMS_TOPK_TEST = 1000  # a level
+_C.MODEL.RPN.POST_NMS_TOPK_TRAIN = 1000  # an image
+_C.MODEL.RPN.POST_NMS_TOPK_TEST = 1000  # an image
+_C.MODEL.RPN.NMS_THRESH = 0.7  # IoU, within a level
+
+_C.MODEL.ROI_HEADS = CfgNode()
+_C.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: as many as the training set has categories
+_C.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 512  # RoIs sampled for training
+_C.MODEL.ROI_HEADS.POSITIVE_FRACTION = 0.25  # of them, at most
+_C.MODEL.ROI_HEADS.IOU_THRESHOLDS = [0.5]  # of RoIs; from it on: foreground
+_C.MODEL.ROI_HEADS.SHUFFLE = False  # train the heads on RoIs randomly permuted over the ranks (Rethinking, 6.1)
+_C.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.05  # detections below it are dropped
+_C.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.5  # IoU, within a class
+
+# The paper's 4conv1fc: NUM_CONV 4, NUM_FC 1
+_C.MODEL.ROI_BOX_HEAD = CfgNode()
+_C.MODEL.ROI_BOX_HEAD.NUM_CONV = 0  # 3x3 convolutions, each followed by the norm
+_C.MODEL.ROI_BOX_HEAD.CONV_DIM = 256  # their channels
+_C.MODEL.ROI_BOX_HEAD.NUM_FC = 2  # linear layers after them
+_C.MODEL.ROI_BOX_HEAD.FC_DIM = 1024  # their features
+_C.MODEL.ROI_BOX_HEAD.NORM = ""  # of the convolutions, as BACKBONE.NORM
+_C.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7  # height and width of a RoI's features
+
+_C.MODEL.ROI_MASK_HEAD = CfgNode()
+_C.MODEL.ROI_MASK_HEAD.NUM_CONV = 4  # 3x3 convolutions, each followed by the norm
+_C.MODEL.ROI_MASK_HEAD.CONV_DIM = 256  # their channels
+_C.MODEL.ROI_MASK_HEAD.NORM = ""  # of the convolutions, as BACKBONE.NORM
+_C.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14  # height and width of a RoI's features; a mask has twice that
 
 _C.INPUT = CfgNode()
 _C.INPUT.MIN_SIZE_TRAIN = [800]  # pixels, of the shorter side; one is drawn for each image
@@ -114,48 +148,6 @@ _C.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
 _C.TEST.IMS_PER_BATCH = 1  # images loaded together, for each rank; results do not depend on it
 _C.TEST.DETECTIONS_PER_IMAGE = 100  # the best, over all classes
 
-NORMS = ("", "BN", "SyncBN", "GN", "FrozenBN")
-BATCH_NORMS = ("BN", "SyncBN")
-STATISTICS = ("population", "minibatch")
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
-
-_CHOICES = {
-    "MODEL.DEVICE": ("auto", "cuda", "cpu"),
-    "MODEL.META_ARCHITECTURE": ("RetinaNet",),
-    "MODEL.BACKBONE.NAME": BACKBONES,
-    "MODEL.BACKBONE.NORM": NORMS,
-    "MODEL.FPN.NORM": NORMS,
-    "MODEL.RETINANET.NORM": NORMS,
-    "MODEL.RETINANET.SGD_STATISTICS": ("shared", "per_domain"),
-    "MODEL.RETINANET.POPULATION_STATISTICS": ("shared", "per_domain"),
-    "MODEL.RETINANET.AFFINE": ("shared", "per_domain", ""),
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
-    "DATALOADER.INVALID_BOXES": ("error", "skip"),
-    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
-    "SOLVER.LR_SCHEDULER": ("steps", "cosine"),
-    "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("norm", "value"),
-}
-
-# Of numbers, and of each number in a list: above 0; not below 0; from 0 to 1.
-_POSITIVE = (
-    *("MODEL.PIXEL_STD", "MODEL.FPN.OUT_CHANNELS", "MODEL.ANCHOR_GENERATOR.SIZES"),
-    *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "MODEL.RETINANET.PRIOR_PROB"),
-    *("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE", "SOLVER.BASE_LR"),
-    *("SOLVER.STEPS", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"),
-    *("TEST.IMS_PER_BATCH", "TEST.DETECTIONS_PER_IMAGE"),
-)
-_NOT_NEGATIVE = (
-    *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
-    *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "DATALOADER.NUM_WORKERS", "SOLVER.WARMUP_ITERS", "SOLVER.WEIGHT_DECAY"),
-    *("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "TEST.EVAL_PERIOD"),
-)
-_SHARES = (
-    *("MODEL.RETINANET.PRIOR_PROB", "MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.SCORE_THRESH_TEST"),
-    *("MODEL.RETINANET.NMS_THRESH_TEST", "INPUT.RANDOM_FLIP", "SOLVER.MOMENTUM", "SOLVER.WARMUP_FACTOR"),
-)
-_LENGTHS = {"MODEL.PIXEL_MEAN": 3, "MODEL.PIXEL_STD": 3, "MODEL.RETINANET.IOU_THRESHOLDS": 2}
-_NOT_EMPTY = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "INPUT.MIN_SIZE_TRAIN", "TEST.STATISTICS")
 _ELEMENTS = {"SOLVER.STEPS": 0, "DATASETS.TRAIN": "", "DATASETS.TEST": ""}  # of lists that are empty by default
 
 
@@ -176,7 +168,7 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
         raise UserError(f"overrides: expected KEY VALUE pairs, got {len(overrides)} words: {list(overrides)}")
     for key, value in zip(overrides[0::2], overrides[1::2], strict=True):
         _set(cfg, str(key), value, source="overrides")
-    _check(cfg)
+    check(cfg, _C)
     cfg.freeze()
     return cfg
 
@@ -250,76 +242,3 @@ def _type_name(default: Any) -> str:
     return (
         f"a list such as {default}" if isinstance(default, list) else f"{type(default).__name__} (such as {default!r})"
     )
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for name in key.split("."):
-        node = node[name]
-    return node
-
-
-def _check(cfg: CfgNode) -> None:
-    """What must hold of single values, then between keys."""
-    for key, choices in _CHOICES.items():
-        if _get(cfg, key) not in choices:
-            nearest = difflib.get_close_matches(str(_get(cfg, key)), choices, n=1, cutoff=0.0)[0]
-            raise UserError(f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}")
-    _check_numbers(cfg)
-    for name in cfg.TEST.STATISTICS:
-        if name not in STATISTICS:
-            raise UserError(f"TEST.STATISTICS takes any of {list(STATISTICS)}, got {name!r}")
-
-    head = cfg.MODEL.RETINANET
-    if head.NORM not in BATCH_NORMS:
-        for name in ("SGD_STATISTICS", "POPULATION_STATISTICS", "AFFINE"):
-            if head[name] != _C.MODEL.RETINANET[name]:
-                raise UserError(
-                    f"MODEL.RETINANET.{name} {head[name]!r} contradicts MODEL.RETINANET.NORM {head.NORM!r}: "
-                    f"it is a choice of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave {name} out"
-                )
-    solver = cfg.SOLVER
-    if solver.LR_SCHEDULER == "cosine" and solver.STEPS:
-        raise UserError(
-            f"SOLVER.STEPS {solver.STEPS} contradicts SOLVER.LR_SCHEDULER 'cosine': "
-            "leave STEPS empty or set LR_SCHEDULER to 'steps'"
-        )
-    if sorted(set(solver.STEPS)) != solver.STEPS:
-        raise UserError(f"SOLVER.STEPS takes increasing iterations, got {solver.STEPS}")
-    if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
-        raise UserError(
-            f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
-        )
-    if solver.IMS_PER_BATCH % solver.ACCUMULATE:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} contradicts SOLVER.ACCUMULATE {solver.ACCUMULATE}: "
-            "the second must divide the first"
-        )
-    if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
-        raise UserError("SOLVER.AMP.DTYPE 'float16' contradicts MODEL.DEVICE 'cpu': use bfloat16 there")
-    for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
-        if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:
-            raise UserError(
-                f"INPUT.MIN_SIZE_{which} {smallest} contradicts INPUT.MAX_SIZE_{which} "
-                f"{cfg.INPUT[f'MAX_SIZE_{which}']}: the shorter side cannot be longer than the longer one"
-            )
-    if head.IOU_THRESHOLDS[0] > head.IOU_THRESHOLDS[1]:
-        raise UserError(f"MODEL.RETINANET.IOU_THRESHOLDS takes two increasing numbers, got {head.IOU_THRESHOLDS}")
-
-
-def _check_numbers(cfg: CfgNode) -> None:
-    for keys, expected, holds in (
-        (_POSITIVE, "above 0", lambda v: 0 < v < math.inf),
-        (_NOT_NEGATIVE, "from 0 on", lambda v: 0 <= v < math.inf),
-        (_SHARES, "from 0 to 1", lambda v: 0 <= v <= 1),
-    ):
-        for key in keys:
-            value = _get(cfg, key)
-            if not all(holds(v) for v in (value if isinstance(value, list) else [value])):
-                raise UserError(f"{key} takes a number {expected}, got {value!r}")
-    for key, length in _LENGTHS.items():
-        if len(_get(cfg, key)) != length:
-            raise UserError(f"{key} takes {length} numbers, got {_get(cfg, key)!r}")
-    for key in _NOT_EMPTY:
-        if not _get(cfg, key):
-            raise UserError(f"{key} takes at least one, got []")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 
 Group = dist.ProcessGroup | None  # None: all ranks
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .config import UserError
+from .errors import UserError
 
 
 def output_folder(path: str | Path) -> Path:

@@ -7,16 +7,25 @@ import domainnorm as dn
 
 PACKAGE = Path(dn.__file__).parent
 LOWER = {
-    "config": set(),
-    "distributed": {"config"},
-    "output": {"config"},
+    "errors": set(),
+    "config_checks": {"errors"},
+    "config": {"errors", "config_checks"},
+    "distributed": {"errors"},
+    "output": {"errors"},
     "moments": {"distributed"},
-    "layers": {"moments", "distributed", "config"},
+    "roi_shuffle": {"distributed"},
+    "layers": {"moments", "distributed"},
     "convert": {"layers"},
-    "data": {"config", "distributed", "output"},
-    "modeling": {"config", "distributed", "moments", "layers", "convert", "data"},
-    "evaluation": {"config", "distributed", "output", "layers", "convert", "data", "modeling"},
-    "engine": {"config", "distributed", "output", "layers", "convert", "data", "modeling", "evaluation"},
+    "population": {"moments", "distributed", "layers"},
+    "data": {"errors", "distributed", "output"},
+    "modeling": {"errors", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
+    "evaluation": {
+        *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling")
+    },
+    "engine": {
+        *("errors", "config", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        "evaluation",
+    },
 }
 
 

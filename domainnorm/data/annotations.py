@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError
 from .masks import segmentation_problem
 from .table import Table, read_json, sorted_categories
 

@@ -4,7 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
-from ..config import UserError
+from ..errors import UserError
 from .shapes import SHAPES, shapes_dataset
 
 # Under $DETECTRON2_DATASETS, laid out as detectron2 expects it.

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..config import UserError
+from ..errors import UserError
 from .annotations import ImageRecord, read_annotations
 from .catalog import resolve_dataset
 from .image import read_image

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from ..config import UserError
+from ..errors import UserError
 
 # What PIL raises on a file that is not, or not wholly, an image; OSError includes "no such file" and "truncated".
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)

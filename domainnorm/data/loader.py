@@ -7,7 +7,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ..config import UserError
+from ..errors import UserError
 from .coco import CocoDataset, resolve_dataset
 from .sampler import TrainingBatchSampler, evaluation_indices
 from .table import read_categories

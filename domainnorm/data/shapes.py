@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..config import UserError
+from ..errors import UserError
 from .scene import CLASSES, LOOKS, draw_scene
 
 VERSION = 1  # to be raised when the pixels or annotations change: the sets are cached under this number

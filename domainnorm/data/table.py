@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Checkpoints of a training run, from which it resumes to the bit.
 
-A checkpoint holds the model, the optimizer, the loss scaler, the config and, of every rank, its random states and
-its buffers: running statistics are each rank's own, because training never broadcasts them. The position in the
-data is the iteration, the number of steps done.
+A checkpoint holds the model, its running statistics merged over the ranks, the optimizer, the loss scaler, the config
+and, of every rank, its random states and its own buffers, with which it goes on: how often a run saves then leaves no
+trace in it. The position in the data is the iteration, the number of steps done.
 """
 
 import random
@@ -15,10 +15,11 @@ import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import UserError
 from ..distributed import barrier, gather_objects, rank, world_size
+from ..errors import UserError
 from ..modeling.weights import load_weights, read_checkpoint
 from ..output import replace_file
+from ..population import merged_population_statistics
 
 # What a resumed run may choose anew: nothing here changes the weights that training arrives at.
 _FREE_KEYS = (
@@ -58,20 +59,20 @@ def save_training(
     iteration: int,
 ) -> None:
     """Save the whole state of training after `iteration` steps. Every rank calls it, rank 0 writes."""
-    weights = model.state_dict()
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    buffers = {name: value.cpu() for name, value in weights.items() if name in names}
+    buffers = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items() if name in names}
     ranks = gather_objects({"random": _random_states(), "buffers": buffers})
-    if rank() == 0:
-        state = {
-            "model": weights,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "iteration": iteration,
-            "ranks": ranks,
-            "config": cfg.dump(),
-        }
-        save_checkpoint(cfg.OUTPUT_DIR, name, state)
+    with merged_population_statistics(model):
+        if rank() == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "iteration": iteration,
+                "ranks": ranks,
+                "config": cfg.dump(),
+            }
+            save_checkpoint(cfg.OUTPUT_DIR, name, state)
     barrier()
 
 

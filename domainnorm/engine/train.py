@@ -13,12 +13,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import UserError, save_config
+from ..config import save_config
 from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, world_size
+from ..errors import UserError
 from ..evaluation import evaluate
 from ..modeling import build_model
 from ..output import output_folder
+from ..population import merge_population_statistics
 from .checkpoint import read_training, restore_training, save_training
 from .log import TrainingLog, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
@@ -34,7 +36,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU).
 
     Returns:
-        The trained model, not wrapped for several processes.
+        The trained model, not wrapped for several processes; its running statistics are merged over the ranks.
 
     Raises:
         UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, a
@@ -112,6 +114,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             log.evaluation(done, evaluate(cfg, model))
 
     del batches  # ends its worker processes
+    merge_population_statistics(model)  # what is returned is what was saved, on every rank
     if cfg.DATASETS.TEST:
         log.evaluation(solver.MAX_ITER, evaluate(cfg, model))
     log.close()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from ..config import UserError
 from ..distributed import gather_objects, rank
+from ..errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

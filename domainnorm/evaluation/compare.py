@@ -13,10 +13,11 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import STATISTICS, UserError
+from ..config_checks import STATISTICS
 from ..convert import set_statistics
 from ..data import test_loader
 from ..distributed import gather_objects, get_device, rank, world_size
+from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..output import output_folder, replace_file
 from .coco import METRICS, evaluate_coco, predict

@@ -1,4 +1,5 @@
 from .build import build_model
+from .mask_rcnn import GeneralizedRCNN
 from .retinanet import RetinaNet, RetinaNetHead
 
-__all__ = ["RetinaNet", "RetinaNetHead", "build_model"]
+__all__ = ["GeneralizedRCNN", "RetinaNet", "RetinaNetHead", "build_model"]

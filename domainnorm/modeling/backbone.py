@@ -7,32 +7,35 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..layers import freeze_batchnorm, get_norm
 
 
-def build_retinanet_backbone(cfg: CfgNode) -> BackboneWithFPN:
-    """P3 to P7 (strides 8 to 128) of `MODEL.FPN.OUT_CHANNELS` channels; P6 and P7 from C5, as detectron2.
+def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
+    """Five levels of `MODEL.FPN.OUT_CHANNELS` channels, as detectron2.
 
-    State-dict keys are torchvision's (`body.…`, `fpn.…`).
+    RetinaNet: P3 to P7 (strides 8 to 128), P6 and P7 by convolutions from C5. GeneralizedRCNN: P2 to P6 (strides 4 to
+    64), P6 by subsampling P5. State-dict keys are torchvision's (`body.…`, `fpn.…`).
     """
     name, norm = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NORM
     body, stages, outputs = (_mobilenet if name.startswith("mobilenet") else _resnet)(name, norm)
     _freeze(body, stages[: cfg.MODEL.BACKBONE.FREEZE_AT])
     channels = cfg.MODEL.FPN.OUT_CHANNELS
+    dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    layers, widths = list(outputs)[dense:], list(outputs.values())[dense:]
     return BackboneWithFPN(
         body,
-        return_layers={layer: str(i) for i, layer in enumerate(outputs)},
-        in_channels_list=list(outputs.values()),
+        return_layers={layer: str(i) for i, layer in enumerate(layers)},
+        in_channels_list=widths,
         out_channels=channels,
-        extra_blocks=LastLevelP6P7(outputs[list(outputs)[-1]], channels),
+        extra_blocks=LastLevelP6P7(widths[-1], channels) if dense else LastLevelMaxPool(),
         norm_layer=partial(get_norm, cfg.MODEL.FPN.NORM) if cfg.MODEL.FPN.NORM else None,
     )
 
 
 # Each returns the body, the names of its children stage by stage (stem first), and the children whose outputs have
-# strides 8, 16 and 32 with their channels.
+# strides 4, 8, 16 and 32 with their channels.
 _Body = tuple[nn.Module, list[list[str]], dict[str, int]]
 
 
@@ -40,7 +43,7 @@ def _resnet(name: str, norm: str) -> _Body:
     body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm))
     stages = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
     width = body.inplanes  # of layer4
-    return body, stages, {"layer2": width // 4, "layer3": width // 2, "layer4": width}
+    return body, stages, {f"layer{i}": width >> (4 - i) for i in range(1, 5)}
 
 
 def _mobilenet(name: str, norm: str) -> _Body:
@@ -50,7 +53,7 @@ def _mobilenet(name: str, norm: str) -> _Body:
     ends = [i - 1 for i, block in enumerate(body) if getattr(block, "_is_cn", False)] + [len(body) - 1]
     starts = [0] + [end + 1 for end in ends[:-1]]
     stages = [[str(i) for i in range(a, b + 1)] for a, b in zip(starts, ends, strict=True)]
-    return body, stages, {str(i): body[i].out_channels for i in ends[-3:]}
+    return body, stages, {str(i): body[i].out_channels for i in ends[-4:]}
 
 
 def _norm_or_identity(norm: str, **options: float) -> Callable[[int], nn.Module]:

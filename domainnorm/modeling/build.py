@@ -3,42 +3,42 @@
 from fvcore.common.config import CfgNode
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 
-from ..config import UserError
 from ..data import num_classes
 from ..distributed import get_device
-from .backbone import build_retinanet_backbone
+from ..errors import UserError
+from .backbone import build_backbone
+from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
 from .retinanet import RetinaNet, RetinaNetHead
 from .weights import initialize
 
-NUM_LEVELS = 5  # P3 to P7
+NUM_LEVELS = 5  # of the pyramid
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
     """The detector of `cfg`, on this rank's device, with the weights of `MODEL.WEIGHTS`.
 
     In training `model(images, targets)` returns a dict of losses, in inference `model(images)` a list of detections;
-    images are `(3, H, W)`, RGB in [0, 1].
+    images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet` and `GeneralizedRCNN`.
 
     Raises:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.
     """
-    model = _build_retinanet(cfg)
+    model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
     initialize(model, cfg.MODEL.WEIGHTS)
     return model.to(get_device(cfg.MODEL.DEVICE))
 
 
 def _build_retinanet(cfg: CfgNode) -> RetinaNet:
     options = cfg.MODEL.RETINANET
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    if len(sizes) != NUM_LEVELS:
-        raise UserError(f"MODEL.ANCHOR_GENERATOR.SIZES takes {NUM_LEVELS} sizes, one a level, got {sizes}")
-    anchors = AnchorGenerator(
-        sizes=tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in sizes),
-        aspect_ratios=(tuple(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),) * NUM_LEVELS,
-    )
-    backbone = build_retinanet_backbone(cfg)
-    classes = options.NUM_CLASSES or num_classes(cfg)
+    anchors = _anchors(cfg, octave_scales=3)
+    backbone = build_backbone(cfg)
+    classes = num_classes(cfg)
     head = RetinaNetHead(
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
@@ -70,4 +70,75 @@ def _build_retinanet(cfg: CfgNode) -> RetinaNet:
         bg_iou_thresh=options.IOU_THRESHOLDS[0],
         fg_iou_thresh=options.IOU_THRESHOLDS[1],
         topk_candidates=options.TOPK_CANDIDATES_TEST,
+    )
+
+
+def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
+    backbone = build_backbone(cfg)
+    channels, classes = backbone.out_channels, num_classes(cfg) + 1  # 0 is background
+
+    options = cfg.MODEL.RPN
+    anchors = _anchors(cfg, octave_scales=1)
+    rpn = RegionProposalNetwork(
+        anchors,
+        RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=options.NUM_CONV),
+        fg_iou_thresh=options.IOU_THRESHOLDS[1],
+        bg_iou_thresh=options.IOU_THRESHOLDS[0],
+        batch_size_per_image=options.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=options.POSITIVE_FRACTION,
+        pre_nms_top_n={"training": options.PRE_NMS_TOPK_TRAIN, "testing": options.PRE_NMS_TOPK_TEST},
+        post_nms_top_n={"training": options.POST_NMS_TOPK_TRAIN, "testing": options.POST_NMS_TOPK_TEST},
+        nms_thresh=options.NMS_THRESH,
+    )
+
+    options, box, mask = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    levels = ["0", "1", "2", "3"]  # P2 to P5
+    branches = {
+        "box_roi_pool": MultiScaleRoIAlign(levels, box.POOLER_RESOLUTION, sampling_ratio=2),
+        "box_head": box_head(
+            channels,
+            box.POOLER_RESOLUTION,
+            num_conv=box.NUM_CONV,
+            conv_dim=box.CONV_DIM,
+            num_fc=box.NUM_FC,
+            fc_dim=box.FC_DIM,
+            norm=box.NORM,
+        ),
+        "box_predictor": FastRCNNPredictor(box.FC_DIM, classes),
+    }
+    if cfg.MODEL.MASK_ON:
+        branches |= {
+            "mask_roi_pool": MultiScaleRoIAlign(levels, mask.POOLER_RESOLUTION, sampling_ratio=2),
+            "mask_head": mask_head(channels, num_conv=mask.NUM_CONV, conv_dim=mask.CONV_DIM, norm=mask.NORM),
+            "mask_predictor": MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
+        }
+    roi_heads = RoIHeads(
+        **branches,
+        shuffle_seed=cfg.SEED if options.SHUFFLE else None,
+        fg_iou_thresh=options.IOU_THRESHOLDS[0],
+        bg_iou_thresh=options.IOU_THRESHOLDS[0],
+        batch_size_per_image=options.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=options.POSITIVE_FRACTION,
+        bbox_reg_weights=None,
+        score_thresh=options.SCORE_THRESH_TEST,
+        nms_thresh=options.NMS_THRESH_TEST,
+        detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    transform = GeneralizedRCNNTransform(
+        cfg.INPUT.MIN_SIZE_TEST,
+        cfg.INPUT.MAX_SIZE_TEST,
+        list(cfg.MODEL.PIXEL_MEAN),
+        list(cfg.MODEL.PIXEL_STD),
+        _skip_resize=True,
+    )
+    return GeneralizedRCNN(backbone, rpn, roi_heads, transform)
+
+
+def _anchors(cfg: CfgNode, octave_scales: int) -> AnchorGenerator:
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    if len(sizes) != NUM_LEVELS:
+        raise UserError(f"MODEL.ANCHOR_GENERATOR.SIZES takes {NUM_LEVELS} sizes, one a level, got {sizes}")
+    return AnchorGenerator(
+        sizes=tuple(tuple(int(size * 2 ** (i / 3)) for i in range(octave_scales)) for size in sizes),
+        aspect_ratios=(tuple(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),) * NUM_LEVELS,
     )

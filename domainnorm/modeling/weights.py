@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..errors import UserError
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:

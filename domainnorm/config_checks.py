@@ -1,0 +1,175 @@
+"""What must hold of the options of a config, and between them."""
+
+import difflib
+import math
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from .errors import UserError
+
+NORMS = ("", "BN", "SyncBN", "GN", "FrozenBN")
+BATCH_NORMS = ("BN", "SyncBN")
+STATISTICS = ("population", "minibatch")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
+
+_CHOICES = {
+    "MODEL.DEVICE": ("auto", "cuda", "cpu"),
+    "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN"),
+    "MODEL.BACKBONE.NAME": BACKBONES,
+    "MODEL.BACKBONE.NORM": NORMS,
+    "MODEL.FPN.NORM": NORMS,
+    "MODEL.RETINANET.NORM": NORMS,
+    "MODEL.RETINANET.SGD_STATISTICS": ("shared", "per_domain"),
+    "MODEL.RETINANET.POPULATION_STATISTICS": ("shared", "per_domain"),
+    "MODEL.RETINANET.AFFINE": ("shared", "per_domain", ""),
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
+    "MODEL.ROI_BOX_HEAD.NORM": NORMS,
+    "MODEL.ROI_MASK_HEAD.NORM": NORMS,
+    "DATALOADER.INVALID_BOXES": ("error", "skip"),
+    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
+    "SOLVER.LR_SCHEDULER": ("steps", "cosine"),
+    "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("norm", "value"),
+}
+
+# Of numbers, and of each number in a list: above 0; not below 0; from 0 to 1.
+_POSITIVE = (
+    *("MODEL.PIXEL_STD", "MODEL.FPN.OUT_CHANNELS", "MODEL.ANCHOR_GENERATOR.SIZES"),
+    *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "MODEL.RETINANET.PRIOR_PROB"),
+    "MODEL.RPN.NUM_CONV",
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.PRE_NMS_TOPK_TRAIN", "MODEL.RPN.PRE_NMS_TOPK_TEST"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "MODEL.RPN.POST_NMS_TOPK_TEST", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"),
+    *("MODEL.ROI_BOX_HEAD.CONV_DIM", "MODEL.ROI_BOX_HEAD.NUM_FC", "MODEL.ROI_BOX_HEAD.FC_DIM"),
+    *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "MODEL.ROI_MASK_HEAD.NUM_CONV", "MODEL.ROI_MASK_HEAD.CONV_DIM"),
+    *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "SOLVER.IMS_PER_BATCH"),
+    *("SOLVER.ACCUMULATE", "SOLVER.BASE_LR", "SOLVER.STEPS", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"),
+    *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "TEST.IMS_PER_BATCH", "TEST.DETECTIONS_PER_IMAGE"),
+)
+_NOT_NEGATIVE = (
+    *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
+    *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD.NUM_CONV"),
+    *("DATALOADER.NUM_WORKERS", "SOLVER.WARMUP_ITERS", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM"),
+    *("SOLVER.WEIGHT_DECAY_BIAS", "TEST.EVAL_PERIOD"),
+)
+_SHARES = (
+    *("MODEL.RETINANET.PRIOR_PROB", "MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.SCORE_THRESH_TEST"),
+    *("MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RPN.IOU_THRESHOLDS", "MODEL.RPN.POSITIVE_FRACTION"),
+    *("MODEL.RPN.NMS_THRESH", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "INPUT.RANDOM_FLIP", "SOLVER.MOMENTUM"),
+    "SOLVER.WARMUP_FACTOR",
+)
+_LENGTHS = {
+    "MODEL.PIXEL_MEAN": 3,
+    "MODEL.PIXEL_STD": 3,
+    "MODEL.RETINANET.IOU_THRESHOLDS": 2,
+    "MODEL.RPN.IOU_THRESHOLDS": 2,
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": 1,
+}
+_NOT_EMPTY = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "INPUT.MIN_SIZE_TRAIN", "TEST.STATISTICS")
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def check(cfg: CfgNode, defaults: CfgNode) -> None:
+    """Refuse what cannot hold of single values, then what cannot hold between keys.
+
+    Raises:
+        UserError: naming the key, what it got and what it takes.
+    """
+    for key, choices in _CHOICES.items():
+        if _get(cfg, key) not in choices:
+            nearest = difflib.get_close_matches(str(_get(cfg, key)), choices, n=1, cutoff=0.0)[0]
+            raise UserError(f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}")
+    _check_numbers(cfg)
+    for name in cfg.TEST.STATISTICS:
+        if name not in STATISTICS:
+            raise UserError(f"TEST.STATISTICS takes any of {list(STATISTICS)}, got {name!r}")
+
+    _check_model(cfg.MODEL, defaults.MODEL)
+    _check_solver(cfg)
+    if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
+        raise UserError(
+            f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
+        )
+    for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
+        if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:
+            raise UserError(
+                f"INPUT.MIN_SIZE_{which} {smallest} contradicts INPUT.MAX_SIZE_{which} "
+                f"{cfg.INPUT[f'MAX_SIZE_{which}']}: the shorter side cannot be longer than the longer one"
+            )
+
+
+def _check_model(model: CfgNode, defaults: CfgNode) -> None:
+    head = model.RETINANET
+    if head.NORM not in BATCH_NORMS:
+        for name in ("SGD_STATISTICS", "POPULATION_STATISTICS", "AFFINE"):
+            if head[name] != defaults.RETINANET[name]:
+                raise UserError(
+                    f"MODEL.RETINANET.{name} {head[name]!r} contradicts MODEL.RETINANET.NORM {head.NORM!r}: "
+                    f"it is a choice of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave {name} out"
+                )
+    # What chooses a batch must not be without effect.
+    of_rcnn = ("MASK_ON", "ROI_HEADS.SHUFFLE", "ROI_BOX_HEAD.NORM", "ROI_MASK_HEAD.NORM")
+    for key in of_rcnn if model.META_ARCHITECTURE == "RetinaNet" else ("RETINANET.NORM",):
+        if _get(model, key) != _get(defaults, key):
+            raise UserError(
+                f"MODEL.{key} {_get(model, key)!r} contradicts MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r}, "
+                f"which has no use for it: leave {key} out, or choose the other architecture"
+            )
+    if model.ROI_MASK_HEAD.NORM and not model.MASK_ON:
+        raise UserError(
+            f"MODEL.ROI_MASK_HEAD.NORM {model.ROI_MASK_HEAD.NORM!r} contradicts MODEL.MASK_ON False: "
+            "set MASK_ON to True or leave the norm out"
+        )
+    if model.ROI_BOX_HEAD.NORM and not model.ROI_BOX_HEAD.NUM_CONV:
+        raise UserError(
+            f"MODEL.ROI_BOX_HEAD.NORM {model.ROI_BOX_HEAD.NORM!r} contradicts MODEL.ROI_BOX_HEAD.NUM_CONV 0: the norm "
+            "follows convolutions; for the paper's 4conv1fc head set NUM_CONV to 4 and NUM_FC to 1"
+        )
+    for name in ("RETINANET", "RPN"):
+        if model[name].IOU_THRESHOLDS[0] > model[name].IOU_THRESHOLDS[1]:
+            raise UserError(
+                f"MODEL.{name}.IOU_THRESHOLDS takes two increasing numbers, got {model[name].IOU_THRESHOLDS}"
+            )
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER == "cosine" and solver.STEPS:
+        raise UserError(
+            f"SOLVER.STEPS {solver.STEPS} contradicts SOLVER.LR_SCHEDULER 'cosine': "
+            "leave STEPS empty or set LR_SCHEDULER to 'steps'"
+        )
+    if sorted(set(solver.STEPS)) != solver.STEPS:
+        raise UserError(f"SOLVER.STEPS takes increasing iterations, got {solver.STEPS}")
+    if solver.IMS_PER_BATCH % solver.ACCUMULATE:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} contradicts SOLVER.ACCUMULATE {solver.ACCUMULATE}: "
+            "the second must divide the first"
+        )
+    if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
+        raise UserError("SOLVER.AMP.DTYPE 'float16' contradicts MODEL.DEVICE 'cpu': use bfloat16 there")
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    for keys, expected, holds in (
+        (_POSITIVE, "above 0", lambda v: 0 < v < math.inf),
+        (_NOT_NEGATIVE, "from 0 on", lambda v: 0 <= v < math.inf),
+        (_SHARES, "from 0 to 1", lambda v: 0 <= v <= 1),
+    ):
+        for key in keys:
+            value = _get(cfg, key)
+            if not all(holds(v) for v in (value if isinstance(value, list) else [value])):
+                raise UserError(f"{key} takes a number {expected}, got {value!r}")
+    for key, length in _LENGTHS.items():
+        if len(_get(cfg, key)) != length:
+            raise UserError(f"{key} takes {length} numbers, got {_get(cfg, key)!r}")
+    for key in _NOT_EMPTY:
+        if not _get(cfg, key):
+            raise UserError(f"{key} takes at least one, got []")

@@ -1,0 +1,189 @@
+"""Faster and Mask R-CNN whose heads normalize a chosen batch of RoIs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import generalized_rcnn, roi_heads, rpn
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.roi_heads import maskrcnn_inference, project_masks_on_boxes
+
+from ..distributed import all_reduce_sum, world_size
+from ..layers import get_norm
+from ..roi_shuffle import RoIShuffle
+
+
+class RegionProposalNetwork(rpn.RegionProposalNetwork):
+    """torchvision's RPN; its losses are sums over the sampled anchors, divided by the most that may be sampled.
+
+    So, as in detectron2, every image weighs the same on however many ranks, and an image without a sample costs 0.
+    """
+
+    def compute_loss(
+        self, objectness: Tensor, deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits `(ΣA, 1)`, deltas `(ΣA, 4)`, and of each image labels `(A,)`, targets `(A, 4)` -> two losses."""
+        positive, negative = (torch.cat(sampled) > 0 for sampled in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        most = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        loss_objectness = F.binary_cross_entropy_with_logits(
+            _wide(objectness).flatten()[sampled], torch.cat(labels)[sampled].to(_wide(objectness)), reduction="sum"
+        )
+        loss_box = _smooth_l1(deltas[positive], torch.cat(regression_targets)[positive])
+        return loss_objectness / most, loss_box / most
+
+
+class RoIHeads(roi_heads.RoIHeads):
+    """torchvision's box and mask branch, over RoIs that may be shuffled over the ranks.
+
+    Losses are sums over RoIs, divided by the RoIs of the total batch, over all ranks (one collective of two numbers):
+    a RoI weighs the same on whatever rank it is, and a rank without any, or without a positive one, has losses of 0
+    and gradients for every parameter.
+
+    State-dict keys are torchvision's and, if shuffled, `box_shuffle.step` and `mask_shuffle.step`; weights of a
+    shuffled model load into one that is not, and the other way round.
+
+    Args:
+        shuffle_seed: of the permutations, equal on all ranks; None: RoIs stay on their rank.
+        options: of torchvision's RoIHeads.
+    """
+
+    def __init__(self, *, shuffle_seed: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.box_shuffle = self.mask_shuffle = None
+        if shuffle_seed is not None:
+            self.box_shuffle = RoIShuffle(self.box_branch, shuffle_seed)
+            self.mask_shuffle = RoIShuffle(self.mask_branch, shuffle_seed) if self.has_mask() else None
+
+    def box_branch(self, x: Tensor) -> Tensor:
+        """Features `(R, C, H, W)` -> class logits and box deltas in one tensor, `(R, K + 4K)`, background included."""
+        return torch.cat(self.box_predictor(self.box_head(x)), dim=1)
+
+    def mask_branch(self, x: Tensor) -> Tensor:
+        """Features `(R, C, H, W)` -> mask logits `(R, K, 2H, 2W)`, background included."""
+        return self.mask_predictor(self.mask_head(x))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        for name in ("box_shuffle", "mask_shuffle"):
+            shuffle, key = getattr(self, name), f"{prefix}{name}.step"
+            if shuffle is None:
+                state_dict.pop(key, None)
+            else:
+                state_dict.setdefault(key, shuffle.step)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """In training `([], losses)`, in inference `(detections, {})`; labels are from 1, 0 is background."""
+        if self.training:
+            return [], self._losses(features, proposals, image_shapes, targets)
+        return self._detections(features, proposals, image_shapes), {}
+
+    def _losses(self, features: Any, proposals: list[Tensor], image_shapes: Any, targets: Any) -> dict[str, Tensor]:
+        proposals, matched, labels, deltas = self.select_training_samples(proposals, targets)
+        foreground = [of > 0 for of in labels]
+        all_labels, all_foreground = torch.cat(labels), torch.cat(foreground)
+        # DDP averages gradients over ranks: each divides by its share of the sums.
+        counts = all_reduce_sum(torch.stack([torch.ones_like(all_labels).sum(), all_foreground.sum()]))
+        num_rois, num_foreground = counts.clamp(min=1) / world_size()
+
+        logits, regression = self._box_predictions(features, proposals, image_shapes)
+        regression = regression[all_foreground, all_labels[all_foreground]]
+        losses = {
+            "loss_cls": F.cross_entropy(logits, all_labels, reduction="sum") / num_rois,
+            "loss_box_reg": _smooth_l1(regression, torch.cat(deltas)[all_foreground]) / num_rois,
+        }
+        if self.has_mask():
+            proposals, matched = ([v[f] for v, f in zip(of, foreground, strict=True)] for of in (proposals, matched))
+            logits = self._mask_logits(features, proposals, image_shapes)
+            logits = logits[torch.arange(len(logits)), all_labels[all_foreground]]
+            goals = [
+                project_masks_on_boxes(target["masks"], boxes, match, logits.shape[-1])
+                for target, boxes, match in zip(targets, proposals, matched, strict=True)
+            ]
+            loss = F.binary_cross_entropy_with_logits(logits, torch.cat(goals).to(logits), reduction="sum")
+            losses["loss_mask"] = loss / (num_foreground * logits.shape[1:].numel())
+        return losses
+
+    def _detections(self, features: Any, proposals: list[Tensor], image_shapes: Any) -> list[dict[str, Tensor]]:
+        logits, regression = self._box_predictions(features, proposals, image_shapes)
+        boxes, scores, labels = self.postprocess_detections(logits, regression.flatten(1), proposals, image_shapes)
+        found = {"boxes": boxes, "scores": scores, "labels": labels}
+        if self.has_mask():
+            found["masks"] = maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
+        return [dict(zip(found, of_image, strict=True)) for of_image in zip(*found.values(), strict=True)]
+
+    def _box_predictions(self, features: Any, boxes: list[Tensor], image_shapes: Any) -> tuple[Tensor, Tensor]:
+        """Class logits `(R, K)` and box deltas `(R, K, 4)` of all images' boxes."""
+        x = self.box_roi_pool(features, boxes, image_shapes)
+        predictions = _wide((self.box_shuffle or self.box_branch)(x))
+        classes = predictions.shape[1] // 5
+        return predictions[:, :classes], predictions[:, classes:].unflatten(1, (classes, 4))
+
+    def _mask_logits(self, features: Any, boxes: list[Tensor], image_shapes: Any) -> Tensor:
+        """`(R, K, M, M)` of all images' boxes."""
+        x = self.mask_roi_pool(features, boxes, image_shapes)
+        return _wide((self.mask_shuffle or self.mask_branch)(x))
+
+
+class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
+    """torchvision's Faster or Mask R-CNN, in which a prediction depends on its own image only.
+
+    In training, images come in the size they are trained at; in inference they are resized here, and boxes and masks
+    are in the pixels of the image given. Under minibatch statistics the RoIs of an image are one normalization batch.
+    """
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Images `(3, H, W)` in [0, 1] and targets -> losses in training, in inference a list of detections.
+
+        Targets have `boxes` (xyxy), `labels` (from 0) and, for masks, `masks` `(n, H, W)`; detections also `scores`,
+        and their masks are probabilities `(n, 1, H, W)`.
+        """
+        if self.training:
+            # torchvision counts background as class 0
+            return super().forward(
+                images, targets and [target | {"labels": target["labels"] + 1} for target in targets]
+            )
+        # One at a time: neither minibatch statistics nor the padding to a common size may see another image.
+        found = [super(GeneralizedRCNN, self).forward([image])[0] for image in images]
+        return [detections | {"labels": detections["labels"] - 1} for detections in found]
+
+
+def box_head(
+    in_channels: int, resolution: int, *, num_conv: int, conv_dim: int, num_fc: int, fc_dim: int, norm: str
+) -> nn.Module:
+    """Features `(R, in_channels, resolution, resolution)` -> `(R, fc_dim)`.
+
+    Two linear layers without convolutions are torchvision's `TwoMLPHead` and have its state-dict keys.
+    """
+    if num_conv == 0 and num_fc == 2:
+        return TwoMLPHead(in_channels * resolution**2, fc_dim)
+    shape = (in_channels, resolution, resolution)
+    return FastRCNNConvFCHead(shape, [conv_dim] * num_conv, [fc_dim] * num_fc, norm_layer=_norm_layer(norm))
+
+
+def mask_head(in_channels: int, *, num_conv: int, conv_dim: int, norm: str) -> nn.Module:
+    """Features `(R, in_channels, H, W)` -> `(R, conv_dim, H, W)`."""
+    return MaskRCNNHeads(in_channels, [conv_dim] * num_conv, dilation=1, norm_layer=_norm_layer(norm))
+
+
+def _norm_layer(norm: str) -> Callable[[int], nn.Module | None] | None:
+    return partial(get_norm, norm) if norm else None
+
+
+def _smooth_l1(deltas: Tensor, goals: Tensor) -> Tensor:
+    return F.smooth_l1_loss(_wide(deltas), goals.to(_wide(deltas)), beta=1 / 9, reduction="sum")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """For losses and scores: float32, or float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
