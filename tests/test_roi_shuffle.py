@@ -1,0 +1,202 @@
+"""RoIShuffle: W processes equal one process with the same permutation, for any counts of RoIs; order comes back."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from torch import nn
+
+import domainnorm as dn
+from domainnorm.roi_shuffle import roi_permutation
+
+SEED = 5
+
+
+def make_head(norm="BN"):
+    """A head as in the detectors, small: convolution, norm, linear; two outputs."""
+    torch.manual_seed(3)
+    body = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), dn.get_norm(norm, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    return Head(body).double()
+
+
+class Head(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.batches = []  # what each call was given
+
+    def forward(self, x):
+        self.batches.append(x.detach().clone())
+        y = self.body(x)
+        return {"all": y, "parts": (y[:, :1], y.sin())}
+
+
+def rois(rank, count):
+    return torch.randn(count, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + rank))
+
+
+def loss_of(y, x):
+    # of each RoI's own output and input: an output that came back to another RoI changes it
+    weight = 1 + x.detach().flatten(1).sum(1, keepdim=True)
+    return (weight * (y["all"].pow(3) + y["parts"][0] * y["parts"][1])).sum()
+
+
+def shuffled(rank, patterns):
+    results = []
+    for counts in patterns:
+        head = dn.RoIShuffle(make_head(), seed=SEED)
+        x = rois(rank, counts[rank]).requires_grad_()
+        y = head(x)
+        loss_of(y, x).backward()
+        assert head.module.batches[0].shape[0] in (sum(counts) // len(counts), -(-sum(counts) // len(counts)))
+        results.append(
+            {
+                "all": y["all"].detach(),
+                "x.grad": x.grad,
+                "grads": [p.grad for p in head.parameters()],
+                "batch": head.module.batches[0],
+                "buffers": list(head.module.buffers()),
+            }
+        )
+    return results
+
+
+def in_one_process(counts):
+    """The RoIs of all ranks, permuted, in as many normalization batches as there were ranks, and put back."""
+    world, total = len(counts), sum(counts)
+    x = torch.cat([rois(rank, count) for rank, count in enumerate(counts)]).requires_grad_()
+    permutation = torch.from_numpy(roi_permutation(SEED, 0, total))
+    head = make_head()
+    heads = [copy.deepcopy(head) for _ in range(world)]
+    batches = [x[permutation[total * r // world : total * (r + 1) // world]] for r in range(world)]
+    outputs = [h(batch) for h, batch in zip(heads, batches, strict=True)]
+    back = permutation.argsort()
+    y = {
+        "all": torch.cat([o["all"] for o in outputs])[back],
+        "parts": [torch.cat([o["parts"][i] for o in outputs])[back] for i in range(2)],
+    }
+    loss_of(y, x).backward()
+    return [
+        {
+            "all": own,
+            "x.grad": grad,
+            "grads": [p.grad for p in heads[rank].parameters()],
+            "batch": batches[rank].detach(),
+            "buffers": list(heads[rank].buffers()),
+        }
+        for rank, (own, grad) in enumerate(zip(y["all"].detach().split(counts), x.grad.split(counts), strict=True))
+    ]
+
+
+def draw_patterns(world, number):
+    drawn = []
+
+    @settings(max_examples=number, derandomize=True, database=None, phases=[Phase.generate])
+    @given(st.lists(st.one_of(st.just(0), st.integers(0, 9)), min_size=world, max_size=world))
+    def draw(counts):
+        drawn.append(counts)
+
+    draw()
+    return drawn
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_equal_one_process_with_the_same_permutation(world):
+    patterns = [*draw_patterns(world, 90), [0] * world, [1, *[0] * (world - 1)], [*[0] * (world - 1), 7]]
+    assert len({tuple(pattern) for pattern in patterns}) > 50
+    ranks = run_ranks(shuffled, world, patterns)
+    for i, counts in enumerate(patterns):
+        expected = in_one_process(counts)
+        for rank in range(world):
+            torch.testing.assert_close(
+                ranks[rank][i], expected[rank], rtol=1e-10, atol=1e-10, msg=lambda m, c=(counts, rank): f"{c}: {m}"
+            )
+
+
+def three_steps(rank):
+    head = dn.RoIShuffle(Head(nn.Identity()))
+    head.module.body = nn.Identity()
+    x = torch.arange(6.0)[:, None] + 10 * rank
+    for _ in range(2):
+        head(x)
+    resumed = dn.RoIShuffle(Head(nn.Identity()))
+    resumed.load_state_dict(head.state_dict())
+    head(x)
+    resumed(x)
+    assert torch.equal(head.module.batches[2], resumed.module.batches[0])
+    head.eval()
+    assert head(x)["all"] is x and int(head.step) == 3  # eval: the module alone, not counted
+    return torch.stack(head.module.batches[:3])
+
+
+def test_each_step_has_its_own_permutation_and_a_resumed_run_goes_on():
+    batches = torch.cat(run_ranks(three_steps, 2), dim=1)[..., 0]
+    everyone = torch.cat([torch.arange(6.0), torch.arange(6.0) + 10])
+    for step in range(3):
+        assert torch.equal(batches[step], everyone[torch.from_numpy(roi_permutation(0, step, 12))])
+    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[1], batches[2])
+
+
+def half_precision(rank):
+    sent = []
+    original = torch.distributed.all_to_all_single
+
+    def spy(output, x, *args, **kwargs):
+        sent.append(x.dtype)
+        return original(output, x, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = spy
+    head = dn.RoIShuffle(nn.Linear(3, 2).bfloat16())
+    x = torch.randn(2 * rank, 3, dtype=torch.bfloat16, requires_grad=rank == 1)
+    head(x).float().sum().backward()
+    return sent, x.grad is None or x.grad.dtype, [p.grad is not None for p in head.parameters()]
+
+
+def test_features_and_gradients_travel_in_their_own_dtype_also_where_a_rank_has_none_to_give():
+    for rank, (sent, own, grads) in enumerate(run_ranks(half_precision, 2)):
+        assert sent == [torch.bfloat16] * 4  # there and back, and the gradients
+        assert own is (True if rank == 0 else torch.bfloat16) and all(grads)
+
+
+def double_backward(rank):
+    head = dn.RoIShuffle(nn.Sequential(nn.Linear(3, 2), nn.Tanh())).double()
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(head(x).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    own = x.grad.clone()
+    x.grad = None
+    (grad,) = torch.autograd.grad(head.module(x).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    torch.testing.assert_close(own, x.grad)
+
+
+def test_double_backward():
+    run_ranks(double_backward, 2)
+
+
+def mistakes(rank):
+    head = dn.RoIShuffle(nn.Flatten(0))
+    with pytest.raises(ValueError, match="one row for each"):
+        head(torch.zeros(3, 2))
+    if rank:
+        head.step += 1
+    with pytest.raises(ValueError, match=r"the ranks are at steps \[2, 3\]"):
+        head(torch.zeros(3, 2))
+
+
+def test_mistakes():
+    run_ranks(mistakes, 2)
+
+
+def test_one_process_is_the_wrapped_module():
+    head = make_head()
+    shuffle = dn.RoIShuffle(copy.deepcopy(head))
+    x = rois(0, 5)
+    for mode in (True, False):
+        expected, got = head.train(mode)(x), shuffle.train(mode)(x)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert int(shuffle.step) == 1
+    torch.testing.assert_close(list(shuffle.module.buffers()), list(head.buffers()), rtol=0, atol=0)
