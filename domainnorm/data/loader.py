@@ -20,7 +20,8 @@ Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
 
-    Images are float32 (3, H, W) in [0, 1], of different sizes; targets are those of `CocoDataset`, as plain tensors.
+    Images are float32 (3, H, W) in [0, 1], of different sizes; targets are those of `CocoDataset`, as plain tensors,
+    with masks if `MODEL.MASK_ON`.
     Which image comes when, and how it is augmented, depends on `SEED` and the position only: not on the number of
     workers, nor on whether the run began at `start_iteration` or came there. Closing the generator ends the workers.
 
@@ -75,7 +76,12 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
     Raises:
         UserError: here, for the annotations; when iterated, for an image.
     """
-    dataset = CocoDataset(name, invalid_boxes=cfg.DATALOADER.INVALID_BOXES, transforms=test_transforms(cfg))
+    dataset = CocoDataset(
+        name,
+        invalid_boxes=cfg.DATALOADER.INVALID_BOXES,
+        masks=cfg.MODEL.MASK_ON,  # not used, but a set without them shows now, and not when mask AP is computed
+        transforms=test_transforms(cfg),
+    )
     _check_classes(cfg, dataset)
     if cfg.DATASETS.TRAIN and (trained := resolve_dataset(cfg.DATASETS.TRAIN[0])[0]).is_file():
         names = [category["name"] for category in read_categories(trained)]
@@ -89,15 +95,21 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
 
 
 def num_classes(cfg: CfgNode) -> int:
-    """The number of categories of the first of `DATASETS.TRAIN`, or of `DATASETS.TEST` if there is none.
+    """What the config says or, where it says 0, the number of categories of its first training (else test) set.
 
     Raises:
-        UserError: both are empty, or the annotation file is missing or broken.
+        UserError: 0 and no data set, or its annotation file is missing or broken.
     """
+    key, number = _classes_option(cfg)
     names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
-    if not names:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty; name a data set or set the number of classes")
-    return len(read_categories(resolve_dataset(names[0])[0]))
+    if not number and not names:
+        raise UserError(f"DATASETS.TRAIN and DATASETS.TEST are empty; name a data set, or set {key}")
+    return number or len(read_categories(resolve_dataset(names[0])[0]))
+
+
+def _classes_option(cfg: CfgNode) -> tuple[str, int]:
+    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES
 
 
 def _training_datasets(cfg: CfgNode) -> list[CocoDataset]:
@@ -109,6 +121,7 @@ def _training_datasets(cfg: CfgNode) -> list[CocoDataset]:
             name,
             keep_empty=not options.FILTER_EMPTY_ANNOTATIONS,
             invalid_boxes=options.INVALID_BOXES,
+            masks=cfg.MODEL.MASK_ON,
             transforms=train_transforms(cfg),
         )
         for name in cfg.DATASETS.TRAIN
@@ -129,10 +142,10 @@ def _training_datasets(cfg: CfgNode) -> list[CocoDataset]:
 
 
 def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
-    classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    key, classes = _classes_option(cfg)
     if classes and len(dataset.categories) > classes:
         raise UserError(
-            f"MODEL.RETINANET.NUM_CLASSES {classes} contradicts {dataset.annotation_file}, which has "
+            f"{key} {classes} contradicts {dataset.annotation_file}, which has "
             f"{len(dataset.categories)} categories; raise it, or set it to 0 to take the data set's number"
         )
 

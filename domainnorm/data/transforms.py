@@ -6,7 +6,7 @@ from torchvision.transforms import v2
 
 
 def train_transforms(cfg: CfgNode) -> v2.Transform:
-    """Resize to a drawn shorter side, flip with probability `INPUT.RANDOM_FLIP`, drop boxes under a pixel, [0, 1]."""
+    """Resize to a drawn shorter side, flip with probability `INPUT.RANDOM_FLIP`, drop objects under a pixel, [0, 1]."""
     return v2.Compose(
         [
             v2.RandomShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), max_size=cfg.INPUT.MAX_SIZE_TRAIN),

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[str, Any]]:
     """What `model`, in the mode it is in, finds in the images of every rank's `loader`; the same list on every rank.
 
-    Sorted by image id, then as the model gave it: batch sizes, order and ranks leave no trace.
+    Results are in COCO's format, with the RLE of each mask where the model has masks. Sorted by image id, then as the
+    model gave it: batch sizes, order and ranks leave no trace.
 
     Args:
         loader: of `(images, targets)`, its `dataset.category_ids` the COCO id of each label.
@@ -76,10 +79,15 @@ def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequen
             f"the model predicts class {max(labels)}, counted from 0, but the data set has {len(category_ids)} "
             "categories: name the data set the model was trained for in DATASETS.TEST"
         )
-    return [
+    results = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for box, label, score in zip(boxes, labels, scores, strict=True)
     ]
+    if "masks" in output:
+        for result, mask in zip(results, output["masks"], strict=True):  # (1, H, W) each: not all at once on the CPU
+            rle = coco_mask.encode(np.asfortranarray((mask[0] >= 0.5).cpu().numpy(), dtype=np.uint8))
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return results
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -20,21 +19,23 @@ from ..distributed import gather_objects, get_device, rank, world_size
 from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..output import output_folder, replace_file
+from ..population import merged_population_statistics
 from .coco import METRICS, evaluate_coco, predict
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
     """AP of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table. Every rank calls it.
 
-    Training goes on after it as if it had not been: modes, statistics, buffers and random states are put back.
+    Running statistics that differ between ranks are merged for it. Training goes on after it as if it had not been:
+    modes, statistics, buffers and random states are put back.
 
     Args:
         statistics: "population", "minibatch" or a list of them; None: `cfg.TEST.STATISTICS`.
 
     Returns:
-        On every rank `{statistics: {"bbox": {"AP": …, …}}}`, in percent, nan where there is nothing to find; with
-        several test sets `{statistics: {data set: {"bbox": …}}}`. The same goes, with null for nan, to
-        `OUTPUT_DIR/results.json`, and the predictions to
+        On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, in percent,
+        nan where there is nothing to find; with several test sets `{statistics: {data set: {"bbox": …}}}`. The same
+        goes, with null for nan, to `OUTPUT_DIR/results.json`, and the predictions to
         `OUTPUT_DIR/inference/<statistics>[/<data set>]/coco_instances_results.json`.
     """
     names = [statistics] if isinstance(statistics, str) else list(statistics or cfg.TEST.STATISTICS)
@@ -48,9 +49,14 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     folder = output_folder(cfg.OUTPUT_DIR)
     device = get_device(cfg.MODEL.DEVICE)
     results: dict[str, Any] = {}
-    with _as_found(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    truths = {data_set: loader.dataset.ground_truth() if rank() == 0 else {} for data_set, loader in loaders.items()}
+    with (
+        _as_found(model),
+        merged_population_statistics(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         model.eval()
-        _broadcast_buffers(model)
         for name in names:
             set_statistics(model, name)
             results[name] = {}
@@ -60,7 +66,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
                 if rank() == 0:
                     where = folder / "inference" / name / (_file_name(data_set) if len(sets) > 1 else "")
                     _write_json(where / "coco_instances_results.json", predictions)
-                    scores = {"bbox": evaluate_coco(predictions, loader.dataset.ground_truth())}
+                    scores = {kind: evaluate_coco(predictions, truths[data_set], kind) for kind in iou_types}
                 results[name][data_set] = gather_objects(scores)[0]
     if rank() == 0:
         print(format_table(results))
@@ -72,13 +78,15 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 
 
 def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """`{statistics: {data set: {"bbox": {"AP": …}}}}` as lines of text, one a statistics and data set."""
+    """`{statistics: {data set: {"bbox": {"AP": …}}}}` as lines of text, one a statistics, data set and kind of AP."""
     several = len(next(iter(results.values()))) > 1
     rows = []
     for name, sets in results.items():
         for data_set, scores in sets.items():
-            cells = ["-" if math.isnan(value := scores["bbox"][m]) else f"{value:.2f}" for m in METRICS]
-            rows.append([f"{name} {data_set}" if several else name, *cells])
+            for kind, values in scores.items():
+                cells = ["-" if math.isnan(values[m]) else f"{values[m]:.2f}" for m in METRICS]
+                labels = [name, *([data_set] if several else []), *([kind] if len(scores) > 1 else [])]
+                rows.append([" ".join(labels), *cells])
     width = max(len("statistics"), *(len(row[0]) for row in rows))
     rows.insert(0, ["statistics", *METRICS])
     return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows)
@@ -86,10 +94,9 @@ def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> 
 
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put back every module's mode and statistics, and every buffer."""
+    """Put back every module's mode and statistics."""
     modes = [(module, module.training) for module in model.modules()]
     statistics = [(m, m.statistics) for m in model.modules() if isinstance(m, DomainBatchNorm)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if world_size() > 1 else []
     try:
         yield
     finally:
@@ -97,15 +104,6 @@ def _as_found(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for layer, choice in statistics:
             layer.statistics = choice
-        for buffer, content in buffers:
-            buffer.copy_(content)
-
-
-def _broadcast_buffers(model: nn.Module) -> None:
-    """Evaluate one model: running statistics differ between ranks, and a checkpoint holds those of rank 0."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
 
 
 def _file_name(data_set: str) -> str:
