@@ -3,27 +3,52 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import domainnorm as dn
 from domainnorm.config import _KNOWN, save_config
+from domainnorm.engine.optim import build_optimizer
 
 ROOT = Path(__file__).parents[1]
+RCNN = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
-def test_every_config_builds_a_model(file):
-    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", 3]
-    model = dn.build_model(dn.load_config(file, overrides))
-    assert sum(p.numel() for p in model.parameters()) > 1e6
+def test_every_config_builds_a_model_and_takes_a_step(file):
+    cfg = dn.load_config(file)
+    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", f"MODEL.{head}.NUM_CLASSES", 3]
+    overrides += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
+    cfg = dn.load_config(file, overrides)
+    model = dn.build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    target = {"boxes": torch.tensor([[8.0, 8, 60, 50]]), "labels": torch.tensor([2])}
+    target["masks"] = torch.ones(1, 128, 96, dtype=torch.uint8)
+    losses = model([torch.rand(3, 128, 96) for _ in range(2)], [target, target])
+    sum(losses.values()).backward()
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    optimizer.step()
+    after = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(p.isfinite().all() for p in after) and sum(p.numel() for p in after) > 1e6
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(after) / 2
 
 
-def test_there_are_configs():
-    assert {"quickstart.yaml", "coco_folder.yaml", "row1.yaml", "row6.yaml"} <= {file.name for file in CONFIGS}
+def test_every_row_of_the_papers_tables_has_a_config_in_both_schedules():
+    rows = {f"table5/{row}" for row in ("row1", "row2", "row3", "row4", "row5", "row6", "gn", "none")}
+    rows |= {f"table3_6/bn_{images}" for images in ("1_image", "2_images")}
+    rows |= {f"table3_6/shuffle_{images}" for images in ("1_image", "2_images")}
+    rows |= {f"table3_6/{norm}" for norm in ("syncbn", "gn", "none", "baseline_2fc")}
+    for row in rows:
+        full, short = (dn.load_config(ROOT / f"configs/paper/{row}{schedule}.yaml") for schedule in ("", "_1x"))
+        assert (full.SOLVER.MAX_ITER, short.SOLVER.MAX_ITER, full.SOLVER.IMS_PER_BATCH) == (270000, 90000, 16)
+        assert full.MODEL == short.MODEL
 
 
 def test_a_saved_config_loads_equal(tmp_path):
-    cfg = dn.load_config(ROOT / "configs/table5/row4.yaml", ["SOLVER.BASE_LR", "2e-3", "DATASETS.TEST", "a.json:b"])
+    cfg = dn.load_config(
+        ROOT / "configs/paper/table5/row4.yaml", ["SOLVER.BASE_LR", "2e-3", "DATASETS.TEST", "a.json:b"]
+    )
     save_config(cfg, tmp_path / "config.yaml")
     assert dn.load_config(tmp_path / "config.yaml") == cfg
     assert cfg.SOLVER.BASE_LR == 0.002 and cfg.DATASETS.TEST == ["a.json:b"] and cfg.SOLVER.MAX_ITER == 270000
@@ -83,7 +108,16 @@ def test_base_files_and_overrides_take_precedence(tmp_path):
         ),
         (["INPUT.MAX_SIZE_TEST", "100"], "INPUT.MIN_SIZE_TEST 800 contradicts INPUT.MAX_SIZE_TEST 100"),
         (["INPUT.MIN_SIZE_TRAIN", "[]"], "INPUT.MIN_SIZE_TRAIN takes at least one"),
-        (["MODEL.RETINANET.IOU_THRESHOLDS", "[0.5, 0.4]"], "IOU_THRESHOLDS takes two increasing"),
+        (["MODEL.RETINANET.IOU_THRESHOLDS", "[0.5, 0.4]"], "RETINANET.IOU_THRESHOLDS takes two increasing"),
+        (["MODEL.RPN.IOU_THRESHOLDS", "[0.5, 0.4]"], "RPN.IOU_THRESHOLDS takes two increasing"),
+        (["MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.5, 0.6]"], "MODEL.ROI_HEADS.IOU_THRESHOLDS takes 1 numbers"),
+        (["MODEL.META_ARCHITECTURE", "MaskRCNN"], "META_ARCHITECTURE takes one of .*nearest: 'GeneralizedRCNN'"),
+        (["MODEL.MASK_ON", "True"], "MODEL.MASK_ON True contradicts MODEL.META_ARCHITECTURE 'RetinaNet'"),
+        (["MODEL.ROI_HEADS.SHUFFLE", "True"], "SHUFFLE True contradicts MODEL.META_ARCHITECTURE 'RetinaNet'"),
+        ([*RCNN, "MODEL.RETINANET.NORM", "BN"], "RETINANET.NORM 'BN' contradicts MODEL.META_ARCHITECTURE"),
+        ([*RCNN, "MODEL.ROI_MASK_HEAD.NORM", "BN"], "ROI_MASK_HEAD.NORM 'BN' contradicts MODEL.MASK_ON False"),
+        ([*RCNN, "MODEL.ROI_BOX_HEAD.NORM", "BN"], "ROI_BOX_HEAD.NORM 'BN' contradicts MODEL.ROI_BOX_HEAD.NUM_CONV 0"),
+        ([*RCNN, "MODEL.ROI_BOX_HEAD.NUM_FC", "0"], "MODEL.ROI_BOX_HEAD.NUM_FC takes a number above 0"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(overrides, message):
