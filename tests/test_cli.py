@@ -111,10 +111,46 @@ def test_two_processes_and_a_loss_that_is_not_finite(config_file, data_set, tmp_
     assert done.stderr.startswith("error: the loss is not finite at iteration")
 
 
+@pytest.fixture
+def mask_rcnn_file(data_set, tmp_path):
+    file = tmp_path / "mask_rcnn.yaml"
+    choices = tiny.MASK_RCNN | {"MODEL__ROI_HEADS__SHUFFLE": True, "SOLVER__MAX_ITER": 2, "SOLVER__IMS_PER_BATCH": 8}
+    save_config(tiny.config(data_set, tmp_path / "out", DATASETS__TEST=[data_set], **choices), file)
+    return str(file)
+
+
+TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.parametrize(("processes", "launcher"), [(8, None), (2, TORCHRUN_2)])
+def test_mask_rcnn_with_shuffled_rois(mask_rcnn_file, data_set, tmp_path, processes, launcher):
+    """Training, checkpoint and evaluation; then one process with the checkpoint predicts the same."""
+    if launcher:
+        done = tool("--config-file", mask_rcnn_file, launcher=launcher)
+    else:
+        done = tool("--config-file", mask_rcnn_file, "--num-gpus", processes)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["population"].keys() == {"bbox", "segm"}
+    checkpoint = torch.load(tmp_path / "out" / "model_final.pth")
+    assert int(checkpoint["model"]["roi_heads.box_shuffle.step"]) == 2
+    key = "roi_heads.box_head.0.1.running_mean"  # of a layer per process: each its own, and merged
+    assert len({tuple(of_rank["buffers"][key].tolist()) for of_rank in checkpoint["ranks"]}) == processes
+    mean = sum(of_rank["buffers"][key] for of_rank in checkpoint["ranks"]) / processes
+    torch.testing.assert_close(checkpoint["model"][key], mean)
+
+    weights = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth", "OUTPUT_DIR", tmp_path / "one"]
+    assert run("--config-file", mask_rcnn_file, "--eval-only", *weights, "MODEL.ROI_HEADS.SHUFFLE", False) == 0
+    found = [
+        json.loads((tmp_path / folder / "inference/population/coco_instances_results.json").read_text())
+        for folder in ("out", "one")
+    ]
+    assert found[0] == found[1] and len(found[0]) > 8 and {"bbox", "segmentation"} <= found[0][0].keys()
+
+
 def test_torchrun(config_file, data_set, tmp_path):
     """The same weights as from two processes that --num-gpus starts."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = tool("--config-file", config_file, "SOLVER.MAX_ITER", 2, launcher=launcher)
+    done = tool("--config-file", config_file, "SOLVER.MAX_ITER", 2, launcher=TORCHRUN_2)
     assert done.returncode == 0, done.stderr
     own = tool("--config-file", config_file, "SOLVER.MAX_ITER", 2, "--num-gpus", 2, "OUTPUT_DIR", tmp_path / "own")
     assert own.returncode == 0, own.stderr

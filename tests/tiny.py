@@ -25,8 +25,16 @@ def write_dataset(folder: Path, count: int = 8, size: int = 64) -> str:
         image.save(folder / "images" / f"{i}.png")
         images.append({"id": 10 + i, "file_name": f"{i}.png", "height": size, "width": size})
         box = [x, x, min(side, size - x), min(side, size - x)]
+        polygon = [x, x, x + box[2], x, x + box[2], x + box[3], x, x + box[3]]
         annotations.append(
-            {"id": i, "image_id": 10 + i, "category_id": CATEGORY_IDS[kind], "bbox": box, "area": box[2] * box[3]}
+            {
+                "id": i,
+                "image_id": 10 + i,
+                "category_id": CATEGORY_IDS[kind],
+                "bbox": box,
+                "area": box[2] * box[3],
+                "segmentation": [polygon],
+            }
         )
     categories = [{"id": k, "name": f"kind {k}"} for k in CATEGORY_IDS]
     content = {"images": images, "annotations": annotations, "categories": categories}
@@ -63,6 +71,27 @@ def options(data_set: str, output: Path, **others: object) -> list[object]:
 
 def config(data_set: str, output: Path, **others: object) -> CfgNode:
     return load_config(None, options(data_set, output, **others))
+
+
+# On top of `options`: a Mask R-CNN.
+MASK_RCNN: dict[str, object] = {
+    "MODEL__META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL__MASK_ON": True,
+    "MODEL__BACKBONE__NORM": "GN",
+    "MODEL__ANCHOR_GENERATOR__SIZES": [8, 16, 32, 64, 96],
+    "MODEL__RETINANET__NORM": "",
+    "MODEL__RPN__POST_NMS_TOPK_TRAIN": 40,
+    "MODEL__RPN__POST_NMS_TOPK_TEST": 20,
+    "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0,
+    "MODEL__ROI_BOX_HEAD__NUM_CONV": 1,
+    "MODEL__ROI_BOX_HEAD__CONV_DIM": 8,
+    "MODEL__ROI_BOX_HEAD__NUM_FC": 1,
+    "MODEL__ROI_BOX_HEAD__FC_DIM": 16,
+    "MODEL__ROI_BOX_HEAD__NORM": "BN",
+    "MODEL__ROI_MASK_HEAD__NUM_CONV": 1,
+    "MODEL__ROI_MASK_HEAD__CONV_DIM": 8,
+    "MODEL__ROI_MASK_HEAD__NORM": "BN",
+}
 
 
 class Regressor(nn.Module):
