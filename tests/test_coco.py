@@ -169,6 +169,7 @@ def test_masks_equal_pycocotools(make):
         [[1, 1, 5, 5]],
         [[1, 1, 5, 5, 9, 9, 2]],
         [[1, 1, 5, 5, 9, "x"]],
+        [[1, 1, 5, 5, 1e8, 9]],
         [1, 1, 5, 5, 9, 9],
         {"counts": [600]},
         {"size": [WIDTH, HEIGHT], "counts": [600]},

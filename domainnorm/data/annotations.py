@@ -74,6 +74,11 @@ def read_annotations(
         what = "reaches outside the image" if beyond[row] else "has no area in the image"
         others = f" ({len(invalid) - 1} more boxes are invalid)" if len(invalid) > 1 else ""
         refuse(row, f"its box {xywh[row].tolist()} (x, y, width, height) {what}{others}")
+    if masks and len(objects.entries) and not any(entry.get("segmentation") for entry in objects.entries):
+        raise UserError(
+            f"annotation file {file}: none of its {len(objects.entries)} objects has a segmentation, which masks need; "
+            "name another data set, or set MODEL.MASK_ON False"
+        )
     for row in np.flatnonzero(~crowd).tolist() if masks else ():
         problem = segmentation_problem(objects.entries[row].get("segmentation"), _size(sizes[image_of[row]]))
         undecodable[row] = bool(problem)

@@ -21,9 +21,9 @@ def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: i
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
 
     Images are float32 (3, H, W) in [0, 1], of different sizes; targets are those of `CocoDataset`, as plain tensors,
-    with masks if `MODEL.MASK_ON`.
-    Which image comes when, and how it is augmented, depends on `SEED` and the position only: not on the number of
-    workers, nor on whether the run began at `start_iteration` or came there. Closing the generator ends the workers.
+    with masks if `MODEL.MASK_ON`. Which image comes when, and how it is augmented, depends on `SEED` and the position
+    only: not on the number of workers, nor on whether the run began at `start_iteration` or came there. Closing the
+    generator ends the workers.
 
     Raises:
         UserError: here, for the config and the annotations; from the iterator, for an image.
@@ -73,15 +73,19 @@ class EvaluationLoader:
 def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> EvaluationLoader:
     """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch, in their own size.
 
+    Its targets have no masks: evaluation takes them from the annotation file.
+
     Raises:
-        UserError: here, for the annotations; when iterated, for an image.
+        UserError: here, for the annotations, also if `MODEL.MASK_ON` and they have no masks; when iterated, for an
+            image.
     """
     dataset = CocoDataset(
         name,
         invalid_boxes=cfg.DATALOADER.INVALID_BOXES,
-        masks=cfg.MODEL.MASK_ON,  # not used, but a set without them shows now, and not when mask AP is computed
+        masks=cfg.MODEL.MASK_ON,  # a mistake shows now, and not when mask AP is computed
         transforms=test_transforms(cfg),
     )
+    dataset.masks = False  # checked, but not decoded
     _check_classes(cfg, dataset)
     if cfg.DATASETS.TRAIN and (trained := resolve_dataset(cfg.DATASETS.TRAIN[0])[0]).is_file():
         names = [category["name"] for category in read_categories(trained)]
@@ -108,6 +112,7 @@ def num_classes(cfg: CfgNode) -> int:
 
 
 def _classes_option(cfg: CfgNode) -> tuple[str, int]:
+    """The key that gives the architecture its number of classes, and the number; 0: the data set's."""
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES
 

@@ -10,8 +10,11 @@ from pycocotools import mask as coco_mask
 def segmentation_problem(segmentation: Any, size: tuple[int, int]) -> str:
     """What is wrong with the segmentation of an object in an image of (height, width) `size`; "" if nothing is."""
     if isinstance(segmentation, list):
-        good = segmentation and all(map(_is_polygon, segmentation))
-        return "" if good else "is not a list of polygons, each of at least three points x, y"
+        if not segmentation or not all(map(_is_polygon, segmentation)):
+            return "is not a list of polygons, each of at least three points x, y"
+        # Far outside, pycocotools would take all memory.
+        far = [c for polygon in segmentation for c in polygon if abs(c) > 10 * max(size)]
+        return f"has a point at {far[0]:g}, far outside the image" if far else ""
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "is neither a list of polygons nor an RLE with size and counts"
     if segmentation["size"] != list(size):

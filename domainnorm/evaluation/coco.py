@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
+from ..data.annotations import clip_boxes
+from ..data.masks import decode_segmentation, segmentation_problem
 from ..distributed import gather_objects, rank
 from ..errors import UserError
 
@@ -52,8 +54,11 @@ def evaluate_coco(
     Returns:
         AP (mean over IoU 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects; nan where the ground
         truth has no such object.
+
+    Raises:
+        UserError: "segm", and an object of the ground truth has no mask, or one that cannot be decoded.
     """
-    truth = _index(_with_defaults(ground_truth))
+    truth = _index(_with_defaults(ground_truth, iou_type))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if predictions:
             # loadRes writes into the entries; and it would take the area of a mask from a box beside it
@@ -90,15 +95,42 @@ def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequen
     return results
 
 
-def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
-    """With what pycocotools needs of each object but hand-made files leave out."""
-    annotations = [
-        {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3]}
-        | entry
-        | {"id": number}  # pycocotools takes an object with id 0 for one that was never matched
-        for number, entry in enumerate(data["annotations"], start=1)
-    ]
+def _with_defaults(data: dict[str, Any], iou_type: str) -> dict[str, Any]:
+    """With what pycocotools needs of each object but hand-made files leave out, and for "segm" masks as RLE."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]} if iou_type == "segm" else {}
+    annotations = []
+    for number, entry in enumerate(data["annotations"], start=1):
+        if iou_type == "segm":
+            rle = _rle(entry, sizes[entry["image_id"]])
+            own = {"area": float(coco_mask.area(rle))} | entry | {"segmentation": rle}
+        else:
+            own = {"area": entry["bbox"][2] * entry["bbox"][3]} | entry
+        # pycocotools takes an object with id 0 for one that was never matched
+        annotations.append({"iscrowd": 0} | own | {"id": number})
     return data | {"annotations": annotations}
+
+
+def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """The mask of an object of the ground truth. A crowd without one has its box: files may leave it out there."""
+    segmentation = entry.get("segmentation")
+    problem = segmentation_problem(segmentation, size)
+    if problem and entry.get("iscrowd", 0):
+        boxes, _, _ = clip_boxes(np.array([entry["bbox"]], dtype=np.float64), np.array([size]))
+        x0, y0, x1, y1 = boxes[0].tolist()
+        segmentation, problem = [[x0, y0, x1, y0, x1, y1, x0, y1]], ""
+    if not problem and isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
+        try:
+            decode_segmentation(segmentation, size)  # pycocotools compares RLEs of different lengths for ever
+            return segmentation
+        except (ValueError, TypeError) as error:
+            problem = f"cannot be decoded ({error})"
+    if problem:
+        raise UserError(
+            f"annotation {entry['id']} of the ground truth (image {entry['image_id']}): its segmentation {problem}; "
+            "correct it, or set MODEL.MASK_ON False to evaluate boxes only"
+        )
+    rles = coco_mask.frPyObjects(segmentation, *size)
+    return coco_mask.merge(rles) if isinstance(segmentation, list) else rles
 
 
 def _index(data: dict[str, Any]) -> COCO:
