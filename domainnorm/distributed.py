@@ -3,6 +3,7 @@
 Everything works without a process group (one rank) and over any backend (NCCL, gloo).
 """
 
+import copy
 import logging
 import os
 import sys
@@ -53,6 +54,15 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def deepcopy_over_group(module: Any, group: Any, memo: dict[int, Any]) -> Any:
+    """For `__deepcopy__`: a copy of `module` over the same process group; a group itself cannot be copied."""
+    memo[id(group)] = group
+    twin = module.__new__(type(module))
+    memo[id(module)] = twin
+    twin.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return twin
 
 
 def barrier() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .distributed import Group, all_gather_stack, rank, world_size
+from .distributed import Group, all_gather_stack, deepcopy_over_group, rank, world_size
 
 
 class RoIShuffle(nn.Module):
@@ -27,7 +27,9 @@ class RoIShuffle(nn.Module):
     collective exchanges the counts; then one uneven all-to-all carries the features there and one each output back,
     in their own dtype, and the gradients take the reverse way. In eval, and with one rank, it is the wrapped module.
 
-    Every rank must call it in the same steps, and use its output in the loss even when it brings no RoI.
+    Every rank must call it in the same steps, and use its output in the loss even when it brings no RoI; the outputs of
+    the module must depend on its input also where that has no rows. Activation checkpointing belongs inside the
+    wrapped module, not around the shuffle.
 
     Args:
         module: the head: features `(R, *)` in; out comes a tensor `(R, *)`, or a tuple, list or dict of them. Also
@@ -54,9 +56,12 @@ class RoIShuffle(nn.Module):
 
         Raises:
             ValueError: the ranks are at different steps or have different seeds; or an output has not one row a RoI.
+            RuntimeError: activation checkpointing runs it again, with what would be another permutation.
         """
         if not self.training:
             return self.module(x)
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            raise RuntimeError("RoIShuffle cannot be recomputed: checkpoint the wrapped module, not the shuffle")
         self.step += 1
         if world_size(self.group) == 1:
             return self.module(x)
@@ -68,15 +73,18 @@ class RoIShuffle(nn.Module):
         return _map(lambda y: _Exchange.apply(_one_row_a_roi(y, shuffled), back, self.group), self.module(shuffled))
 
     def _route(self, x: Tensor) -> Route:
-        mine = torch.stack([x.new_tensor(len(x), dtype=torch.long), self.step.to(x.device)])
-        counts, steps = all_gather_stack(mine, self.group).T.tolist()
-        if len(set(steps)) > 1:
+        mine = torch.cat([x.new_tensor([len(x), self.seed], dtype=torch.long), self.step.to(x.device)[None]])
+        counts, seeds, steps = all_gather_stack(mine, self.group).T.tolist()
+        if len({*zip(seeds, steps, strict=True)}) > 1:
             raise ValueError(
-                f"RoIShuffle: the ranks are at steps {steps}; they must make the same training forwards, from the "
-                "same checkpoint"
+                f"RoIShuffle: the ranks are at steps {steps} with seeds {seeds}; they must have one seed and make the "
+                "same training forwards, from the same checkpoint"
             )
         permutation = roi_permutation(self.seed, steps[0] - 1, sum(counts))
         return Route.of(permutation, counts, rank(self.group), x.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoIShuffle:
+        return deepcopy_over_group(self, self.group, memo)
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}"
@@ -131,7 +139,8 @@ class _Exchange(Function):
     def forward(ctx, x, route, group):
         ctx.route, ctx.group = route, group
         incoming = x.new_empty((sum(route.received), *x.shape[1:]))
-        dist.all_to_all_single(incoming, x[route.take], route.received, route.sent, group=group)
+        outgoing = x[route.take].contiguous()  # of a channels_last x it is not
+        dist.all_to_all_single(incoming, outgoing, route.received, route.sent, group=group)
         return incoming[route.put]
 
     @staticmethod
@@ -143,6 +152,11 @@ def _one_row_a_roi(y: Any, x: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
         got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__}"
         raise ValueError(f"RoIShuffle: the module returns {got} for {len(x)} RoIs; it must return one row for each")
+    if not len(x) and x.requires_grad and y.is_floating_point() and not y.requires_grad:
+        raise ValueError(
+            "RoIShuffle: given no RoIs, the module returns what does not depend on its input, and the other ranks "
+            "would wait for its gradient: let it compute on the empty tensor"
+        )
     return y
 
 

@@ -155,6 +155,12 @@ def test_ground_truth_that_cannot_be_decoded(truth, broken):
 # what is shown
 
 
+def test_a_model_without_masks(truth):
+    boxes = [{"image_id": 10, "category_id": 3, "bbox": [2, 4, 16, 16], "score": 1.0}]
+    with pytest.raises(UserError, match=r"predicts no masks: set MODEL\.MASK_ON False"):
+        evaluate_coco(boxes, truth, "segm")
+
+
 def test_table():
     values = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 12.5)
     cells = "   12.50" * 6

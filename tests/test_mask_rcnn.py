@@ -261,11 +261,11 @@ def test_ranks_without_objects_or_rois(norm, shuffle, amp):
 
 
 def whole_step(rank, norm, shuffle, world):
-    """Gradients of one step on three images, spread over the ranks; all anchors and RoIs are sampled."""
+    """Gradients of one step on six images, spread over the ranks; all anchors and RoIs are sampled."""
     torch.use_deterministic_algorithms(True)
     model = build(norm, shuffle=shuffle, MODEL__RPN__BATCH_SIZE_PER_IMAGE=100000).double()
-    images, targets = batch(3, 0, 2, 1)
-    own = slice(4 * rank // world, 4 * (rank + 1) // world)
+    images, targets = batch(3, 0, 2, 1, 0, 1)
+    own = slice(6 * rank // world, 6 * (rank + 1) // world)
     images = [image.double() for image in images[own]]
     targets = [target | {"boxes": target["boxes"].double()} for target in targets[own]]
     network = DistributedDataParallel(model) if world > 1 else model
@@ -274,13 +274,13 @@ def whole_step(rank, norm, shuffle, world):
 
 
 @pytest.mark.parametrize("norm", ["SyncBN", "GN"])
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_processes_take_the_step_of_one(norm, shuffle):
+@pytest.mark.parametrize(("shuffle", "world"), [(False, 2), (True, 2), (True, 3)])
+def test_processes_take_the_step_of_one(norm, shuffle, world):
     """The whole detector. Where the normalization batch is the total batch, or the RoI itself, shuffling is exact."""
     losses, expected = whole_step(0, norm, False, 1)
-    ranks = run_ranks(whole_step, 2, norm, shuffle, 2)
+    ranks = run_ranks(whole_step, world, norm, shuffle, world)
     for name, value in losses.items():
-        assert sum(rank_losses[name] for rank_losses, _ in ranks) / 2 == pytest.approx(value, rel=1e-9), name
+        assert sum(rank_losses[name] for rank_losses, _ in ranks) / world == pytest.approx(value, rel=1e-10), name
     for _, grads in ranks:
         torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-10)
 

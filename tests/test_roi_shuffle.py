@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.utils.checkpoint import checkpoint
 
 import domainnorm as dn
 from domainnorm.roi_shuffle import roi_permutation
@@ -177,6 +180,24 @@ def test_double_backward():
     run_ranks(double_backward, 2)
 
 
+def channels_last(rank):
+    head = dn.RoIShuffle(nn.Identity())
+    x = torch.randn(3 + rank, 4, 2, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(3 + rank, 4, 3, 2).transpose(2, 3)  # a gradient that is dense, but not contiguous
+    y = head(x)
+    (y * weight).sum().backward()
+    assert torch.equal(y, x) and torch.equal(x.grad, weight)
+
+
+def test_any_memory_format():
+    run_ranks(channels_last, 2)
+
+
+class NoRows(nn.Module):
+    def forward(self, x):
+        return 2 * x if len(x) else x.new_zeros(0, 2)
+
+
 def mistakes(rank):
     head = dn.RoIShuffle(nn.Flatten(0))
     with pytest.raises(ValueError, match="one row for each"):
@@ -185,6 +206,37 @@ def mistakes(rank):
         head.step += 1
     with pytest.raises(ValueError, match=r"the ranks are at steps \[2, 3\]"):
         head(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"with seeds \[0, 1\]"):
+        dn.RoIShuffle(nn.Identity(), seed=rank)(torch.zeros(3, 2))
+    with pytest.raises(RuntimeError, match="checkpoint the wrapped module"):
+        x = torch.zeros(3, 2, requires_grad=True)
+        checkpoint(dn.RoIShuffle(nn.Linear(2, 2)), x, use_reentrant=False).sum().backward()
+
+
+def no_rows(rank):
+    dn.RoIShuffle(NoRows())(torch.zeros(1 - rank, 2))  # rank 0 gets none of one RoI
+
+
+def test_a_head_that_leaves_early_without_rows_does_not_hang():
+    with pytest.raises(ProcessRaisedException, match="compute on the empty tensor"):
+        run_ranks(no_rows, 2)
+
+
+def sub_groups(rank):
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    head = copy.deepcopy(dn.RoIShuffle(Head(nn.Identity()), group=groups[rank // 2]))
+    x = torch.arange(3.0)[:, None] + 10 * rank
+    assert torch.equal(head(x)["all"], x)
+    return head.module.batches[0]
+
+
+def test_a_group_of_ranks_shuffles_among_itself_also_a_copy():
+    batches = run_ranks(sub_groups, 4)
+    for group in range(2):
+        own = torch.cat([torch.arange(3.0)[:, None] + 10 * rank for rank in (2 * group, 2 * group + 1)])
+        assert torch.equal(
+            torch.cat(batches[2 * group : 2 * group + 2]), own[torch.from_numpy(roi_permutation(0, 0, 6))]
+        )
 
 
 def test_mistakes():

@@ -73,6 +73,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
         network.broadcast_buffers = False  # here, because torch 2.13 renamed the argument
     _seed(cfg.SEED + rank())
     if checkpoint:
+        if world_size() > 1:
+            _first_backward(cfg, network, device, start)
         restore_training(checkpoint, model, optimizer, scaler)
     del checkpoint  # as large as the model and its optimizer
     log = TrainingLog(folder, start, solver.MAX_ITER, device)
@@ -125,6 +127,17 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+def _first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, start: int) -> None:
+    """One that counts for nothing. DDP sums gradients in another order after its first one, as the stopped run did."""
+    with contextlib.closing(train_loader(cfg, rank=rank(), world_size=world_size(), start_iteration=start)) as batches:
+        images, targets = _to(next(batches), device)
+    share, amp = len(images) // cfg.SOLVER.ACCUMULATE, cfg.SOLVER.AMP
+    with torch.autocast(device.type, dtype=getattr(torch, amp.DTYPE), enabled=amp.ENABLED):
+        losses = network(images[:share], targets[:share])
+    sum(losses.values()).backward()
+    network.zero_grad()
 
 
 def _only_here(network: nn.Module) -> contextlib.AbstractContextManager[None]:

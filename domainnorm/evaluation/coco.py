@@ -56,8 +56,11 @@ def evaluate_coco(
         truth has no such object.
 
     Raises:
-        UserError: "segm", and an object of the ground truth has no mask, or one that cannot be decoded.
+        UserError: "segm", and the predictions have no masks, or an object of the ground truth has none, or one that
+            cannot be decoded.
     """
+    if iou_type == "segm" and any("segmentation" not in prediction for prediction in predictions):
+        raise UserError("the model predicts no masks: set MODEL.MASK_ON False to evaluate its boxes")
     truth = _index(_with_defaults(ground_truth, iou_type))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if predictions:

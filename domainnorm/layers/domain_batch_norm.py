@@ -1,6 +1,5 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import Group, world_size
+from ..distributed import Group, deepcopy_over_group, world_size
 from ..moments import Moments, normalize_rows
 from .domains import DomainBatch, Input
 
@@ -121,12 +120,7 @@ class DomainBatchNorm(nn.Module):
         return normalize_in_step([self], [x], domain)[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
-        """A copy that synchronizes over the same process group; a group itself cannot be copied."""
-        memo[id(self.sync)] = self.sync
-        twin = self.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
+        return deepcopy_over_group(self, self.sync, memo)
 
     def reset_running_stats(self) -> None:
         """Population statistics as at construction: mean 0, variance 1, no step counted."""

@@ -94,9 +94,9 @@ class RoIHeads(roi_heads.RoIHeads):
         all_labels, all_foreground = torch.cat(labels), torch.cat(foreground)
         # DDP averages gradients over ranks: each divides by its share of the sums.
         counts = all_reduce_sum(torch.stack([torch.ones_like(all_labels).sum(), all_foreground.sum()]))
-        num_rois, num_foreground = counts.clamp(min=1) / world_size()
 
         logits, regression = self._box_predictions(features, proposals, image_shapes)
+        num_rois, num_foreground = counts.clamp(min=1).to(logits.dtype) / world_size()
         regression = regression[all_foreground, all_labels[all_foreground]]
         losses = {
             "loss_cls": F.cross_entropy(logits, all_labels, reduction="sum") / num_rois,
@@ -105,7 +105,7 @@ class RoIHeads(roi_heads.RoIHeads):
         if self.has_mask():
             proposals, matched = ([v[f] for v, f in zip(of, foreground, strict=True)] for of in (proposals, matched))
             logits = self._mask_logits(features, proposals, image_shapes)
-            logits = logits[torch.arange(len(logits)), all_labels[all_foreground]]
+            logits = logits[torch.arange(len(logits), device=logits.device), all_labels[all_foreground]]
             goals = [
                 project_masks_on_boxes(target["masks"], boxes, match, logits.shape[-1])
                 for target, boxes, match in zip(targets, proposals, matched, strict=True)
