@@ -23,9 +23,10 @@ class RoIShuffle(nn.Module):
     Shuffled, each rank normalizes a random share of all RoIs (Table 6).
 
     In training on W ranks with R RoIs in all, rank r computes those at `permutation[R·r/W : R·(r+1)/W]` of
-    `roi_permutation(seed, step, R)`: the counts of two ranks differ by at most one, and any rank may bring none. One
-    collective exchanges the counts; then one uneven all-to-all carries the features there and one each output back,
-    in their own dtype, and the gradients take the reverse way. In eval, and with one rank, it is the wrapped module.
+    `roi_permutation(seed, step, R)`, sorted by the rank that brings them: the counts of two ranks differ by at most
+    one, and any rank may bring none. One collective exchanges the counts; then one uneven all-to-all carries the
+    features there and one each output back, in their own dtype, and the gradients take the reverse way. In eval, and
+    with one rank, it is the wrapped module.
 
     Every rank must call it in the same steps, and use its output in the loss even when it brings no RoI; the outputs of
     the module must depend on its input also where that has no rows. Activation checkpointing belongs inside the
@@ -100,36 +101,39 @@ class Route:
     """The way of one rank's rows to other ranks: take them in this order, send, receive, put them in this order.
 
     Attributes:
-        take: LongTensor, the row at each place of what is sent, rank after rank.
+        take: LongTensor, the row at each place of what is sent, rank after rank; None: as they are.
         sent, received: rows to and from each rank.
-        put: LongTensor, the place in what was received of each row that results.
+        put: LongTensor, the place in what was received of each row that results; None: as they come.
     """
 
-    take: Tensor
+    take: Tensor | None
     sent: list[int]
     received: list[int]
-    put: Tensor
+    put: Tensor | None = None
 
     @staticmethod
     def of(permutation: np.ndarray, counts: Sequence[int], rank: int, device: torch.device) -> Route:
-        """From rows that are numbered through all ranks, `counts` on each, to an even split of `permutation`."""
+        """From rows that are numbered through all ranks, `counts` on each, to an even split of `permutation`.
+
+        Those a rank receives stay in the order in which they come, rank after rank: another order would cost a copy
+        of the features and as much again for their gradient.
+        """
         ends = np.cumsum(counts)
         splits = len(permutation) * np.arange(len(counts) + 1) // len(counts)
         # As a sender: rows in the order of their places in the permutation, and so of the ranks that get them.
         places = np.argsort(permutation)[ends[rank] - counts[rank] : ends[rank]]
         to = np.searchsorted(splits[1:], places, side="right")
-        # As a receiver: rows come rank after rank, those of one rank in the order of their places.
         source = np.searchsorted(ends, permutation[splits[rank] : splits[rank + 1]], side="right")
         return Route(
             torch.from_numpy(np.argsort(places)).to(device),
             np.bincount(to, minlength=len(counts)).tolist(),
             np.bincount(source, minlength=len(counts)).tolist(),
-            torch.from_numpy(np.argsort(np.argsort(source, kind="stable"))).to(device),
         )
 
     def reversed(self) -> Route:
         """The way back."""
-        return Route(self.put.argsort(), self.received, self.sent, self.take.argsort())
+        take, put = (None if order is None else order.argsort() for order in (self.put, self.take))
+        return Route(take, self.received, self.sent, put)
 
 
 class _Exchange(Function):
@@ -138,10 +142,11 @@ class _Exchange(Function):
     @staticmethod
     def forward(ctx, x, route, group):
         ctx.route, ctx.group = route, group
+        outgoing = x if route.take is None else x.index_select(0, route.take)
         incoming = x.new_empty((sum(route.received), *x.shape[1:]))
-        outgoing = x[route.take].contiguous()  # of a channels_last x it is not
-        dist.all_to_all_single(incoming, outgoing, route.received, route.sent, group=group)
-        return incoming[route.put]
+        # contiguous: what is channels_last would arrive in another order of elements
+        dist.all_to_all_single(incoming, outgoing.contiguous(), route.received, route.sent, group=group)
+        return incoming if route.put is None else incoming.index_select(0, route.put)
 
     @staticmethod
     def backward(ctx, grad):

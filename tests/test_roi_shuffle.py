@@ -74,9 +74,10 @@ def in_one_process(counts):
     permutation = torch.from_numpy(roi_permutation(SEED, 0, total))
     head = make_head()
     heads = [copy.deepcopy(head) for _ in range(world)]
-    batches = [x[permutation[total * r // world : total * (r + 1) // world]] for r in range(world)]
+    shares = [share(counts, r, permutation) for r in range(world)]
+    batches = [x[of_rank] for of_rank in shares]
     outputs = [h(batch) for h, batch in zip(heads, batches, strict=True)]
-    back = permutation.argsort()
+    back = torch.cat(shares).argsort()
     y = {
         "all": torch.cat([o["all"] for o in outputs])[back],
         "parts": [torch.cat([o["parts"][i] for o in outputs])[back] for i in range(2)],
@@ -92,6 +93,14 @@ def in_one_process(counts):
         }
         for rank, (own, grad) in enumerate(zip(y["all"].detach().split(counts), x.grad.split(counts), strict=True))
     ]
+
+
+def share(counts, rank, permutation):
+    """The RoIs that a rank computes, in its order: by the rank that brings them."""
+    world, total = len(counts), sum(counts)
+    own = permutation[total * rank // world : total * (rank + 1) // world]
+    source = torch.repeat_interleave(torch.arange(world), torch.tensor(counts))[own]
+    return own[source.argsort(stable=True)]
 
 
 def draw_patterns(world, number):
@@ -139,7 +148,8 @@ def test_each_step_has_its_own_permutation_and_a_resumed_run_goes_on():
     batches = torch.cat(run_ranks(three_steps, 2), dim=1)[..., 0]
     everyone = torch.cat([torch.arange(6.0), torch.arange(6.0) + 10])
     for step in range(3):
-        assert torch.equal(batches[step], everyone[torch.from_numpy(roi_permutation(0, step, 12))])
+        permutation = torch.from_numpy(roi_permutation(0, step, 12))
+        assert torch.equal(batches[step], everyone[torch.cat([share([6, 6], r, permutation) for r in range(2)])])
     assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[1], batches[2])
 
 
@@ -232,11 +242,11 @@ def sub_groups(rank):
 
 def test_a_group_of_ranks_shuffles_among_itself_also_a_copy():
     batches = run_ranks(sub_groups, 4)
-    for group in range(2):
-        own = torch.cat([torch.arange(3.0)[:, None] + 10 * rank for rank in (2 * group, 2 * group + 1)])
-        assert torch.equal(
-            torch.cat(batches[2 * group : 2 * group + 2]), own[torch.from_numpy(roi_permutation(0, 0, 6))]
-        )
+    permutation = torch.from_numpy(roi_permutation(0, 0, 6))
+    shares = torch.cat([share([3, 3], r, permutation) for r in range(2)])
+    for first in (0, 2):
+        own = torch.cat([torch.arange(3.0)[:, None] + 10 * rank for rank in (first, first + 1)])
+        assert torch.equal(torch.cat(batches[first : first + 2]), own[shares])
 
 
 def test_mistakes():

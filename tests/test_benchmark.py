@@ -1,0 +1,88 @@
+"""tools/benchmark.py: what it compares is equal, and what it prints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+import domainnorm as dn
+
+TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
+sys.path.insert(0, str(TOOL.parent))
+
+import benchmark  # noqa: E402
+
+
+def head(x):
+    return x.flatten(1).sin().cumsum(1)[:, :3]
+
+
+def shuffled_and_gathered(rank, patterns):
+    results = []
+    for counts in patterns:
+        shuffle = dn.RoIShuffle(head)
+        x = torch.randn(counts[rank], 2, 2, 2, generator=torch.Generator().manual_seed(rank))
+        of_each_way = []
+        for way in (
+            shuffle,
+            lambda x: benchmark.all_gather_shuffle(benchmark.detectron2_rows, head, x, 0),
+            lambda x: benchmark.all_gather_shuffle(benchmark.lean_rows, head, x, 0),
+        ):
+            leaf = x.clone().requires_grad_()
+            y = way(leaf)
+            y.pow(3).sum().backward()
+            of_each_way.append((y.detach(), leaf.grad))
+        results.append((head(x), of_each_way, benchmark.bytes_sent(counts, 0, x, y)))
+    return results
+
+
+@pytest.mark.parametrize("patterns", [[[4, 4], [5, 2], [7, 0]], [[3, 0, 8], [0, 1, 0]]])
+def test_all_ways_give_the_same_outputs_and_gradients(patterns):
+    for of_rank in run_ranks(shuffled_and_gathered, len(patterns[0]), patterns):
+        for expected, ways, _ in of_rank:
+            for y, grad in ways:
+                torch.testing.assert_close(y, expected)
+                torch.testing.assert_close(grad, ways[0][1])
+
+
+def test_bytes_sent():
+    # Half of rank 0's RoIs, rounded up, go to rank 1 and back, whatever the permutation; a row is 8 + 3 numbers.
+    for ((_, _, (shuffled, gathered)),) in run_ranks(shuffled_and_gathered, 2, [[7, 0]]):
+        assert shuffled == 4 * (8 + 3) * 4 and gathered == 2 * (7 * 8 + 4 * 3) * 4
+
+
+def run(*argv):
+    result = subprocess.run([sys.executable, TOOL, *argv], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    first, empty, *table = result.stdout.splitlines()
+    assert re.match(r"\d+ CPU cores, torch ", first) and not empty
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_shuffle_prints_a_row_for_even_and_one_for_uneven_counts():
+    rows = run("shuffle", "--processes", "2", "--rois", "16", "--channels", "64", "--repeats", "1")
+    assert [row[:2] for row in rows] == [["2", "16"], ["2", "8 to 24"]]
+    for _, _, shuffled, gathered, *ratios in rows:
+        assert 0 < float(shuffled) < float(gathered)
+        assert len(ratios) == 3 and all(float(ratio) > 0 for ratio in ratios)
+
+
+def test_collectives_counts_the_calls_of_each_mode():
+    rows = {mode: (forward, backward, int(total)) for mode, forward, backward, total in run("collectives")}
+    assert set(rows) == set(benchmark.MODES)
+    # The number of foreground RoIs or anchors is one; a norm per process adds none, a SyncBN one in each direction.
+    for mode in ("Mask R-CNN, BN", "Mask R-CNN, GN", "RetinaNet, BN"):
+        assert rows[mode] == ("1 all_reduce", "none", 1)
+    assert [rows[mode][2] for mode in ("Mask R-CNN, SyncBN", "RetinaNet, SyncBN")] == [1 + 2 * 8, 1 + 2 * 4]
+    # Two branches, each with one exchange of counts and two of rows.
+    assert rows["Mask R-CNN, BN, shuffled"][1:] == ("4 all_to_all_single", 11)
+
+
+def test_one_process_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["shuffle", "--processes", "1"])
+    assert "2 or more" in capsys.readouterr().err
