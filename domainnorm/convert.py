@@ -1,5 +1,9 @@
 """Change the norm layers of a model: which statistics normalize."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 from .layers import DomainBatchNorm
@@ -27,3 +31,21 @@ def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
         if isinstance(module, DomainBatchNorm):
             module.statistics = statistics
     return model
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """After the block, every module's mode, every layer's statistics and every buffer are what they were before."""
+    modes = [(module, module.training) for module in model.modules()]
+    statistics = [(m, m.statistics) for m in model.modules() if isinstance(m, DomainBatchNorm)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for layer, choice in statistics:
+            layer.statistics = choice
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

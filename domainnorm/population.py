@@ -1,14 +1,277 @@
-"""Population statistics of a whole model: merged over the ranks that gathered them."""
+"""Population statistics of a whole model: recomputed from a fixed one, or merged over the ranks that gathered them."""
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from .distributed import all_gather_stack, world_size
+from .convert import left_as_found
+from .distributed import Group, all_gather_stack, all_reduce_sum, gather_objects, rank, world_size
 from .layers import DomainBatchNorm, FrozenBatchNorm
+from .layers.domains import DomainBatch
+from .lockstep import meet, run_in_step
 from .moments import Moments
+from .parking import Parking
+
+METHODS = ("pooled", "mean_of_variances", "exact")
+
+TorchBatchNorm = nn.modules.batchnorm._BatchNorm
+Layer = DomainBatchNorm | TorchBatchNorm
+
+
+@torch.no_grad()
+def recompute_population_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_samples: int = 10_000,
+    method: str = "pooled",
+    *,
+    live: int | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace the running statistics of every BatchNorm by those of a population, under the weights as they are.
+
+    Of `DomainBatchNorm` and torch's `BatchNorm1d/2d/3d` and `SyncBatchNorm`. The model runs in training mode, where
+    `RoIs` are sampled and dropout drops; if it is in training mode already, layers that were put in eval mode stay so
+    and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the buffers, in
+    place, at the very end: an exception leaves the model as it was.
+
+    Args:
+        model: called as `model(batch)`; what it returns is not used.
+        batches: any iterable; of B samples each, where more are better but for `"exact"` (the paper: B ≥ 100).
+        num_samples: stop after the batch with which all ranks together have so many; earlier if `batches` end.
+        method: `"pooled"` (Eq. 2): the moments of all batches, merged by their true counts, with Bessel's correction
+            for their sum. `"mean_of_variances"` (Eq. 3): the mean of the batches' means and of their unbiased
+            variances. `"exact"` (App. A.3): as if the population were one batch, whatever B: each layer normalizes by
+            the statistics of all batches. It takes one pass, with all batches in memory between two layers.
+        live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
+        folder: for the others, into memory-mapped files there; None: into host memory.
+        progress: whether rank 0 shows a bar with the time that remains.
+
+    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, the ranks
+    stop with the first that has no batch left.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: unknown method, no batch (for `"exact"`: on some rank), or no layer to recompute.
+        OutOfStepError: `"exact"`, and the model runs its layers in another order for another batch.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method takes one of {list(METHODS)}, got {method!r}")
+    share = math.ceil(num_samples / world_size())
+    with left_as_found(model):
+        if not model.training:
+            model.train()
+        layers = {name: layer for name, layer in model.named_modules() if _follows_batches(layer)}
+        if not layers:
+            raise ValueError("the model has no BatchNorm in training mode that keeps running statistics")
+        if method == "exact":
+            parking = None if live is None else Parking(model, live, folder)
+            estimates = _exact(model, layers, batches, share, parking, progress)
+        else:
+            estimates = _from_minibatches(model, layers, batches, share, method, progress)
+    for name, estimate in estimates.items():
+        _write(layers[name], *estimate)
+    return model
+
+
+# count (K, 1), mean and unbiased variance (K, C) of each layer
+_Estimates = Mapping[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def _from_minibatches(
+    model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], share: int, method: str, progress: bool
+) -> _Estimates:
+    """Each batch normalized by itself, as in training."""
+    sums = {name: _Pooled(layer) if method == "pooled" else _MeanOfVariances(layer) for name, layer in layers.items()}
+    in_step = any(_ranks(layer) is not None for layer in layers.values())
+    with _observed(layers, lambda name, moments: sums[name].add(moments)):
+        number = sum(_forward(model, batch) for batch in _taken(batches, share, in_step, progress))
+    if not sum(gather_objects(number)):
+        raise ValueError("there is no batch to recompute statistics from")
+    return {name: of_layer.finish() for name, of_layer in sums.items()}
+
+
+def _exact(
+    model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], share: int, parking: Any, progress: bool
+) -> _Estimates:
+    """All batches in step; a layer normalizes by its buffers, which are set when all are there."""
+    totals: dict[str, Moments] = {}
+
+    def combine(name: str, values: list[tuple[Tensor, Tensor, Tensor]]) -> list[None]:
+        parts = Moments(*(torch.stack(of) for of in zip(*values, strict=True))).merge(0)[0]
+        merged = parts.merge_ranks(None) if world_size() > 1 else parts
+        _write(layers[name], merged.count, merged.mean, merged.var)
+        totals[name] = totals[name] + merged if name in totals else merged  # a layer that is reached several times
+        bar.update()
+        return [None] * len(values)
+
+    def observe(name: str, moments: Moments) -> None:
+        own = moments.merge(0) if _is_shared(layers[name]) else moments
+        meet(name, (own.count, own.mean, own.var))
+
+    for layer in layers.values():
+        if isinstance(layer, DomainBatchNorm):
+            layer.statistics = "population"
+        else:
+            layer.eval()
+    taken = _taken(batches, share, False, progress)
+    first = list(itertools.islice(taken, 1))
+    if without := [r for r, has in enumerate(gather_objects(bool(first))) if not has]:
+        raise ValueError(f"method 'exact' needs a batch on every rank, there is none on {without}")
+    forwards = (partial(_forward, model, batch) for batch in itertools.chain(first, taken))
+    with _observed(layers, observe), tqdm(total=len(layers), desc="layers", disable=_silent(progress)) as bar:
+        run_in_step(forwards, combine, parking)
+    return {name: (total.count, total.mean, total.unbiased_var()) for name, total in totals.items()}
+
+
+class _Pooled:
+    """Eq. 2: the moments of the union."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.shared = _is_shared(layer)
+        self.total: Moments = _zeros(layer)
+
+    def add(self, moments: Moments) -> None:
+        self.total = self.total + (moments.merge(0) if self.shared else moments)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        total = self.total.merge_ranks(None) if world_size() > 1 else self.total
+        return total.count, total.mean, total.unbiased_var()
+
+
+class _MeanOfVariances:
+    """Eq. 3: the mean of means and the mean of unbiased variances."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.shared = _is_shared(layer)
+        self.group = _ranks(layer)
+        zeros = _zeros(layer)
+        self.sums = torch.cat([zeros.count, zeros.mean, zeros.var], dim=1)  # (K, 1 + 2C)
+
+    def add(self, moments: Moments) -> None:
+        if self.group is not None:
+            moments = moments.merge_ranks(self.group[0])
+        there = moments.count > 0
+        parts = (there.to(moments.mean), moments.mean * there, moments.unbiased_var() * there)
+        new = torch.cat(parts, dim=1)
+        self.sums += new.sum(0, keepdim=True) if self.shared else new
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        sums = all_reduce_sum(self.sums)
+        count, mean, var = sums.split([1, *[(sums.shape[1] - 1) // 2] * 2], dim=1)
+        return count, mean / count.clamp(min=1), var / count.clamp(min=1)
+
+
+def _buffers(layer: Layer) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None and layer.running_var is not None  # as `_follows_batches` sees to
+    return layer.running_mean, layer.running_var
+
+
+def _is_shared(layer: Layer) -> bool:
+    """Whether all domains have the same statistics."""
+    return _buffers(layer)[0].ndim == 1
+
+
+def _zeros(layer: Layer) -> Moments:
+    zeros = torch.zeros_like(_buffers(layer)[0], dtype=torch.float64).reshape(-1, layer.num_features)
+    return Moments(zeros[:, :1], zeros, zeros)
+
+
+def _write(layer: Layer, count: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Count `(K, 1)`, mean and variance `(K, C)` into the buffers; those of a domain without elements stay."""
+    for buffer, value in zip(_buffers(layer), (mean, var), strict=True):
+        buffer.copy_(torch.where(count > 0, value, buffer.reshape(value.shape)).view_as(buffer))
+
+
+def _follows_batches(module: nn.Module) -> bool:
+    """Whether it normalizes by minibatches in training and keeps running statistics of them."""
+    if isinstance(module, DomainBatchNorm):
+        return module.training and module.statistics != "population"
+    return isinstance(module, TorchBatchNorm) and module.training and module.running_mean is not None
+
+
+def _ranks(layer: Layer) -> tuple[Group] | None:
+    """The process group over which a layer is synchronized, in a tuple: the group of all ranks is None."""
+    if world_size() == 1:
+        return None
+    if isinstance(layer, DomainBatchNorm):
+        return (None if layer.sync is True else layer.sync,) if layer.sync else None
+    return (layer.process_group,) if isinstance(layer, nn.SyncBatchNorm) else None
+
+
+@contextmanager
+def _observed(layers: dict[str, Layer], observe: Any) -> Iterator[None]:
+    """`observe(name, moments)` with the moments, in float64, of each normalization batch that the statistics count:
+    of the domains, `(K, C)`, or `(1, C)` where the SGD and the population statistics both are shared.
+    """
+
+    def moments(batch: DomainBatch, one: bool = False) -> Moments:
+        of = batch.by_domain()
+        of = Moments(of.count.double(), of.mean.double(), of.var.double())
+        return of.merge(0) if one else of
+
+    handles = []
+    for name, layer in layers.items():
+        if isinstance(layer, DomainBatchNorm):
+            one = layer.sgd_statistics == "shared" and _is_shared(layer)
+            layer.batch_hook = lambda layer, batch, name=name, one=one: observe(name, moments(batch, one))
+        else:
+
+            def hook(layer: Any, args: Any, name: str = name) -> None:
+                observe(name, moments(DomainBatch.of(args[0], None, 1, layer.num_features)))
+
+            handles.append(layer.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            if isinstance(layer, DomainBatchNorm):
+                layer.batch_hook = None
+        for handle in handles:
+            handle.remove()
+
+
+def _taken(batches: Iterable[Any], share: int, in_step: bool, progress: bool) -> Iterator[Any]:
+    """Batches until `share` samples are reached; with `in_step`, until some rank has no more."""
+    iterator, taken = iter(batches), 0
+    with tqdm(total=share, desc="samples", disable=_silent(progress)) as bar:
+        while True:
+            batch = list(itertools.islice(iterator, 1)) if taken < share else []
+            if not (all(gather_objects(bool(batch))) if in_step else batch):
+                return
+            yield batch[0]
+            taken += _num_samples(batch[0])
+            bar.update(_num_samples(batch[0]))
+
+
+def _num_samples(batch: Any) -> int:
+    """Of a tensor `(N, …)`: N; of a list of images: their number; of other lists, tuples and dicts: of their first."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    first = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    images = isinstance(batch, list) and (not isinstance(first, Tensor) or first.ndim == 3)
+    return len(batch) if images else _num_samples(first)
+
+
+def _silent(progress: bool) -> bool | None:
+    return None if progress and rank() == 0 else True  # None: only where somebody looks
+
+
+def _forward(model: nn.Module, batch: Any) -> int:
+    """Lets go of what the model returns; 1, to count."""
+    model(batch)
+    return 1
 
 
 @torch.no_grad()
@@ -33,18 +296,6 @@ def merge_population_statistics(model: nn.Module) -> nn.Module:
         var.copy_(torch.where(seen, merged.var, own[1]).view_as(var))
         tracked.copy_(all_gather_stack(tracked).amax(0))
     return model
-
-
-@contextmanager
-def merged_population_statistics(model: nn.Module) -> Iterator[None]:
-    """A block in which the running statistics are merged over the ranks; after it each rank has its own again."""
-    own = [(buffer, buffer.clone()) for layer in _kept_per_rank(model) for buffer in layer.buffers(recurse=False)]
-    try:
-        merge_population_statistics(model)
-        yield
-    finally:
-        for buffer, value in own:
-            buffer.copy_(value)
 
 
 def _kept_per_rank(model: nn.Module) -> list[DomainBatchNorm]:

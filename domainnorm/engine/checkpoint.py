@@ -15,11 +15,13 @@ import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..convert import left_as_found
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError
 from ..modeling.weights import load_weights, read_checkpoint
 from ..output import replace_file
-from ..population import merged_population_statistics
+from ..population import merge_population_statistics
+from .average import WeightAverage
 
 # What a resumed run may choose anew: nothing here changes the weights that training arrives at.
 _FREE_KEYS = (
@@ -57,12 +59,14 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     iteration: int,
+    average: WeightAverage | None = None,
 ) -> None:
     """Save the whole state of training after `iteration` steps. Every rank calls it, rank 0 writes."""
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     buffers = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items() if name in names}
     ranks = gather_objects({"random": _random_states(), "buffers": buffers})
-    with merged_population_statistics(model):
+    with left_as_found(model):
+        merge_population_statistics(model)
         if rank() == 0:
             state = {
                 "model": model.state_dict(),
@@ -72,7 +76,17 @@ def save_training(
                 "ranks": ranks,
                 "config": cfg.dump(),
             }
+            if average:
+                state["average"] = average.average.state_dict()
             save_checkpoint(cfg.OUTPUT_DIR, name, state)
+    barrier()
+
+
+def save_model(cfg: CfgNode, name: str, model: nn.Module) -> None:
+    """Save the weights alone, for evaluation and fine-tuning. Rank 0 writes."""
+    if rank() == 0:
+        with replace_file(Path(cfg.OUTPUT_DIR) / name, "wb") as stream:
+            torch.save({"model": model.state_dict()}, stream)
     barrier()
 
 
@@ -116,12 +130,15 @@ def restore_training(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: WeightAverage | None = None,
 ) -> None:
     """Put this rank where it was when it saved `checkpoint`."""
     own = checkpoint["ranks"][rank()]
     load_weights(model, checkpoint["model"] | own["buffers"], "checkpoint")
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
+    if average:
+        average.average.load_state_dict(checkpoint["average"])
     _set_random_states(own["random"])
 
 

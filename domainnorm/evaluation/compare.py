@@ -3,8 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..config_checks import STATISTICS
-from ..convert import set_statistics
+from ..convert import left_as_found, set_statistics
 from ..data import test_loader
 from ..distributed import gather_objects, get_device, rank, world_size
 from ..errors import UserError
-from ..layers import DomainBatchNorm
 from ..output import output_folder, replace_file
-from ..population import merged_population_statistics
+from ..population import merge_population_statistics
 from .coco import METRICS, evaluate_coco, predict
+from .recompute import recompute
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     modes, statistics, buffers and random states are put back.
 
     Args:
-        statistics: "population", "minibatch" or a list of them; None: `cfg.TEST.STATISTICS`.
+        statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
 
     Returns:
         On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, in percent,
@@ -51,15 +50,13 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     results: dict[str, Any] = {}
     iou_types = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     truths = {data_set: loader.dataset.ground_truth() if rank() == 0 else {} for data_set, loader in loaders.items()}
-    with (
-        _as_found(model),
-        merged_population_statistics(model),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-    ):
-        model.eval()
-        for name in names:
-            set_statistics(model, name)
-            results[name] = {}
+    for name in names:
+        results[name] = {}
+        with left_as_found(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            merge_population_statistics(model)
+            if name == "recomputed":
+                recompute(cfg, set_statistics(model, "auto"))
+            set_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
             for data_set, loader in loaders.items():
                 predictions = predict(model, loader, device)
                 scores = {}
@@ -90,20 +87,6 @@ def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> 
     width = max(len("statistics"), *(len(row[0]) for row in rows))
     rows.insert(0, ["statistics", *METRICS])
     return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows)
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put back every module's mode and statistics."""
-    modes = [(module, module.training) for module in model.modules()]
-    statistics = [(m, m.statistics) for m in model.modules() if isinstance(m, DomainBatchNorm)]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for layer, choice in statistics:
-            layer.statistics = choice
 
 
 def _file_name(data_set: str) -> str:

@@ -1,6 +1,6 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class DomainBatchNorm(nn.Module):
         statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
             `"minibatch"`: those of the current input, also in eval (no buffer changes then);
             `"population"`: the buffers, also in training (they do not change; γ and β still learn).
+        batch_hook: None, or a function of the layer and its input, called before it normalizes.
 
     In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
     ValueError, as in torch (with shared SGD and per-domain population statistics, a domain of one element updates
@@ -84,6 +85,7 @@ class DomainBatchNorm(nn.Module):
         self.momentum = momentum
         self.sync = sync
         self.statistics = "auto"
+        self.batch_hook: Callable[[DomainBatchNorm, DomainBatch], None] | None = None
 
         factory = {"device": device, "dtype": dtype}
         # With one domain, shared and per_domain are the same thing: (C,), as torch.
@@ -153,7 +155,7 @@ class DomainBatchNorm(nn.Module):
             own = 0 if self.sgd_statistics == "shared" else domain
             weight, bias = _of_domain(self.weight, domain), _of_domain(self.bias, domain)
             outputs.append(normalize_rows(x, rows, total[own], weight, bias, self.eps))
-        if self.training:
+        if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
 
@@ -244,6 +246,9 @@ def normalize_in_step(
         DomainBatch.of(x, domain, layer.num_domains, layer.num_features)
         for layer, x in zip(layers, inputs, strict=True)
     ]
+    for layer, batch in zip(layers, batches, strict=True):
+        if layer.batch_hook is not None:
+            layer.batch_hook(layer, batch)
     if not first.uses_minibatch:
         outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
     else:

@@ -15,12 +15,19 @@ Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of eac
 
 
 class DomainBatch:
-    """Tensors `(N, C, *)` and the domain of each."""
+    """Tensors `(N, C, *)` and the domain of each.
+
+    Attributes:
+        extra: moments `(K, C)` of samples elsewhere that belong to the same normalization batches; None: of none.
+        updates: whether a layer in training updates its running statistics with this batch.
+    """
 
     def __init__(self, tensors: list[Tensor], domains: Sequence[Domain], num_domains: int) -> None:
         self.tensors = tensors
         self.domains = domains
         self.num_domains = num_domains
+        self.extra: Moments | None = None
+        self.updates = not _recomputing()
         self._rows: list[Moments] | None = None
 
     @staticmethod
@@ -59,13 +66,14 @@ class DomainBatch:
         return self._rows
 
     def by_domain(self) -> Moments:
-        """All rows merged per domain, `(K, C)`, on this rank."""
+        """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
         device = self.tensors[0].device
         ids = [
             d.to(device) if isinstance(d, Tensor) else torch.full(x.shape[:1], d, dtype=torch.long, device=device)
             for x, d in zip(self.tensors, self.domains, strict=True)
         ]
-        return Moments.cat(self.rows()).merge_by(torch.cat(ids), self.num_domains)
+        own = Moments.cat(self.rows()).merge_by(torch.cat(ids), self.num_domains)
+        return own if self.extra is None else own + self.extra
 
     def cannot_be_single(self, per_domain: bool, ranks: int) -> bool:
         """Whether the shapes of this rank alone rule out a normalization batch of one element, over all ranks."""
@@ -77,6 +85,11 @@ class DomainBatch:
         elif len(sizes) < self.num_domains:
             sizes.append(0)
         return min(sizes) > 1 if ranks > 1 else 1 not in sizes
+
+
+def _recomputing() -> bool:
+    """Whether activation checkpointing runs this forward again, within the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:

@@ -1,11 +1,14 @@
 """BatchNorm whose statistics, and by default affine, are constants."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .domain_batch_norm import DomainBatchNorm
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class FrozenBatchNorm(DomainBatchNorm):
@@ -35,26 +38,70 @@ class FrozenBatchNorm(DomainBatchNorm):
         """Whatever is asked for, frozen statistics stay what they are."""
 
     @classmethod
-    def from_domain_batch_norm(cls, layer: DomainBatchNorm) -> "FrozenBatchNorm":
-        """A frozen copy of `layer`: its buffers and affine, in new tensors."""
-        frozen = cls(
-            layer.num_features,
-            num_domains=layer.num_domains,
-            population_statistics=layer.population_statistics,
-            affine=layer.affine,
-            eps=layer.eps,
-            device=layer.running_mean.device,
-            dtype=layer.running_mean.dtype,
-        )
+    def from_batch_norm(cls, layer: DomainBatchNorm | _BatchNorm, train_affine: bool = False) -> "FrozenBatchNorm":
+        """A frozen copy of any BatchNorm, torch's too: its statistics and affine, in new tensors.
+
+        Raises:
+            ValueError: the layer keeps no running statistics.
+        """
+        if layer.running_mean is None:
+            raise ValueError(f"{layer} keeps no running statistics (track_running_stats=False) that could be frozen")
+        factory: dict[str, Any] = {"device": layer.running_mean.device, "dtype": layer.running_mean.dtype}
+        if isinstance(layer, DomainBatchNorm):
+            names = ("num_domains", "sgd_statistics", "population_statistics", "affine", "momentum")
+            factory |= {name: getattr(layer, name) for name in names}
+        else:
+            factory |= {"affine": "shared" if layer.affine else None, "momentum": layer.momentum}
+        frozen = cls(layer.num_features, train_affine, eps=layer.eps, **factory)
         with torch.no_grad():
             frozen.load_state_dict(layer.state_dict())
         return frozen
 
+    def to_batch_norm(self, kind: type[nn.Module] = DomainBatchNorm) -> nn.Module:
+        """A copy that trains: a `DomainBatchNorm`, or of torch's class `kind` where there is one domain.
 
-def freeze_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every `DomainBatchNorm` inside `model` by its frozen copy; returns the model (or the copy itself)."""
-    if isinstance(model, DomainBatchNorm) and not isinstance(model, FrozenBatchNorm):
-        return FrozenBatchNorm.from_domain_batch_norm(model)
-    for name, child in model.named_children():
-        model.add_module(name, freeze_batchnorm(child))
-    return model
+        Raises:
+            ValueError: several domains, and `kind` is torch's.
+        """
+        options: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum}
+        options |= {"device": self.running_mean.device, "dtype": self.running_mean.dtype}
+        if issubclass(kind, DomainBatchNorm):
+            names = ("num_domains", "sgd_statistics", "population_statistics", "affine")
+            options |= {name: getattr(self, name) for name in names}
+        elif self.num_domains > 1:
+            raise ValueError(f"{kind.__name__} has one domain, this layer {self.num_domains}: thaw to DomainBatchNorm")
+        else:
+            options["affine"] = self.affine is not None
+        thawed = kind(self.num_features, **options)
+        with torch.no_grad():
+            thawed.load_state_dict(self.state_dict())
+        return thawed
+
+
+def freeze_batchnorm(model: nn.Module, beginnings: Sequence[str] = ("",), train_affine: bool = False) -> nn.Module:
+    """Replace every BatchNorm of `model` by a `FrozenBatchNorm`, with the very same parameters.
+
+    So an optimizer that holds them goes on with its state.
+
+    Args:
+        beginnings: of the names of the layers to replace; by default all.
+        train_affine: whether their γ and β go on learning.
+
+    Returns:
+        The model, or the frozen layer in its place.
+    """
+    return _freeze("", model, tuple(beginnings), train_affine)
+
+
+def _freeze(name: str, module: nn.Module, beginnings: tuple[str, ...], train_affine: bool) -> nn.Module:
+    if isinstance(module, (DomainBatchNorm, _BatchNorm)) and not isinstance(module, FrozenBatchNorm):
+        if not name.startswith(beginnings):
+            return module
+        frozen = FrozenBatchNorm.from_batch_norm(module, train_affine).train(module.training)
+        frozen.weight, frozen.bias = module.weight, module.bias
+        for parameter in frozen.parameters():
+            parameter.requires_grad_(train_affine)
+        return frozen
+    for child_name, child in module.named_children():
+        module.add_module(child_name, _freeze(f"{name}.{child_name}".lstrip("."), child, beginnings, train_affine))
+    return module

@@ -1,0 +1,40 @@
+"""Population statistics of a detector, recomputed on a data set of the config."""
+
+from contextlib import closing
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from ..data import train_loader
+from ..distributed import get_device, rank, world_size
+from ..population import recompute_population_statistics
+
+
+def recompute(cfg: CfgNode, model: nn.Module) -> None:
+    """Replace the running statistics of `model`, by `cfg.TEST.RECOMPUTE`. Every rank calls it.
+
+    On training batches (as large, and resized and flipped as in training) of `DATASET` or else of the training sets.
+    """
+    options = cfg.TEST.RECOMPUTE
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = [options.DATASET] if options.DATASET else cfg.DATASETS.TRAIN
+    step = _Step(model, get_device(cfg.MODEL.DEVICE)).train(model.training)
+    with closing(train_loader(cfg, rank=rank(), world_size=world_size())) as batches:
+        recompute_population_statistics(step, batches, options.NUM_SAMPLES, options.METHOD)
+
+
+class _Step(nn.Module):
+    """A detector as a function of one batch `(images, targets)`."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.device = device
+
+    def forward(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> Any:
+        images, targets = batch
+        targets = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in of.items()} for of in targets]
+        return self.model([image.to(self.device) for image in images], targets)

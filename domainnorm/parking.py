@@ -1,0 +1,103 @@
+"""Tensors of a forward that waits, moved out of the device's memory and back, in place."""
+
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import TensorWeakRef
+
+
+class Parking:
+    """Room for the tensors of all but a few of several forwards that take turns.
+
+    Args:
+        model: what the forwards run; tensors that it holds (parameters, buffers, caches) stay where they are.
+        live: forwards whose tensors may be on the device at once, at least one.
+        folder: where the others go, into memory-mapped files; None: into the host's memory.
+    """
+
+    def __init__(self, model: nn.Module, live: int, folder: str | Path | None = None) -> None:
+        if live < 1:
+            raise ValueError(f"live takes 1 or more forwards, got {live}")
+        self.model = model
+        self.folder = folder
+        # Forwards come back in the order in which they left: whoever left last is needed last.
+        self._numbers = itertools.count()
+        self.live = live
+
+    def space(self) -> "Space | None":
+        """For the next forward; None for those that may stay."""
+        return Space(self) if next(self._numbers) >= self.live - 1 else None
+
+    def held_by_model(self) -> set[int]:
+        """The storages that the model holds, by their address; caches in plain attributes included."""
+        held = itertools.chain(self.model.parameters(), self.model.buffers(), *map(_attributes, self.model.modules()))
+        return _addresses(held)
+
+    def empty(self, size: int) -> Tensor:
+        """`size` bytes to park in."""
+        if self.folder is None:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        with tempfile.NamedTemporaryFile(dir=self.folder) as file:  # it loses its name here, and lives with the tensor
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+
+
+class Space(TorchDispatchMode):
+    """Within it, every tensor that an operation returns is noted; `leave` empties those still alive."""
+
+    def __init__(self, parking: Parking) -> None:
+        super().__init__()
+        self.parking = parking
+        self._seen: list[TensorWeakRef] = []
+        self._parked: list[tuple[torch.UntypedStorage, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._seen += [TensorWeakRef(tensor) for tensor in _tensors(out)]
+        return out
+
+    def leave(self, value: Any) -> None:
+        """Empty what is alive, but for the tensors in `value`, which others will read."""
+        alive = {ref: tensor for ref in self._seen if (tensor := ref()) is not None}
+        self._seen = list(alive)
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in alive.values()}
+        for address in self.parking.held_by_model() | _addresses(_tensors(value)):
+            storages.pop(address, None)
+        del alive
+        for storage in storages.values():
+            if storage.resizable() and storage.nbytes():
+                host = self.parking.empty(storage.nbytes())
+                host.untyped_storage().copy_(storage)
+                self._parked.append((storage, host))
+                storage.resize_(0)
+
+    def come_back(self) -> None:
+        """Fill again what `leave` emptied."""
+        for storage, host in self._parked:
+            storage.resize_(host.nbytes)
+            storage.copy_(host.untyped_storage())
+        self._parked.clear()
+
+
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from itertools.chain.from_iterable(map(_tensors, tree.values()))
+    elif isinstance(tree, (list, tuple)):
+        yield from itertools.chain.from_iterable(map(_tensors, tree))
+
+
+def _attributes(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain.from_iterable(
+        _tensors(v) for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")
+    )

@@ -1,0 +1,70 @@
+"""Extra samples that take part in the statistics and in nothing else (*Rethinking "Batch"*, App. A.5)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import DomainBatchNorm
+from .layers.domains import DomainBatch
+from .lockstep import meet, run_in_step
+from .moments import Moments
+
+
+@contextmanager
+def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
+    """Within it, `model(x)` normalizes by the minibatch statistics of `x` and `extra_images` together.
+
+    Both go through the model in step. No gradient flows through the extra images, and none of their outputs is
+    returned; in training they count in the running statistics. In eval, the layers use minibatch statistics within the
+    block, and no buffer changes. Layers under population statistics, and frozen ones, stay so.
+
+    Args:
+        model: with `DomainBatchNorm` layers; it is called as `model(extra_images)` beside each call of the block.
+        extra_images: what the model takes.
+
+    Raises:
+        ValueError: no layer of the model normalizes by minibatches.
+        OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.statistics != "population"}
+    if not layers:
+        raise ValueError("the model has no DomainBatchNorm that normalizes by minibatches")
+    own_forward = vars(model).get("forward")  # of this object, not of its class
+    forward, choices = model.forward, [layer.statistics for layer in layers.values()]
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        return run_in_step([partial(_as_extra, forward, extra_images), partial(forward, *args, **kwargs)], _exchange)[1]
+
+    try:
+        model.forward = both
+        for name, layer in layers.items():
+            layer.statistics = "minibatch"
+            layer.batch_hook = partial(_join, name)
+        yield
+    finally:
+        del model.forward
+        if own_forward is not None:
+            model.forward = own_forward
+        for layer, choice in zip(layers.values(), choices, strict=True):
+            layer.statistics, layer.batch_hook = choice, None
+
+
+@torch.no_grad()
+def _as_extra(forward: Callable[[Any], Any], images: Any) -> None:
+    forward(images)
+
+
+def _join(name: str, layer: DomainBatchNorm, batch: DomainBatch) -> None:
+    """Meet the other forward at this layer: its moments join the normalization batch, as constants."""
+    own = batch.by_domain()
+    *other, batch.updates = meet(name, (own.count, own.mean.detach(), own.var.detach()))
+    batch.extra = Moments(*other)
+
+
+def _exchange(_: str, values: list[Any]) -> list[Any]:
+    extra, own = values
+    return [(*own, False), (*extra, True)]

@@ -1,0 +1,289 @@
+"""Recomputed population statistics: the truth about all batches, whatever the model does with its layers."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from torch import nn
+
+import domainnorm as dn
+from domainnorm.lockstep import OutOfStepError
+from domainnorm.population import METHODS
+
+recompute = dn.recompute_population_statistics
+
+
+def quiet(model, batches, method="pooled", num_samples=10**9, **options):
+    return recompute(model, batches, num_samples, method, progress=False, **options)
+
+
+def statistics_of(model):
+    return {name: value for name, value in model.state_dict().items() if "running" in name}
+
+
+def elements(x):
+    return x.transpose(0, 1).flatten(1)
+
+
+def parts(x, *sizes):
+    return list(x.split([*sizes, len(x) - sum(sizes)]))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(20, 3, 4, 5, dtype=torch.float64) * 2 + 3
+
+
+@pytest.mark.parametrize("layer", [dn.DomainBatchNorm, nn.BatchNorm2d])
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_pooled_does_not_depend_on_the_split(layer, sizes):
+    x = torch.randn(20, 3, 4, 5, dtype=torch.float64) * 2 + 3
+    got = statistics_of(
+        quiet(layer(3).double(), [b for b in parts(x, *sizes) if layer is dn.DomainBatchNorm or len(b)])
+    )
+    torch.testing.assert_close(got["running_mean"], elements(x).mean(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got["running_var"], elements(x).var(1), rtol=1e-12, atol=1e-12)
+
+
+def test_mean_of_variances_is_equation_3(x):
+    batches = parts(x, 5, 12)
+    got = statistics_of(quiet(dn.DomainBatchNorm(3).double(), [*batches, x[:0]], "mean_of_variances"))
+    mean = sum(elements(b).mean(1) for b in batches) / 3
+    var = sum(elements(b).var(1) for b in batches) / 3
+    torch.testing.assert_close(got["running_mean"], mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got["running_var"], var, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_means_in_float32(method):
+    x = torch.randn(64, 3, 8, 8, dtype=torch.float64) * 0.1 + 1e3
+    got = statistics_of(quiet(dn.DomainBatchNorm(3), x.float().split(8), method))
+    torch.testing.assert_close(got["running_mean"].double(), elements(x).mean(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(got["running_var"].double(), elements(x).var(1), rtol=2e-3, atol=0)  # Eq. 3 is no pool
+    if method != "mean_of_variances":
+        exact = elements(x.float().double()).var(1)
+        torch.testing.assert_close(got["running_var"].double(), exact, rtol=1e-4, atol=0)
+
+
+class Shared(nn.Module):
+    """One layer, reached three times in a forward, with other sizes; a second after it; one never reached."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.after, self.unreached = layer(3), layer(3), layer(3)
+
+    def forward(self, x):
+        levels = [x, x[..., ::2] * 3 + 1, x[:, :, :2] * 0.5]
+        return [self.after(self.layer(level)) for level in levels]
+
+
+@pytest.mark.parametrize("layer", [dn.DomainBatchNorm, nn.BatchNorm2d])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_reached_several_times_and_one_never(x, layer, method):
+    model = Shared(layer).double()
+    before = copy.deepcopy(model.unreached.state_dict())
+    quiet(model, x.split(5), method)
+    levels = [
+        torch.cat([elements(level) for level in (b, b[..., ::2] * 3 + 1, b[:, :, :2] * 0.5)], 1) for b in x.split(5)
+    ]
+    if method != "mean_of_variances":
+        everything = torch.cat(levels, 1)
+        torch.testing.assert_close(model.layer.running_mean, everything.mean(1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model.layer.running_var, everything.var(1), rtol=1e-12, atol=1e-12)
+    else:
+        mean = sum(elements(v).mean(1) for b in x.split(5) for v in (b, b[..., ::2] * 3 + 1, b[:, :, :2] * 0.5)) / 12
+        torch.testing.assert_close(model.layer.running_mean, mean, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(model.unreached.state_dict().values(), before.values(), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("sgd", "population"),
+    [("per_domain", "per_domain"), ("per_domain", "shared"), ("shared", "shared"), ("shared", "per_domain")],
+)
+def test_domains(x, method, sgd, population):
+    layer = dn.DomainBatchNorm(3, 3, sgd, population).double()
+    batches = [[b, b[..., :2] * 2 - 1, b[:0]] for b in x.split(5)]
+    quiet(layer, batches, method)
+    domains = [elements(x), elements(x[..., :2] * 2 - 1)]
+    if population == "shared":
+        expected = torch.cat(domains, 1)
+        if method != "mean_of_variances":
+            torch.testing.assert_close(layer.running_var, expected.var(1), rtol=1e-12, atol=1e-12)
+        elif sgd == "per_domain":
+            means = [elements(v).mean(1) for b in batches for v in b[:2]]
+            torch.testing.assert_close(layer.running_mean, sum(means) / len(means), rtol=1e-12, atol=1e-12)
+        else:
+            torch.testing.assert_close(layer.running_mean, expected.mean(1), rtol=1e-12, atol=1e-12)
+    else:
+        for k, domain in enumerate(domains):
+            torch.testing.assert_close(layer.running_mean[k], domain.mean(1), rtol=1e-12, atol=1e-12)
+            if method != "mean_of_variances":
+                torch.testing.assert_close(layer.running_var[k], domain.var(1), rtol=1e-12, atol=1e-12)
+        assert layer.running_mean[2].tolist() == [0, 0, 0] and layer.running_var[2].tolist() == [1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 32, 32, dtype=torch.float64)
+    model = torchvision.models.resnet18(num_classes=4).double()
+    whole = copy.deepcopy(model).train()
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        whole(images)
+    return model, images, statistics_of(whole)
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_exact_is_one_batch_of_all_images_on_resnet18(resnet, size):
+    model, images, expected = resnet
+    got = statistics_of(quiet(copy.deepcopy(model), images.split(size), "exact"))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("into", ["memory", "files"])
+def test_parked_batches_change_nothing(resnet, tmp_path, into):
+    model, images, expected = resnet
+    options = {"live": 2, "folder": tmp_path if into == "files" else None}
+    got = statistics_of(quiet(copy.deepcopy(model), images.split(8), "exact", **options))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exact_takes_one_pass(resnet):
+    model, images, _ = resnet
+    model = copy.deepcopy(model)
+    calls = []
+    model.conv1.register_forward_hook(lambda *_: calls.append(1))
+    quiet(model, images.split(8), "exact")
+    assert len(calls) == 8
+
+
+# what else a model may do
+
+
+class Fussy(nn.Module):
+    """Raises, or goes another way, at the given call."""
+
+    def __init__(self, at, what):
+        super().__init__()
+        self.first, self.second, self.third = dn.DomainBatchNorm(3), nn.BatchNorm2d(3), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.at, self.what, self.number = at, what, 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.number += 1
+        here = self.number == self.at
+        x = self.first(x)
+        if here and self.what == "raise":
+            raise ZeroDivisionError("midway")
+        return x if here and self.what == "skip" else self.third(self.second(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_error_midway_leaves_the_model_as_it_was(x, method, mode):
+    model = Fussy(2, "raise").train(mode)
+    model.second.eval()
+    before = copy.deepcopy(model.state_dict())
+    flags = [m.training for m in model.modules()]
+    with pytest.raises(ZeroDivisionError, match="midway"):
+        quiet(model, x.float().split(5), method)
+    assert flags == [m.training for m in model.modules()]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.first.batch_hook is None and not model.second._forward_pre_hooks and model.first.statistics == "auto"
+    assert not [t for t in threading.enumerate() if t.name.startswith("domainnorm")]
+
+
+def test_control_flow_that_differs_is_an_error_for_exact(x):
+    model = Fussy(3, "skip").train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OutOfStepError, match=r"forward 0 is at second, forward 2 finished"):
+        quiet(model, x.float().split(5), "exact")
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    quiet(Fussy(3, "skip").train(), x.float().split(5), "pooled")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_statistics_change_and_only_of_layers_in_training(x, method):
+    model = Fussy(0, "").train()
+    model.second.eval()
+    model.frozen = dn.FrozenBatchNorm(3)
+    before = copy.deepcopy(model.state_dict())
+    pointers = [b.data_ptr() for b in model.buffers()]
+    assert quiet(model, x.float().split(5), method) is model
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"first.running_mean", "first.running_var"}
+    assert pointers == [b.data_ptr() for b in model.buffers()]  # in place
+    assert model.training and not model.second.training
+
+    quiet(model.eval(), x.float().split(5), method)  # nothing is in training: all of it is put there
+    assert not model.training and not torch.equal(model.second.running_mean, before["second.running_mean"])
+
+
+def test_samples_are_counted_and_mistakes_named(x):
+    seen = []
+    model = dn.DomainBatchNorm(3).double()
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    quiet(model, x.split(4), num_samples=10)
+    assert seen == [4, 4, 4]
+    with pytest.raises(ValueError, match="method takes one of"):
+        quiet(model, x.split(4), "mean")
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        quiet(nn.Linear(2, 2), x.split(4))
+    for method in METHODS:
+        with pytest.raises(ValueError, match="batch"):
+            quiet(model, [], method)
+
+
+# ranks
+
+
+def on_ranks(rank, method, sync, sizes):
+    torch.manual_seed(0)
+    x = torch.randn(24, 3, 4, 5, dtype=torch.float64)
+    first, second = (dn.DomainBatchNorm(3, sync=sync) for _ in range(2))
+    model = nn.Sequential(first, nn.ReLU(), second).double()
+    own = x[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
+    quiet(model, own.split(4), method)
+    return statistics_of(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "sync"), [("pooled", False), ("mean_of_variances", False), ("exact", False), ("exact", True)]
+)
+def test_ranks_have_the_statistics_of_one_with_all_the_data(method, sync):
+    expected = on_ranks(0, method, False, [24])
+    for got in run_ranks(on_ranks, 3, method, sync, [4, 12, 8]):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["pooled", "mean_of_variances"])
+def test_synchronized_layers_stop_with_the_first_rank_that_has_no_more(method):
+    torch.manual_seed(0)
+    x = torch.randn(24, 3, 4, 5, dtype=torch.float64)
+    ranks = run_ranks(on_ranks, 2, method, True, [8, 16])
+    batches = [torch.cat([x[i : i + 4], x[8 + i : 12 + i]]) for i in (0, 4)]
+    model = nn.Sequential(dn.DomainBatchNorm(3), nn.ReLU(), dn.DomainBatchNorm(3)).double()
+    expected = statistics_of(quiet(model, batches, method))
+    for got in ranks:
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def no_batch_here(rank):
+    with pytest.raises(ValueError, match=r"there is none on \[1\]"):
+        quiet(dn.DomainBatchNorm(3), [torch.randn(4, 3, 2, 2)] if rank == 0 else [], "exact")
+
+
+def test_exact_needs_a_batch_on_every_rank():
+    run_ranks(no_batch_here, 2)
