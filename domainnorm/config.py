@@ -133,6 +133,16 @@ _C.SOLVER.WARMUP_FACTOR = 0.001  # of BASE_LR, at the first step
 _C.SOLVER.WEIGHT_DECAY = 1e-4  # of all weights but those below
 _C.SOLVER.WEIGHT_DECAY_NORM = 0.0  # of γ and β in norm layers
 _C.SOLVER.WEIGHT_DECAY_BIAS = 1e-4  # of all other biases
+# Iteration, or below 1 share of MAX_ITER, from which norm layers keep their statistics (Rethinking, 4.3); 0: never
+_C.SOLVER.FREEZE_NORM_AT = 0.0
+_C.SOLVER.FREEZE_NORM_LAYERS = []  # beginnings of module names, such as "backbone."; []: all layers
+_C.SOLVER.FREEZE_NORM_RECOMPUTE = False  # freeze recomputed statistics, by TEST.RECOMPUTE, not the EMA
+_C.SOLVER.FREEZE_NORM_AFFINE = False  # also stop training their weight and bias
+_C.SOLVER.FREEZE_NORM_WARMUP_ITERS = 0  # linear, after the switch, from WARMUP_FACTOR
+# "" | "EMA" | "SWA": also average the weights; what is evaluated is the average, with statistics recomputed for it
+_C.SOLVER.AVERAGE_WEIGHTS = ""
+_C.SOLVER.AVERAGE_WEIGHTS_FROM = 0.0  # iteration, or below 1 share of MAX_ITER, at which the average begins
+_C.SOLVER.AVERAGE_WEIGHTS_DECAY = 0.999  # of EMA, for each step
 _C.SOLVER.CHECKPOINT_PERIOD = 5000  # iterations
 _C.SOLVER.AMP = CfgNode()
 _C.SOLVER.AMP.ENABLED = False  # autocast; norm statistics stay float32
@@ -143,12 +153,19 @@ _C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"  # "norm": of all gradients together
 _C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0  # the largest norm, or absolute value
 
 _C.TEST = CfgNode()
-_C.TEST.STATISTICS = ["population"]  # any of population, minibatch: each is evaluated, side by side
+# any of population, minibatch, recomputed: each is evaluated, side by side
+_C.TEST.STATISTICS = ["population"]
+_C.TEST.RECOMPUTE = CfgNode()  # population statistics for "recomputed", of the model as it is
+_C.TEST.RECOMPUTE.NUM_SAMPLES = 1000  # images, over all ranks
+_C.TEST.RECOMPUTE.METHOD = "pooled"  # "pooled" | "mean_of_variances" | "exact"
+_C.TEST.RECOMPUTE.DATASET = ""  # "": DATASETS.TRAIN; another one is the target domain (Rethinking, 5.1)
+_C.TEST.RECOMPUTE.IN_CHECKPOINT = False  # at the end of training, also replace the model's own by them
 _C.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
 _C.TEST.IMS_PER_BATCH = 1  # images loaded together, for each rank; results do not depend on it
 _C.TEST.DETECTIONS_PER_IMAGE = 100  # the best, over all classes
 
-_ELEMENTS = {"SOLVER.STEPS": 0, "DATASETS.TRAIN": "", "DATASETS.TEST": ""}  # of lists that are empty by default
+# of lists that are empty by default
+_ELEMENTS = {"SOLVER.STEPS": 0, "SOLVER.FREEZE_NORM_LAYERS": "", "DATASETS.TRAIN": "", "DATASETS.TEST": ""}
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:

@@ -10,7 +10,7 @@ from .errors import UserError
 
 NORMS = ("", "BN", "SyncBN", "GN", "FrozenBN")
 BATCH_NORMS = ("BN", "SyncBN")
-STATISTICS = ("population", "minibatch")
+STATISTICS = ("population", "minibatch", "recomputed")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
 
 _CHOICES = {
@@ -31,6 +31,8 @@ _CHOICES = {
     "SOLVER.LR_SCHEDULER": ("steps", "cosine"),
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("norm", "value"),
+    "SOLVER.AVERAGE_WEIGHTS": ("", "EMA", "SWA"),
+    "TEST.RECOMPUTE.METHOD": ("pooled", "mean_of_variances", "exact"),
 }
 
 # Of numbers, and of each number in a list: above 0; not below 0; from 0 to 1.
@@ -45,19 +47,21 @@ _POSITIVE = (
     *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "SOLVER.IMS_PER_BATCH"),
     *("SOLVER.ACCUMULATE", "SOLVER.BASE_LR", "SOLVER.STEPS", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "TEST.IMS_PER_BATCH", "TEST.DETECTIONS_PER_IMAGE"),
+    "TEST.RECOMPUTE.NUM_SAMPLES",
 )
 _NOT_NEGATIVE = (
     *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
     *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD.NUM_CONV"),
     *("DATALOADER.NUM_WORKERS", "SOLVER.WARMUP_ITERS", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM"),
-    *("SOLVER.WEIGHT_DECAY_BIAS", "TEST.EVAL_PERIOD"),
+    *("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.FREEZE_NORM_AT", "SOLVER.FREEZE_NORM_WARMUP_ITERS", "TEST.EVAL_PERIOD"),
+    "SOLVER.AVERAGE_WEIGHTS_FROM",
 )
 _SHARES = (
     *("MODEL.RETINANET.PRIOR_PROB", "MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.SCORE_THRESH_TEST"),
     *("MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RPN.IOU_THRESHOLDS", "MODEL.RPN.POSITIVE_FRACTION"),
     *("MODEL.RPN.NMS_THRESH", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "INPUT.RANDOM_FLIP", "SOLVER.MOMENTUM"),
-    "SOLVER.WARMUP_FACTOR",
+    *("SOLVER.WARMUP_FACTOR", "SOLVER.AVERAGE_WEIGHTS_DECAY"),
 )
 _LENGTHS = {
     "MODEL.PIXEL_MEAN": 3,
@@ -153,6 +157,13 @@ def _check_solver(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} contradicts SOLVER.ACCUMULATE {solver.ACCUMULATE}: "
             "the second must divide the first"
         )
+    if not solver.FREEZE_NORM_AT:
+        for name in ("LAYERS", "RECOMPUTE", "AFFINE", "WARMUP_ITERS"):
+            if solver[f"FREEZE_NORM_{name}"]:
+                raise UserError(
+                    f"SOLVER.FREEZE_NORM_{name} {solver[f'FREEZE_NORM_{name}']!r} contradicts SOLVER.FREEZE_NORM_AT 0, "
+                    "which never freezes: say when, or leave it out"
+                )
     if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
         raise UserError("SOLVER.AMP.DTYPE 'float16' contradicts MODEL.DEVICE 'cpu': use bfloat16 there")
 

@@ -16,7 +16,11 @@ LOWER = {
     "roi_shuffle": {"distributed"},
     "layers": {"moments", "distributed"},
     "convert": {"layers"},
-    "population": {"moments", "distributed", "layers"},
+    "parking": set(),
+    "lockstep": {"parking"},
+    "population": {"convert", "moments", "distributed", "layers", "lockstep", "parking"},
+    "virtual_batch": {"moments", "layers", "lockstep"},
+    "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},
     "modeling": {"errors", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
     "evaluation": {

@@ -49,7 +49,7 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
     """Of step `iteration`, counted from 0: the schedule times a linear warm-up. A pure function.
 
     Steps: `BASE_LR` times `GAMMA` for each of `STEPS` that was reached. Cosine: half a period, 0 at `MAX_ITER`.
-    Warm-up: from `WARMUP_FACTOR` at 0 to 1 at `WARMUP_ITERS`.
+    Warm-up: from `WARMUP_FACTOR` at 0 to 1 at `WARMUP_ITERS`; and again after norm layers are frozen.
     """
     solver = cfg.SOLVER
     schedule: ParamScheduler
@@ -61,9 +61,16 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
             [solver.GAMMA**k for k in range(len(steps) + 1)], num_updates=solver.MAX_ITER, milestones=steps
         )
     rate = solver.BASE_LR * schedule(iteration / solver.MAX_ITER)
-    if iteration < solver.WARMUP_ITERS:
-        rate *= LinearParamScheduler(solver.WARMUP_FACTOR, 1.0)(iteration / solver.WARMUP_ITERS)
+    frozen_at = iteration_of(cfg, solver.FREEZE_NORM_AT)
+    for begin, length in ((0, solver.WARMUP_ITERS), (frozen_at, solver.FREEZE_NORM_WARMUP_ITERS)):
+        if begin <= iteration < begin + length:
+            rate *= LinearParamScheduler(solver.WARMUP_FACTOR, 1.0)((iteration - begin) / length)
     return rate
+
+
+def iteration_of(cfg: CfgNode, when: float) -> int:
+    """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
+    return int(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
 
 
 def warn_about_schedule(cfg: CfgNode) -> None:

@@ -17,13 +17,16 @@ from ..config import save_config
 from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
-from ..evaluation import evaluate
+from ..evaluation import evaluate, recompute
 from ..modeling import build_model
 from ..output import output_folder
 from ..population import merge_population_statistics
-from .checkpoint import read_training, restore_training, save_training
+from .average import WeightAverage
+from .checkpoint import read_training, restore_training, save_model, save_training
+from .describe import describe_normalization
+from .freeze import freeze_norm
 from .log import TrainingLog, setup_logging
-from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
+from .optim import build_optimizer, clip_gradients, iteration_of, learning_rate, warn_about_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU).
 
     Returns:
-        The trained model, not wrapped for several processes; its running statistics are merged over the ranks.
+        The trained model, or the average of its weights if `SOLVER.AVERAGE_WEIGHTS`, not wrapped for several
+        processes; its running statistics are those of all ranks.
 
     Raises:
         UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, a
@@ -67,20 +71,30 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
 
     optimizer = build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler(device.type, enabled=solver.AMP.ENABLED and amp == torch.float16)
-    network: nn.Module = model
-    if world_size() > 1:
-        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        network.broadcast_buffers = False  # here, because torch 2.13 renamed the argument
+    frozen_at = iteration_of(cfg, solver.FREEZE_NORM_AT) if solver.FREEZE_NORM_AT else solver.MAX_ITER
+    if frozen_at < start:
+        freeze_norm(cfg, model)
+    average = WeightAverage(cfg, model) if solver.AVERAGE_WEIGHTS else None
+    network = _distributed(model, device)
     _seed(cfg.SEED + rank())
     if checkpoint:
         if world_size() > 1:
             _first_backward(cfg, network, device, start)
-        restore_training(checkpoint, model, optimizer, scaler)
+        restore_training(checkpoint, model, optimizer, scaler, average)
     del checkpoint  # as large as the model and its optimizer
     log = TrainingLog(folder, start, solver.MAX_ITER, device)
+    logger.info("%s", describe_normalization(cfg, model))
     logger.info("training from iteration %d to %d on %s, %d processes", start, solver.MAX_ITER, device, world_size())
 
     for iteration in range(start, solver.MAX_ITER):
+        if iteration == frozen_at:
+            if solver.FREEZE_NORM_RECOMPUTE:
+                recompute(cfg, model)
+            freeze_norm(cfg, model)
+            network = _distributed(model, device)  # which parameters are trained may have changed
+            if average:
+                freeze_norm(cfg, average.average.module)
+            logger.info("iteration %d: the statistics of norm layers are frozen", iteration)
         began = time.perf_counter()
         images, targets = _to(next(batches), device)
         data_seconds = time.perf_counter() - began
@@ -104,19 +118,26 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             _finite("gradient", {"norm": norm}, iteration, targets)
         scaler.step(optimizer)
         scaler.update()
+        if average:
+            average.update(model, iteration)
 
         done = iteration + 1
         log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
+        if done == solver.MAX_ITER and cfg.TEST.RECOMPUTE.IN_CHECKPOINT:
+            recompute(cfg, model)
         if done == solver.MAX_ITER or done % solver.CHECKPOINT_PERIOD == 0:
             weights = [value for value in model.state_dict().values() if value.is_floating_point()]
             _finite("model", {"norm of its weights": nn.utils.get_total_norm(weights)}, iteration, targets)
             name = "model_final.pth" if done == solver.MAX_ITER else f"model_{done:07d}.pth"
-            save_training(cfg, name, model, optimizer, scaler, done)
+            save_training(cfg, name, model, optimizer, scaler, done, average)
         if cfg.TEST.EVAL_PERIOD and done % cfg.TEST.EVAL_PERIOD == 0 and done < solver.MAX_ITER:
-            log.evaluation(done, evaluate(cfg, model))
+            log.evaluation(done, evaluate(cfg, average.model(cfg, model) if average else model))
 
     del batches  # ends its worker processes
     merge_population_statistics(model)  # what is returned is what was saved, on every rank
+    if average:
+        model = average.model(cfg, model)
+        save_model(cfg, "model_averaged.pth", model)
     if cfg.DATASETS.TEST:
         log.evaluation(solver.MAX_ITER, evaluate(cfg, model))
     log.close()
@@ -127,6 +148,15 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, wrapped where there are several processes."""
+    if world_size() == 1:
+        return model
+    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    network.broadcast_buffers = False  # here, because torch 2.13 renamed the argument
+    return network
 
 
 def _first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, start: int) -> None:

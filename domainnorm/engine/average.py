@@ -1,0 +1,41 @@
+"""Averages of the weights along the way of training, with population statistics of their own."""
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from ..evaluation import recompute
+from .optim import iteration_of
+
+
+class WeightAverage:
+    """torch's `AveragedModel`, by `SOLVER.AVERAGE_WEIGHTS`; every rank has the same.
+
+    Running statistics are not averaged: those of other weights are not those of the average (*Rethinking "Batch"*,
+    §3.3). They are recomputed for it.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        solver = cfg.SOLVER
+        ema = solver.AVERAGE_WEIGHTS == "EMA"
+        average = get_ema_multi_avg_fn(solver.AVERAGE_WEIGHTS_DECAY) if ema else get_swa_multi_avg_fn()
+        self.average = AveragedModel(model, multi_avg_fn=average)
+        self.begin = iteration_of(cfg, solver.AVERAGE_WEIGHTS_FROM)
+
+    def update(self, model: nn.Module, iteration: int) -> None:
+        """After step `iteration`, counted from 0."""
+        if iteration >= self.begin:
+            self.average.update_parameters(model)
+
+    def model(self, cfg: CfgNode, trained: nn.Module) -> nn.Module:
+        """The averaged model with statistics recomputed by `TEST.RECOMPUTE`. Every rank calls it.
+
+        Layers that the batches do not reach have those of the `trained` one.
+        """
+        module = self.average.module.train(trained.training)
+        with torch.no_grad():
+            for own, other in zip(module.buffers(), trained.buffers(), strict=True):
+                own.copy_(other)
+        recompute(cfg, module)
+        return module

@@ -1,0 +1,43 @@
+"""What the normalization batch of each norm really is, in one line."""
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ..distributed import world_size
+from ..layers import DomainBatchNorm, FrozenBatchNorm
+
+
+def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
+    """For every part of `model` with norms, the number of layers and what one of them normalizes together in training.
+
+    Gradient accumulation does not enlarge it (*Rethinking "Batch"*, App. A.5).
+    """
+    parts: dict[tuple[str, str], int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (DomainBatchNorm, nn.GroupNorm)):
+            key = ".".join(name.split(".")[:2]), _batch(cfg, name, module)
+            parts[key] = parts.get(key, 0) + 1
+    return "normalization batches: " + (
+        "; ".join(f"{part} x{n}: {text}" for (part, text), n in parts.items()) or "none"
+    )
+
+
+def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
+    if isinstance(layer, nn.GroupNorm):
+        return "a sample alone, by groups of channels"
+    if isinstance(layer, FrozenBatchNorm):
+        return "population statistics (frozen)"
+    assert isinstance(layer, DomainBatchNorm)
+    ranks = world_size() if layer.sync else 1
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size() * cfg.SOLVER.ACCUMULATE)
+    text = f"{images} images x height x width"
+    if name.startswith("roi_heads."):
+        head = cfg.MODEL.ROI_BOX_HEAD if ".box_" in name else cfg.MODEL.ROI_MASK_HEAD
+        share = 1 if ".box_" in name else cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION
+        most = int(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * share) * images
+        shuffled = cfg.MODEL.ROI_HEADS.SHUFFLE and world_size() > 1
+        owner = f"a random share of those of {images * world_size()} images" if shuffled else f"of {images} images"
+        text = f"up to {most} RoIs, {owner}, x {head.POOLER_RESOLUTION} x {head.POOLER_RESOLUTION}"
+    if layer.num_domains > 1:
+        text += " of each level" if layer.sgd_statistics == "per_domain" else f" of all {layer.num_domains} levels"
+    return text + (f" x {ranks} processes" if layer.sync else ", of one process")
