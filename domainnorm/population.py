@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .convert import left_as_found
-from .distributed import Group, all_gather_stack, all_reduce_sum, gather_objects, rank, world_size
+from .distributed import all_gather_stack, gather_objects, rank, world_size
+from .estimators import Estimate, Layer, MeanOfVariances, Pooled, TorchBatchNorm, is_shared, ranks_of, write
 from .layers import DomainBatchNorm, FrozenBatchNorm
 from .layers.domains import DomainBatch
 from .lockstep import meet, run_in_step
@@ -21,9 +22,6 @@ from .moments import Moments
 from .parking import Parking
 
 METHODS = ("pooled", "mean_of_variances", "exact")
-
-TorchBatchNorm = nn.modules.batchnorm._BatchNorm
-Layer = DomainBatchNorm | TorchBatchNorm
 
 
 @torch.no_grad()
@@ -81,20 +79,16 @@ def recompute_population_statistics(
         else:
             estimates = _from_minibatches(model, layers, batches, share, method, progress)
     for name, estimate in estimates.items():
-        _write(layers[name], *estimate)
+        write(layers[name], *estimate)
     return model
-
-
-# count (K, 1), mean and unbiased variance (K, C) of each layer
-_Estimates = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def _from_minibatches(
     model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], share: int, method: str, progress: bool
-) -> _Estimates:
+) -> Mapping[str, Estimate]:
     """Each batch normalized by itself, as in training."""
-    sums = {name: _Pooled(layer) if method == "pooled" else _MeanOfVariances(layer) for name, layer in layers.items()}
-    in_step = any(_ranks(layer) is not None for layer in layers.values())
+    sums = {name: Pooled(layer) if method == "pooled" else MeanOfVariances(layer) for name, layer in layers.items()}
+    in_step = any(ranks_of(layer) is not None for layer in layers.values())
     with _observed(layers, lambda name, moments: sums[name].add(moments)):
         number = sum(_forward(model, batch) for batch in _taken(batches, share, in_step, progress))
     if not sum(gather_objects(number)):
@@ -104,20 +98,20 @@ def _from_minibatches(
 
 def _exact(
     model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], share: int, parking: Any, progress: bool
-) -> _Estimates:
+) -> Mapping[str, Estimate]:
     """All batches in step; a layer normalizes by its buffers, which are set when all are there."""
     totals: dict[str, Moments] = {}
 
     def combine(name: str, values: list[tuple[Tensor, Tensor, Tensor]]) -> list[None]:
         parts = Moments(*(torch.stack(of) for of in zip(*values, strict=True))).merge(0)[0]
         merged = parts.merge_ranks(None) if world_size() > 1 else parts
-        _write(layers[name], merged.count, merged.mean, merged.var)
+        write(layers[name], merged.count, merged.mean, merged.var)
         totals[name] = totals[name] + merged if name in totals else merged  # a layer that is reached several times
         bar.update()
         return [None] * len(values)
 
     def observe(name: str, moments: Moments) -> None:
-        own = moments.merge(0) if _is_shared(layers[name]) else moments
+        own = moments.merge(0) if is_shared(layers[name]) else moments
         meet(name, (own.count, own.mean, own.var))
 
     for layer in layers.values():
@@ -135,79 +129,11 @@ def _exact(
     return {name: (total.count, total.mean, total.unbiased_var()) for name, total in totals.items()}
 
 
-class _Pooled:
-    """Eq. 2: the moments of the union."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.shared = _is_shared(layer)
-        self.total: Moments = _zeros(layer)
-
-    def add(self, moments: Moments) -> None:
-        self.total = self.total + (moments.merge(0) if self.shared else moments)
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        total = self.total.merge_ranks(None) if world_size() > 1 else self.total
-        return total.count, total.mean, total.unbiased_var()
-
-
-class _MeanOfVariances:
-    """Eq. 3: the mean of means and the mean of unbiased variances."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.shared = _is_shared(layer)
-        self.group = _ranks(layer)
-        zeros = _zeros(layer)
-        self.sums = torch.cat([zeros.count, zeros.mean, zeros.var], dim=1)  # (K, 1 + 2C)
-
-    def add(self, moments: Moments) -> None:
-        if self.group is not None:
-            moments = moments.merge_ranks(self.group[0])
-        there = moments.count > 0
-        parts = (there.to(moments.mean), moments.mean * there, moments.unbiased_var() * there)
-        new = torch.cat(parts, dim=1)
-        self.sums += new.sum(0, keepdim=True) if self.shared else new
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        sums = all_reduce_sum(self.sums)
-        count, mean, var = sums.split([1, *[(sums.shape[1] - 1) // 2] * 2], dim=1)
-        return count, mean / count.clamp(min=1), var / count.clamp(min=1)
-
-
-def _buffers(layer: Layer) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None and layer.running_var is not None  # as `_follows_batches` sees to
-    return layer.running_mean, layer.running_var
-
-
-def _is_shared(layer: Layer) -> bool:
-    """Whether all domains have the same statistics."""
-    return _buffers(layer)[0].ndim == 1
-
-
-def _zeros(layer: Layer) -> Moments:
-    zeros = torch.zeros_like(_buffers(layer)[0], dtype=torch.float64).reshape(-1, layer.num_features)
-    return Moments(zeros[:, :1], zeros, zeros)
-
-
-def _write(layer: Layer, count: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Count `(K, 1)`, mean and variance `(K, C)` into the buffers; those of a domain without elements stay."""
-    for buffer, value in zip(_buffers(layer), (mean, var), strict=True):
-        buffer.copy_(torch.where(count > 0, value, buffer.reshape(value.shape)).view_as(buffer))
-
-
 def _follows_batches(module: nn.Module) -> bool:
     """Whether it normalizes by minibatches in training and keeps running statistics of them."""
     if isinstance(module, DomainBatchNorm):
         return module.training and module.statistics != "population"
     return isinstance(module, TorchBatchNorm) and module.training and module.running_mean is not None
-
-
-def _ranks(layer: Layer) -> tuple[Group] | None:
-    """The process group over which a layer is synchronized, in a tuple: the group of all ranks is None."""
-    if world_size() == 1:
-        return None
-    if isinstance(layer, DomainBatchNorm):
-        return (None if layer.sync is True else layer.sync,) if layer.sync else None
-    return (layer.process_group,) if isinstance(layer, nn.SyncBatchNorm) else None
 
 
 @contextmanager
@@ -224,7 +150,7 @@ def _observed(layers: dict[str, Layer], observe: Any) -> Iterator[None]:
     handles = []
     for name, layer in layers.items():
         if isinstance(layer, DomainBatchNorm):
-            one = layer.sgd_statistics == "shared" and _is_shared(layer)
+            one = layer.sgd_statistics == "shared" and is_shared(layer)
             layer.batch_hook = lambda layer, batch, name=name, one=one: observe(name, moments(batch, one))
         else:
 

@@ -230,8 +230,10 @@ def test_learning_rate_cosine():
 def test_steps_that_are_never_reached_are_said_and_ignored(caplog):
     assert schedule(19, BASE_LR=0.1, MAX_ITER=20, STEPS=[10, 20, 30], WARMUP_ITERS=0) == pytest.approx([0.01])
     with caplog.at_level(logging.WARNING):
-        warn_about_schedule(load_config(None, ["SOLVER.MAX_ITER", 20, "SOLVER.STEPS", [10, 20, 30]]))
+        options = ["SOLVER.STEPS", [10, 20, 30], "SOLVER.FREEZE_NORM_AT", 20, "SOLVER.AVERAGE_WEIGHTS_FROM", 0.5]
+        warn_about_schedule(load_config(None, ["SOLVER.MAX_ITER", 20, *options]))
     assert "[20, 30]" in caplog.text and "WARMUP_ITERS" in caplog.text
+    assert "FREEZE_NORM_AT 20: never reached" in caplog.text and "AVERAGE_WEIGHTS_FROM" not in caplog.text
 
 
 def test_weight_decay_groups_hold_each_parameter_once():

@@ -115,7 +115,8 @@ def test_mistakes(data_set, tmp_path):
     with pytest.raises(dn.UserError, match=r"FREEZE_NORM_AFFINE True contradicts SOLVER\.FREEZE_NORM_AT 0"):
         tiny.config(data_set, tmp_path, SOLVER__FREEZE_NORM_AFFINE=True)
     with pytest.raises(dn.UserError, match="no BatchNorm has a name that begins with 'neck'"):
-        train(tiny.config(data_set, tmp_path, **FREEZE, SOLVER__FREEZE_NORM_LAYERS=["neck"]))
+        train(tiny.config(data_set, tmp_path / "out", **FREEZE, SOLVER__FREEZE_NORM_LAYERS=["neck"]))
+    assert not (tmp_path / "out").exists()  # before anything is written
 
 
 # recomputed statistics
@@ -157,6 +158,15 @@ def test_the_checkpoint_keeps_its_own_unless_asked(data_set, tmp_path):
     assert results[0] == results[1]
 
 
+def test_nothing_to_recompute_is_the_population(data_set, tmp_path, caplog):
+    choices = RECOMPUTE | {"DATASETS__TEST": [data_set], "MODEL__RETINANET__NORM": "GN", "MODEL__BACKBONE__NORM": "GN"}
+    cfg = tiny.config(data_set, tmp_path, **choices)
+    dn.evaluate(cfg, dn.build_model(cfg))
+    assert "nothing to recompute" in caplog.text
+    files = [tmp_path / "inference" / name / "coco_instances_results.json" for name in ("recomputed", "population")]
+    assert files[0].read_text() == files[1].read_text()
+
+
 def test_the_target_domain(data_set, tmp_path):
     other = tiny.write_dataset(tmp_path / "other", size=96)
     found = []
@@ -196,6 +206,25 @@ def test_averaged_weights_with_statistics_recomputed_for_them(data_set, tmp_path
     train(cfg, resume=True)
     resumed = read_checkpoint(tmp_path / "a" / "model_averaged.pth")["model"]
     torch.testing.assert_close(resumed, averaged, rtol=0, atol=0)
+
+
+def test_evaluating_the_average_on_the_way_leaves_no_trace(data_set, tmp_path):
+    choices = tiny.MASK_RCNN | AVERAGE | RECOMPUTE | {"SOLVER__AVERAGE_WEIGHTS": "EMA", "DATASETS__TEST": [data_set]}
+    weights = []
+    for period in (0, 1):
+        train(tiny.config(data_set, tmp_path / str(period), TEST__EVAL_PERIOD=period, **choices))
+        weights.append(read_checkpoint(tmp_path / str(period) / "model_final.pth")["model"])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def _train_average(_, cfg):
+    return train(cfg).state_dict()
+
+
+def test_ranks_have_the_same_average(data_set, tmp_path):
+    choices = AVERAGE | RECOMPUTE | {"SOLVER__AVERAGE_WEIGHTS": "SWA", "SOLVER__FREEZE_NORM_AT": 3}
+    first, second = run_ranks(_train_average, 2, tiny.config(data_set, tmp_path, **choices))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 # what is normalized together, said in the log

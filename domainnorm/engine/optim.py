@@ -78,6 +78,9 @@ def warn_about_schedule(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if beyond := [step for step in solver.STEPS if step >= solver.MAX_ITER]:
         logger.warning("SOLVER.STEPS %s: never reached, SOLVER.MAX_ITER is %d", beyond, solver.MAX_ITER)
+    for name in ("FREEZE_NORM_AT", "AVERAGE_WEIGHTS_FROM"):
+        if iteration_of(cfg, solver[name]) >= solver.MAX_ITER:
+            logger.warning("SOLVER.%s %g: never reached, SOLVER.MAX_ITER is %d", name, solver[name], solver.MAX_ITER)
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         logger.warning(
             "SOLVER.WARMUP_ITERS %d: the warm-up never ends, SOLVER.MAX_ITER is %d",

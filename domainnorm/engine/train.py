@@ -24,7 +24,7 @@ from ..population import merge_population_statistics
 from .average import WeightAverage
 from .checkpoint import read_training, restore_training, save_model, save_training
 from .describe import describe_normalization
-from .freeze import freeze_norm
+from .freeze import check_freeze, freeze_norm
 from .log import TrainingLog, setup_logging
 from .optim import build_optimizer, clip_gradients, iteration_of, learning_rate, warn_about_schedule
 
@@ -63,6 +63,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
         test_loader(cfg, name, **ranks)
     _seed(cfg.SEED)  # the same weights on every rank
     model = build_model(cfg).train()
+    check_freeze(cfg, model)
     folder = output_folder(cfg.OUTPUT_DIR)
     setup_logging(folder)
     if rank() == 0:

@@ -1,5 +1,6 @@
 """Population statistics of a detector, recomputed on a data set of the config."""
 
+import logging
 from contextlib import closing
 from typing import Any
 
@@ -9,20 +10,31 @@ from torch import Tensor, nn
 
 from ..data import train_loader
 from ..distributed import get_device, rank, world_size
+from ..layers import DomainBatchNorm, FrozenBatchNorm
 from ..population import recompute_population_statistics
+
+logger = logging.getLogger(__name__)
 
 
 def recompute(cfg: CfgNode, model: nn.Module) -> None:
     """Replace the running statistics of `model`, by `cfg.TEST.RECOMPUTE`. Every rank calls it.
 
     On training batches (as large, and resized and flipped as in training) of `DATASET` or else of the training sets.
+    Random states are put back: training goes on as if it had not been.
     """
+    if not any(isinstance(m, DomainBatchNorm) and not isinstance(m, FrozenBatchNorm) for m in model.modules()):
+        logger.warning("nothing to recompute: no norm of the model follows its batches")
+        return
     options = cfg.TEST.RECOMPUTE
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN = [options.DATASET] if options.DATASET else cfg.DATASETS.TRAIN
-    step = _Step(model, get_device(cfg.MODEL.DEVICE)).train(model.training)
-    with closing(train_loader(cfg, rank=rank(), world_size=world_size())) as batches:
+    device = get_device(cfg.MODEL.DEVICE)
+    step = _Step(model, device).train(model.training)
+    with (
+        closing(train_loader(cfg, rank=rank(), world_size=world_size())) as batches,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         recompute_population_statistics(step, batches, options.NUM_SAMPLES, options.METHOD)
 
 

@@ -1,0 +1,82 @@
+"""Estimators of the population statistics of one layer, from the moments of its batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import Group, all_reduce_sum, world_size
+from .layers import DomainBatchNorm
+from .moments import Moments
+
+TorchBatchNorm = nn.modules.batchnorm._BatchNorm
+Layer = DomainBatchNorm | TorchBatchNorm
+Estimate = tuple[Tensor, Tensor, Tensor]  # count (K, 1), mean and unbiased variance (K, C), in float64
+
+
+class Pooled:
+    """Eq. 2: the moments of the union."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.shared = is_shared(layer)
+        self.total: Moments = _zeros(layer)
+
+    def add(self, moments: Moments) -> None:
+        self.total = self.total + (moments.merge(0) if self.shared else moments)
+
+    def finish(self) -> Estimate:
+        total = self.total.merge_ranks(None) if world_size() > 1 else self.total
+        return total.count, total.mean, total.unbiased_var()
+
+
+class MeanOfVariances:
+    """Eq. 3: the mean of means and the mean of unbiased variances."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.shared = is_shared(layer)
+        self.group = ranks_of(layer)
+        zeros = _zeros(layer)
+        self.sums = torch.cat([zeros.count, zeros.mean, zeros.var], dim=1)  # (K, 1 + 2C)
+
+    def add(self, moments: Moments) -> None:
+        if self.group is not None:
+            moments = moments.merge_ranks(self.group[0])
+        there = moments.count > 0
+        parts = (there.to(moments.mean), moments.mean * there, moments.unbiased_var() * there)
+        new = torch.cat(parts, dim=1)
+        self.sums += new.sum(0, keepdim=True) if self.shared else new
+
+    def finish(self) -> Estimate:
+        sums = all_reduce_sum(self.sums)
+        count, mean, var = sums.split([1, *[(sums.shape[1] - 1) // 2] * 2], dim=1)
+        return count, mean / count.clamp(min=1), var / count.clamp(min=1)
+
+
+def _buffers(layer: Layer) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None and layer.running_var is not None  # as `_follows_batches` sees to
+    return layer.running_mean, layer.running_var
+
+
+def is_shared(layer: Layer) -> bool:
+    """Whether all domains have the same statistics."""
+    return _buffers(layer)[0].ndim == 1
+
+
+def _zeros(layer: Layer) -> Moments:
+    zeros = torch.zeros_like(_buffers(layer)[0], dtype=torch.float64).reshape(-1, layer.num_features)
+    return Moments(zeros[:, :1], zeros, zeros)
+
+
+def write(layer: Layer, count: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Count `(K, 1)`, mean and variance `(K, C)` into the buffers; those of a domain without elements stay."""
+    for buffer, value in zip(_buffers(layer), (mean, var), strict=True):
+        buffer.copy_(torch.where(count > 0, value, buffer.reshape(value.shape)).view_as(buffer))
+
+
+def ranks_of(layer: Layer) -> tuple[Group] | None:
+    """The process group over which a layer is synchronized, in a tuple: the group of all ranks is None."""
+    if world_size() == 1:
+        return None
+    if isinstance(layer, DomainBatchNorm):
+        return (None if layer.sync is True else layer.sync,) if layer.sync else None
+    return (layer.process_group,) if isinstance(layer, nn.SyncBatchNorm) else None
