@@ -185,8 +185,8 @@ def report(results: dict[str, Any], folder: Path) -> None:
     lines += [*_table(results["table 2"], "B"), "", "![error against B](population.png)", "", "## Time", ""]
     own = results["cost"]
     lines += [
-        f"ResNet-50 with {own['norm layers']} norm layers, 4 batches of 16 images of 96 x 96 pixels. CPU time, divided by",
-        f"that of one forward pass over them: exact {own['exact']:.2f}, pooled {own['pooled']:.2f},",
+        f"ResNet-50 with {own['norm layers']} norm layers, 4 batches of 16 images of 96 x 96 pixels. CPU time, divided",
+        f"by that of one forward pass over them: exact {own['exact']:.2f}, pooled {own['pooled']:.2f},",
         f"exact layer by layer {own['layer by layer']:.1f}.",
     ]
     (folder / "population.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
