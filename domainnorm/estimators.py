@@ -36,20 +36,21 @@ class MeanOfVariances:
         self.shared = is_shared(layer)
         self.group = ranks_of(layer)
         zeros = _zeros(layer)
-        self.sums = torch.cat([zeros.count, zeros.mean, zeros.var], dim=1)  # (K, 1 + 2C)
+        self.sums = torch.cat([zeros.count, zeros.count, zeros.mean, zeros.var], dim=1)  # (K, 2 + 2C)
 
     def add(self, moments: Moments) -> None:
         if self.group is not None:
             moments = moments.merge_ranks(self.group[0])
-        there = moments.count > 0
-        parts = (there.to(moments.mean), moments.mean * there, moments.unbiased_var() * there)
+        some, several = moments.count > 0, moments.count > 1  # one element has a mean, but no unbiased variance
+        parts = (some.to(moments.mean), several.to(moments.mean), moments.mean * some, moments.unbiased_var() * several)
         new = torch.cat(parts, dim=1)
         self.sums += new.sum(0, keepdim=True) if self.shared else new
 
     def finish(self) -> Estimate:
         sums = all_reduce_sum(self.sums)
-        count, mean, var = sums.split([1, *[(sums.shape[1] - 1) // 2] * 2], dim=1)
-        return count, mean / count.clamp(min=1), var / count.clamp(min=1)
+        means, variances, mean, var = sums.split([1, 1, *[(sums.shape[1] - 2) // 2] * 2], dim=1)
+        # `write` takes a variance from two elements on
+        return means.clamp(max=1) + variances.clamp(max=1), mean / means.clamp(min=1), var / variances.clamp(min=1)
 
 
 def _buffers(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -68,9 +69,12 @@ def _zeros(layer: Layer) -> Moments:
 
 
 def write(layer: Layer, count: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Count `(K, 1)`, mean and variance `(K, C)` into the buffers; those of a domain without elements stay."""
-    for buffer, value in zip(_buffers(layer), (mean, var), strict=True):
-        buffer.copy_(torch.where(count > 0, value, buffer.reshape(value.shape)).view_as(buffer))
+    """Count `(K, 1)`, mean and variance `(K, C)` into the buffers; those of a domain without elements stay.
+
+    As does the variance of a domain of one element.
+    """
+    for buffer, value, fewest in zip(_buffers(layer), (mean, var), (1, 2), strict=True):
+        buffer.copy_(torch.where(count >= fewest, value, buffer.reshape(value.shape)).view_as(buffer))
 
 
 def ranks_of(layer: Layer) -> tuple[Group] | None:

@@ -1,26 +1,26 @@
 """Norms folded into the convolutions before them, for deployment."""
 
 import copy
+import inspect
+from collections import Counter
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DomainBatchNorm
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_FUSED_BY: dict[type[nn.Module], Any] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), fuse_conv_bn_eval),
-    nn.Linear: fuse_linear_bn_eval,
-}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of `model` for inference, whose convolutions and linear layers contain the BatchNorms right after them.
+    """A copy of `model` for inference, whose convolutions contain the BatchNorms right after them, by torch's fusion.
 
-    By torch's own fusion. What follows what is found by tracing (`torch.fx`) the model or, where its control flow
-    cannot be traced, its parts. Left as they are: norms that follow something else, layers used several times, and
-    statistics per domain, for which one convolution cannot stand.
+    What follows what is found by tracing (`torch.fx`) the model, with the default arguments of its `forward`, or where
+    its control flow cannot be traced, its parts, which must then be called as they are: a parent that runs the layers
+    of a child in its own way is not seen. Left as they are: norms that follow something else, layers that are used
+    several times or have hooks, and statistics per domain, for which one convolution cannot stand.
 
     Raises:
         ValueError: a norm is in training mode or under minibatch statistics, which no convolution has. Fuse after
@@ -38,15 +38,15 @@ def fuse(model: nn.Module) -> nn.Module:
         if isinstance(module, DomainBatchNorm) and module.uses_minibatch:
             raise ValueError(f"{name or 'the model'} uses minibatch statistics, which cannot be fused")
     fused = copy.deepcopy(model)
-    uses: dict[nn.Module, int] = {}
-    pairs = list(_pairs(fused, uses))
-    for parent, conv_name, norm_name in pairs:
-        conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
-        if uses[conv] == uses[norm] == 1 and norm.running_mean is not None and norm.running_mean.ndim == 1:
-            weight = getattr(norm, "weight", None)
-            if weight is None or weight.ndim == 1:
-                parent.set_submodule(conv_name, _FUSED_BY[type(conv)](conv, norm))
-                parent.set_submodule(norm_name, nn.Identity())
+    names = Counter(module for _, module in fused.named_modules(remove_duplicate=False))
+    uses: Counter[nn.Module] = Counter()
+    for parent, conv_name, norm_name in list(_pairs(fused, uses)):
+        conv: Any = parent.get_submodule(conv_name)
+        norm: Any = parent.get_submodule(norm_name)
+        shapes = [v.ndim for v in (norm.running_mean, norm.weight) if v is not None]
+        if max(uses[conv], uses[norm], names[conv], names[norm], *shapes) == 1 and norm.running_mean is not None:
+            parent.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+            parent.set_submodule(norm_name, nn.Identity())
     return fused
 
 
@@ -55,22 +55,40 @@ class _Tracer(fx.Tracer):
         return isinstance(module, DomainBatchNorm) or super().is_leaf_module(module, name)
 
 
-def _pairs(module: nn.Module, uses: dict[nn.Module, int]) -> list[tuple[nn.Module, str, str]]:
+def _pairs(module: nn.Module, uses: Counter[nn.Module]) -> list[tuple[nn.Module, str, str]]:
     """(module, name of a convolution in it, name of the norm that alone follows it); counts the calls of each layer."""
     if not any(isinstance(m, (DomainBatchNorm, _BatchNorm)) for m in module.modules()):
         return []
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
     try:
-        graph = _Tracer().trace(module)
+        graph = _Tracer().trace(module, concrete_args=defaults)
     except Exception:  # whatever a forward does with a proxy that it cannot use: its parts may be simpler
         return [pair for child in module.children() for pair in _pairs(child, uses)]
+    # parameters that the forward reads itself
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     pairs = []
     for node in graph.nodes:
         if node.op != "call_module":
             continue
         layer, before = module.get_submodule(node.target), next(iter(node.all_input_nodes), None)
-        uses[layer] = uses.get(layer, 0) + 1
+        uses[layer] += 1
         if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or before is None or before.op != "call_module":
             continue
-        if len(before.users) == 1 and type(module.get_submodule(before.target)) in _FUSED_BY:
+        conv = module.get_submodule(before.target)
+        alone = node.args == (before,) and not node.kwargs and len(before.users) == 1
+        if (
+            alone
+            and type(conv) in _CONVOLUTIONS
+            and not (_hooked(conv) or _hooked(layer))
+            and before.target not in read
+        ):
             pairs.append((module, before.target, node.target))
     return pairs
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

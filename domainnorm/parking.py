@@ -29,10 +29,19 @@ class Parking:
         # Forwards come back in the order in which they left: whoever left last is needed last.
         self._numbers = itertools.count()
         self.live = live
+        self.parked: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # by the storage's address
+        self.shared: set[int] = set()  # storages that several forwards use: they stay
 
-    def space(self) -> "Space | None":
-        """For the next forward; None for those that may stay."""
-        return Space(self) if next(self._numbers) >= self.live - 1 else None
+    def space(self) -> "Space":
+        """For the next forward."""
+        return Space(self, stays=next(self._numbers) < self.live - 1)
+
+    def fetch(self, address: int) -> None:
+        """Fill a storage again, if it is parked."""
+        if address in self.parked:
+            storage, host = self.parked.pop(address)
+            storage.resize_(host.nbytes)
+            storage.copy_(host.untyped_storage())
 
     def held_by_model(self) -> set[int]:
         """The storages that the model holds, by their address; caches in plain attributes included."""
@@ -50,38 +59,46 @@ class Parking:
 class Space(TorchDispatchMode):
     """Within it, every tensor that an operation returns is noted; `leave` empties those still alive."""
 
-    def __init__(self, parking: Parking) -> None:
+    def __init__(self, parking: Parking, stays: bool) -> None:
         super().__init__()
         self.parking = parking
+        self.stays = stays
         self._seen: list[TensorWeakRef] = []
-        self._parked: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._left: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.parking.parked:
+            for address in _addresses(_tensors((args, kwargs or {}))) & self.parking.parked.keys():
+                self.parking.fetch(address)  # of another forward: a constant that the model made for one and keeps
+                self.parking.shared.add(address)
         out = func(*args, **(kwargs or {}))
-        self._seen += [TensorWeakRef(tensor) for tensor in _tensors(out)]
+        if not self.stays:
+            self._seen += [TensorWeakRef(tensor) for tensor in _tensors(out)]
         return out
 
     def leave(self, value: Any) -> None:
         """Empty what is alive, but for the tensors in `value`, which others will read."""
+        if self.stays:
+            return
         alive = {ref: tensor for ref in self._seen if (tensor := ref()) is not None}
         self._seen = list(alive)
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in alive.values()}
-        for address in self.parking.held_by_model() | _addresses(_tensors(value)):
+        for address in self.parking.held_by_model() | self.parking.shared | _addresses(_tensors(value)):
             storages.pop(address, None)
         del alive
-        for storage in storages.values():
+        for address, storage in storages.items():
             if storage.resizable() and storage.nbytes():
                 host = self.parking.empty(storage.nbytes())
                 host.untyped_storage().copy_(storage)
-                self._parked.append((storage, host))
+                self.parking.parked[address] = storage, host
+                self._left.append(address)
                 storage.resize_(0)
 
     def come_back(self) -> None:
         """Fill again what `leave` emptied."""
-        for storage, host in self._parked:
-            storage.resize_(host.nbytes)
-            storage.copy_(host.untyped_storage())
-        self._parked.clear()
+        for address in self._left:
+            self.parking.fetch(address)
+        self._left.clear()
 
 
 def _addresses(tensors: Iterable[Tensor]) -> set[int]:

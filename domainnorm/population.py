@@ -17,7 +17,7 @@ from .distributed import all_gather_stack, gather_objects, rank, world_size
 from .estimators import Estimate, Layer, MeanOfVariances, Pooled, TorchBatchNorm, is_shared, ranks_of, write
 from .layers import DomainBatchNorm, FrozenBatchNorm
 from .layers.domains import DomainBatch
-from .lockstep import meet, run_in_step
+from .lockstep import OutOfStepError, meet, run_in_step
 from .moments import Moments
 from .parking import Parking
 
@@ -49,7 +49,8 @@ def recompute_population_statistics(
         method: `"pooled"` (Eq. 2): the moments of all batches, merged by their true counts, with Bessel's correction
             for their sum. `"mean_of_variances"` (Eq. 3): the mean of the batches' means and of their unbiased
             variances. `"exact"` (App. A.3): as if the population were one batch, whatever B: each layer normalizes by
-            the statistics of all batches. It takes one pass, with all batches in memory between two layers.
+            the statistics of all batches. It takes one pass, with all batches in memory between two layers; a model
+            that keeps tensors in its attributes from one layer to a later one would mix up its batches.
         live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
         folder: for the others, into memory-mapped files there; None: into host memory.
         progress: whether rank 0 shows a bar with the time that remains.
@@ -103,6 +104,7 @@ def _exact(
     totals: dict[str, Moments] = {}
 
     def combine(name: str, values: list[tuple[Tensor, Tensor, Tensor]]) -> list[None]:
+        _same_on_all_ranks(f"at {name}")
         parts = Moments(*(torch.stack(of) for of in zip(*values, strict=True))).merge(0)[0]
         merged = parts.merge_ranks(None) if world_size() > 1 else parts
         write(layers[name], merged.count, merged.mean, merged.var)
@@ -126,7 +128,13 @@ def _exact(
     forwards = (partial(_forward, model, batch) for batch in itertools.chain(first, taken))
     with _observed(layers, observe), tqdm(total=len(layers), desc="layers", disable=_silent(progress)) as bar:
         run_in_step(forwards, combine, parking)
+        _same_on_all_ranks("finished")
     return {name: (total.count, total.mean, total.unbiased_var()) for name, total in totals.items()}
+
+
+def _same_on_all_ranks(place: str) -> None:
+    if len(set(places := gather_objects(place))) > 1:
+        raise OutOfStepError(f"the ranks are {places}: exact statistics need a model that runs its layers in one order")
 
 
 def _follows_batches(module: nn.Module) -> bool:
@@ -147,6 +155,9 @@ def _observed(layers: dict[str, Layer], observe: Any) -> Iterator[None]:
         of = Moments(of.count.double(), of.mean.double(), of.var.double())
         return of.merge(0) if one else of
 
+    for name, layer in layers.items():
+        if isinstance(layer, DomainBatchNorm) and layer.batch_hook is not None:
+            raise ValueError(f"{name} has a batch_hook already (within a virtual batch?): remove it first")
     handles = []
     for name, layer in layers.items():
         if isinstance(layer, DomainBatchNorm):
@@ -182,12 +193,16 @@ def _taken(batches: Iterable[Any], share: int, in_step: bool, progress: bool) ->
 
 
 def _num_samples(batch: Any) -> int:
-    """Of a tensor `(N, …)`: N; of a list of images: their number; of other lists, tuples and dicts: of their first."""
-    if isinstance(batch, Tensor):
+    """Of a tensor `(N, …)`: N; of a list of images `(C, H, W)`: their number; else of the first tensor inside."""
+    if isinstance(batch, Tensor) and batch.ndim:
         return len(batch)
-    first = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
-    images = isinstance(batch, list) and (not isinstance(first, Tensor) or first.ndim == 3)
-    return len(batch) if images else _num_samples(first)
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(items, (list, tuple)) or not items:
+        return 1
+    if isinstance(batch, list) and all(isinstance(item, Tensor) and item.ndim == 3 for item in items):
+        return len(items)
+    inner = [item for item in items if isinstance(item, (Tensor, Mapping, list, tuple))]
+    return _num_samples(inner[0]) if inner else len(items)
 
 
 def _silent(progress: bool) -> bool | None:

@@ -27,12 +27,15 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
         extra_images: what the model takes.
 
     Raises:
-        ValueError: no layer of the model normalizes by minibatches.
+        ValueError: no layer of the model normalizes by minibatches, or it is within such a block already.
+        RuntimeError: activation checkpointing runs the model again within the block; leave it out.
         OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.statistics != "population"}
     if not layers:
         raise ValueError("the model has no DomainBatchNorm that normalizes by minibatches")
+    if hooked := [name for name, layer in layers.items() if layer.batch_hook is not None]:
+        raise ValueError(f"{hooked[0]} has a batch_hook already: virtual batches cannot be nested")
     own_forward = vars(model).get("forward")  # of this object, not of its class
     forward, choices = model.forward, [layer.statistics for layer in layers.values()]
 
@@ -60,6 +63,8 @@ def _as_extra(forward: Callable[[Any], Any], images: Any) -> None:
 
 def _join(name: str, layer: DomainBatchNorm, batch: DomainBatch) -> None:
     """Meet the other forward at this layer: its moments join the normalization batch, as constants."""
+    if not batch.updates:
+        raise RuntimeError("virtual batches do not work with activation checkpointing: the extra images are gone")
     own = batch.by_domain()
     *other, batch.updates = meet(name, (own.count, own.mean.detach(), own.var.detach()))
     batch.extra = Moments(*other)

@@ -58,6 +58,13 @@ def test_freezing_keeps_the_very_parameters():
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, False, True, True]
 
 
+def test_a_layer_under_two_names_stays_one():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential())
+    model.again = model[1].inner = model[0]
+    freeze_batchnorm(model)
+    assert isinstance(model[0], dn.FrozenBatchNorm) and model[0] is model.again is model[1].inner
+
+
 FREEZE = {"SOLVER__FREEZE_NORM_AT": 0.5, "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__BASE_LR": 0.001}
 
 
@@ -102,6 +109,12 @@ def test_ranks_freeze_merged_statistics(data_set, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
     first, second = (of["buffers"] for of in read_checkpoint(tmp_path / "model_0000002.pth")["ranks"])
     assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_share_of_the_iterations_cannot_be_stretched_on_resume(data_set, tmp_path):
+    train(tiny.config(data_set, tmp_path, **FREEZE))
+    with pytest.raises(dn.UserError, match=r"SOLVER\.MAX_ITER was 4, is 8"):
+        train(tiny.config(data_set, tmp_path, SOLVER__MAX_ITER=8, **FREEZE), resume=True)
 
 
 def test_learning_rate_warms_up_again(data_set, tmp_path):
@@ -165,6 +178,14 @@ def test_nothing_to_recompute_is_the_population(data_set, tmp_path, caplog):
     assert "nothing to recompute" in caplog.text
     files = [tmp_path / "inference" / name / "coco_instances_results.json" for name in ("recomputed", "population")]
     assert files[0].read_text() == files[1].read_text()
+
+
+def test_a_target_domain_that_does_not_fit_is_refused_before_training(data_set, tmp_path):
+    for target, message in (("nowhere.json:images", "nowhere"), ("shapes_val", "categories")):
+        cfg = tiny.config(data_set, tmp_path / "out", **RECOMPUTE, TEST__RECOMPUTE__DATASET=target)
+        with pytest.raises(dn.UserError, match=message):
+            train(cfg)
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_target_domain(data_set, tmp_path):

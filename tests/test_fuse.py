@@ -52,23 +52,36 @@ def test_detectors(tmp_path, choices):
         torch.testing.assert_close(fused.head([*levels.values()]), model.head([*levels.values()]), rtol=1e-9, atol=1e-9)
 
 
-class Reused(nn.Module):
+class Odd(nn.Module):
+    """Convolutions before norms that must not be fused, and one that may."""
+
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.linear, self.last = nn.Conv2d(2, 2, 1), dn.DomainBatchNorm(2), nn.Linear(4, 3), None
-        self.last = nn.BatchNorm1d(3)
+        for name in ("reused", "read", "hooked", "listed", "optional", "good"):
+            setattr(self, name, nn.Conv2d(2, 2, 1))
+            setattr(self, f"{name}_norm", dn.DomainBatchNorm(2))
+        self.listed_norm = dn.DomainBatchNorm(2, 2, population_statistics="shared")
+        self.hooked.register_forward_hook(lambda module, args, output: 2 * output)
+        self.alias = self.also = dn.DomainBatchNorm(2)
 
-    def forward(self, x):
-        x = self.norm(self.conv(x)) + self.norm(self.conv(2 * x))
-        return self.last(self.linear(x.flatten(1)))
+    def forward(self, x, scale=None):
+        x = self.reused_norm(self.reused(x)) + self.reused_norm(self.reused(2 * x))
+        x = self.read_norm(self.read(x)) + nn.functional.conv2d(x, self.read.weight)
+        x = self.hooked_norm(self.hooked(x))
+        both = self.listed_norm([self.listed(x), x])
+        x = both[0] + both[1]
+        x = self.optional(x)
+        if scale is None:
+            x = x.relu()
+        return self.also(self.good_norm(self.good(self.optional_norm(x))))
 
 
-def test_layers_used_twice_stay_and_linear_layers_fuse():
-    model = with_statistics(Reused())
+def test_only_what_computes_the_same_is_fused():
+    model = with_statistics(Odd())
     fused = dn.fuse(model)
-    x = torch.randn(3, 2, 1, 2, dtype=torch.float64)
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(fused(x), model(x))
-    assert isinstance(fused.norm, dn.DomainBatchNorm) and isinstance(fused.last, nn.Identity)
+    assert isinstance(fused.good_norm, nn.Identity) and count(fused) == count(model) - 1
 
 
 def test_refusals():

@@ -13,7 +13,7 @@ from torch import nn
 
 import domainnorm as dn
 from domainnorm.lockstep import OutOfStepError
-from domainnorm.population import METHODS
+from domainnorm.population import METHODS, _num_samples
 
 recompute = dn.recompute_population_statistics
 
@@ -159,6 +159,27 @@ def test_parked_batches_change_nothing(resnet, tmp_path, into):
     assert list(tmp_path.iterdir()) == []
 
 
+class Constant(nn.Module):
+    """Makes a tensor in one forward that all later ones use, and that only a closure holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = dn.DomainBatchNorm(3), dn.DomainBatchNorm(3)
+        kept = {}
+        self.constant = lambda n: kept[n] if n in kept else kept.setdefault(n, torch.arange(float(n)) + 1)
+
+    def forward(self, x):
+        x = self.first(x + self.constant(x.shape[-1]))
+        return self.second(x * self.constant(x.shape[-1]))
+
+
+@pytest.mark.parametrize("live", [1, 2, 3])
+def test_parked_tensors_that_several_forwards_use(x, live):
+    expected = statistics_of(quiet(Constant(), x.float().split(4), "exact"))
+    got = statistics_of(quiet(Constant(), x.float().split(4), "exact", live=live))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_exact_takes_one_pass(resnet):
     model, images, _ = resnet
     model = copy.deepcopy(model)
@@ -231,6 +252,38 @@ def test_only_statistics_change_and_only_of_layers_in_training(x, method):
     assert not model.training and not torch.equal(model.second.running_mean, before["second.running_mean"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_element_has_no_variance(method):
+    layer = dn.DomainBatchNorm(3, 2, sgd_statistics="shared").double()
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    quiet(layer, [[x, torch.ones(1, 3, dtype=torch.float64)]], method)
+    assert layer.running_mean[1].tolist() == [1, 1, 1] and layer.running_var[1].tolist() == [1, 1, 1]
+
+
+def test_hooks_of_others_are_not_lost(x):
+    layer = dn.DomainBatchNorm(3).double()
+    layer.batch_hook = hook = lambda *_: None
+    with pytest.raises(ValueError, match="has a batch_hook already"):
+        quiet(layer, x.split(5))
+    assert layer.batch_hook is hook
+
+
+@pytest.mark.parametrize(
+    ("batch", "number"),
+    [
+        (torch.zeros(5, 3, 2, 2), 5),
+        ([torch.zeros(3, 4, 4)] * 6, 6),
+        (([torch.zeros(3, 4, 4)] * 6, [{"boxes": torch.zeros(9, 4)}] * 6), 6),
+        ([torch.zeros(5, 3, 2), torch.zeros(5)], 5),
+        ({"name": "a", "x": torch.zeros(7, 2)}, 7),
+        ({}, 1),
+        (None, 1),
+    ],
+)
+def test_number_of_samples(batch, number):
+    assert _num_samples(batch) == number
+
+
 def test_samples_are_counted_and_mistakes_named(x):
     seen = []
     model = dn.DomainBatchNorm(3).double()
@@ -287,3 +340,23 @@ def no_batch_here(rank):
 
 def test_exact_needs_a_batch_on_every_rank():
     run_ranks(no_batch_here, 2)
+
+
+class Turned(nn.Module):
+    def __init__(self, turned):
+        super().__init__()
+        self.a, self.b, self.turned = dn.DomainBatchNorm(3), dn.DomainBatchNorm(3), turned
+
+    def forward(self, x):
+        return self.a(self.b(x)) if self.turned else self.b(self.a(x))
+
+
+def out_of_step(rank):
+    model = Turned(turned=rank == 1)
+    with pytest.raises(OutOfStepError, match=r"the ranks are \['at a', 'at b'\]"):
+        quiet(model, [torch.randn(4, 3, 2, 2)], "exact")
+    assert model.a.running_mean.tolist() == [0, 0, 0]
+
+
+def test_ranks_that_run_their_layers_in_another_order_are_an_error():
+    run_ranks(out_of_step, 2)

@@ -29,10 +29,12 @@ class WeightAverage:
             self.average.update_parameters(model)
 
     def model(self, cfg: CfgNode, trained: nn.Module) -> nn.Module:
-        """The averaged model with statistics recomputed by `TEST.RECOMPUTE`. Every rank calls it.
+        """The averaged model with statistics recomputed by `TEST.RECOMPUTE`; before it began, the `trained` one.
 
-        Layers that the batches do not reach have those of the `trained` one.
+        Layers that the batches do not reach have the statistics of the `trained` model. Every rank calls it.
         """
+        if not self.average.n_averaged:
+            return trained
         module = self.average.module.train(trained.training)
         with torch.no_grad():
             for own, other in zip(module.buffers(), trained.buffers(), strict=True):

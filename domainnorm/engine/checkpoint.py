@@ -104,11 +104,15 @@ def read_training(cfg: CfgNode) -> dict[str, Any] | None:
         raise UserError(f"checkpoint {file}: holds no training to resume: {sorted(missing)[0]!r} is not in it")
     then, now = _leaves(yaml.safe_load(checkpoint["config"])), _leaves(yaml.safe_load(cfg.dump()))
     # A key that only one of them has came or went with a version of this library.
-    free = _FREE_KEYS + (("SOLVER.MAX_ITER",) if cfg.SOLVER.LR_SCHEDULER == "steps" else ())  # cosine spans it
+    solver = cfg.SOLVER
+    shares = (solver.FREEZE_NORM_AT, solver.AVERAGE_WEIGHTS_FROM)
+    spanned = solver.LR_SCHEDULER == "cosine" or any(0 < share < 1 for share in shares)  # by MAX_ITER
+    free = _FREE_KEYS + (() if spanned else ("SOLVER.MAX_ITER",))
+    bound = ("TEST.RECOMPUTE.",) if solver.FREEZE_NORM_RECOMPUTE or cfg.TEST.RECOMPUTE.IN_CHECKPOINT else ()
     changed = [
         f"{key} was {then[key]!r}, is {now[key]!r}"
         for key in now
-        if key in then and then[key] != now[key] and not key.startswith(free)
+        if key in then and then[key] != now[key] and (not key.startswith(free) or key.startswith(bound))
     ]
     if changed:
         rest = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -118,6 +122,8 @@ def read_training(cfg: CfgNode) -> dict[str, Any] | None:
             f"cannot resume {file}: it is trained to iteration {checkpoint['iteration']} already, "
             f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}"
         )
+    if solver.AVERAGE_WEIGHTS and "average" not in checkpoint:
+        raise UserError(f"cannot resume {file}: it holds no averaged weights; set SOLVER.AVERAGE_WEIGHTS ''")
     if len(checkpoint["ranks"]) != world_size():
         raise UserError(
             f"cannot resume {file}: it was trained by {len(checkpoint['ranks'])} processes, these are {world_size()}"

@@ -70,7 +70,7 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
 
 def iteration_of(cfg: CfgNode, when: float) -> int:
     """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
-    return int(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
+    return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
 
 
 def warn_about_schedule(cfg: CfgNode) -> None:

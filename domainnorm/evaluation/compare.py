@@ -45,6 +45,8 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     if not sets:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
     loaders = {data_set: test_loader(cfg, data_set, rank=rank(), world_size=world_size()) for data_set in sets}
+    if "recomputed" in names and cfg.TEST.RECOMPUTE.DATASET:
+        test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())  # its categories must fit
     folder = output_folder(cfg.OUTPUT_DIR)
     device = get_device(cfg.MODEL.DEVICE)
     results: dict[str, Any] = {}

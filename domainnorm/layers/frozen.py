@@ -90,10 +90,18 @@ def freeze_batchnorm(model: nn.Module, beginnings: Sequence[str] = ("",), train_
     Returns:
         The model, or the frozen layer in its place.
     """
-    return _freeze("", model, tuple(beginnings), train_affine)
+    return _freeze("", model, tuple(beginnings), train_affine, {})
 
 
-def _freeze(name: str, module: nn.Module, beginnings: tuple[str, ...], train_affine: bool) -> nn.Module:
+def _freeze(
+    name: str,
+    module: nn.Module,
+    beginnings: tuple[str, ...],
+    train_affine: bool,
+    done: dict[nn.Module, nn.Module],  # a layer under two names stays one
+) -> nn.Module:
+    if module in done:
+        return done[module]
     if isinstance(module, (DomainBatchNorm, _BatchNorm)) and not isinstance(module, FrozenBatchNorm):
         if not name.startswith(beginnings):
             return module
@@ -101,7 +109,10 @@ def _freeze(name: str, module: nn.Module, beginnings: tuple[str, ...], train_aff
         frozen.weight, frozen.bias = module.weight, module.bias
         for parameter in frozen.parameters():
             parameter.requires_grad_(train_affine)
+        done[module] = frozen
         return frozen
-    for child_name, child in module.named_children():
-        module.add_module(child_name, _freeze(f"{name}.{child_name}".lstrip("."), child, beginnings, train_affine))
+    for child_name, child in module._modules.items():
+        if child is not None:
+            inner = f"{name}.{child_name}".lstrip(".")
+            module._modules[child_name] = _freeze(inner, child, beginnings, train_affine, done)
     return module
