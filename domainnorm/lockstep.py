@@ -59,6 +59,8 @@ def run_in_step(
     finally:
         for seat in seats:
             seat.cancel()
+        if parking is not None:
+            parking.fetch_all()
 
 
 def meet(place: Hashable, value: Any) -> Any:
@@ -67,6 +69,12 @@ def meet(place: Hashable, value: Any) -> Any:
     `value` is a tensor, or a tuple, list or dict of them, or anything without tensors.
     """
     return _here.seat.wait(place, value)
+
+
+def own(tree: Any) -> None:
+    """The tensors in `tree`, made elsewhere, may be parked while this forward waits; they are back when all ends."""
+    if _here.seat.parked:
+        _here.seat.parked.note(tree)
 
 
 class _Cancelled(BaseException):

@@ -48,6 +48,11 @@ class Parking:
         held = itertools.chain(self.model.parameters(), self.model.buffers(), *map(_attributes, self.model.modules()))
         return _addresses(held)
 
+    def fetch_all(self) -> None:
+        """Fill what is still parked: the forwards were ended, but their inputs belong to somebody."""
+        for address in list(self.parked):
+            self.fetch(address)
+
     def empty(self, size: int) -> Tensor:
         """`size` bytes to park in."""
         if self.folder is None:
@@ -75,6 +80,11 @@ class Space(TorchDispatchMode):
         if not self.stays:
             self._seen += [TensorWeakRef(tensor) for tensor in _tensors(out)]
         return out
+
+    def note(self, tree: Any) -> None:
+        """Tensors that came from outside, such as the input, are parked, too."""
+        if not self.stays:
+            self._seen += [TensorWeakRef(tensor) for tensor in _tensors(tree)]
 
     def leave(self, value: Any) -> None:
         """Empty what is alive, but for the tensors in `value`, which others will read."""

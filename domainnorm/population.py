@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .convert import left_as_found
@@ -17,9 +18,10 @@ from .distributed import all_gather_stack, gather_objects, rank, world_size
 from .estimators import Estimate, Layer, MeanOfVariances, Pooled, TorchBatchNorm, is_shared, ranks_of, write
 from .layers import DomainBatchNorm, FrozenBatchNorm
 from .layers.domains import DomainBatch
-from .lockstep import OutOfStepError, meet, run_in_step
+from .lockstep import OutOfStepError, meet, own, run_in_step
 from .moments import Moments
 from .parking import Parking
+from .roi_shuffle import RoIShuffle
 
 METHODS = ("pooled", "mean_of_variances", "exact")
 
@@ -50,7 +52,8 @@ def recompute_population_statistics(
             for their sum. `"mean_of_variances"` (Eq. 3): the mean of the batches' means and of their unbiased
             variances. `"exact"` (App. A.3): as if the population were one batch, whatever B: each layer normalizes by
             the statistics of all batches. It takes one pass, with all batches in memory between two layers; a model
-            that keeps tensors in its attributes from one layer to a later one would mix up its batches.
+            that keeps tensors in its attributes from one layer to a later one would mix up its batches. Every batch
+            holds a thread until all are done (on a CPU with its OpenMP team: thousands need `OMP_NUM_THREADS=1`).
         live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
         folder: for the others, into memory-mapped files there; None: into host memory.
         progress: whether rank 0 shows a bar with the time that remains.
@@ -68,6 +71,9 @@ def recompute_population_statistics(
     if method not in METHODS:
         raise ValueError(f"method takes one of {list(METHODS)}, got {method!r}")
     share = math.ceil(num_samples / world_size())
+    found = model
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # whose forwards need not be as many on every rank
     with left_as_found(model):
         if not model.training:
             model.train()
@@ -81,7 +87,7 @@ def recompute_population_statistics(
             estimates = _from_minibatches(model, layers, batches, share, method, progress)
     for name, estimate in estimates.items():
         write(layers[name], *estimate)
-    return model
+    return found
 
 
 def _from_minibatches(
@@ -89,7 +95,7 @@ def _from_minibatches(
 ) -> Mapping[str, Estimate]:
     """Each batch normalized by itself, as in training."""
     sums = {name: Pooled(layer) if method == "pooled" else MeanOfVariances(layer) for name, layer in layers.items()}
-    in_step = any(ranks_of(layer) is not None for layer in layers.values())
+    in_step = _shuffles(model) or any(ranks_of(layer) is not None for layer in layers.values())
     with _observed(layers, lambda name, moments: sums[name].add(moments)):
         number = sum(_forward(model, batch) for batch in _taken(batches, share, in_step, progress))
     if not sum(gather_objects(number)):
@@ -113,23 +119,33 @@ def _exact(
         return [None] * len(values)
 
     def observe(name: str, moments: Moments) -> None:
-        own = moments.merge(0) if is_shared(layers[name]) else moments
-        meet(name, (own.count, own.mean, own.var))
+        of = moments.merge(0) if is_shared(layers[name]) else moments
+        meet(name, (of.count, of.mean, of.var))
 
     for layer in layers.values():
         if isinstance(layer, DomainBatchNorm):
             layer.statistics = "population"
         else:
             layer.eval()
-    taken = _taken(batches, share, False, progress)
+    taken = _taken(batches, share, _shuffles(model), progress)
     first = list(itertools.islice(taken, 1))
     if without := [r for r, has in enumerate(gather_objects(bool(first))) if not has]:
         raise ValueError(f"method 'exact' needs a batch on every rank, there is none on {without}")
-    forwards = (partial(_forward, model, batch) for batch in itertools.chain(first, taken))
+
+    def forward(batch: Any) -> None:
+        own(batch)
+        model(batch)
+
+    forwards = (partial(forward, batch) for batch in itertools.chain(first, taken))
     with _observed(layers, observe), tqdm(total=len(layers), desc="layers", disable=_silent(progress)) as bar:
         run_in_step(forwards, combine, parking)
         _same_on_all_ranks("finished")
     return {name: (total.count, total.mean, total.unbiased_var()) for name, total in totals.items()}
+
+
+def _shuffles(model: nn.Module) -> bool:
+    """Whether a forward has collectives of its own, so that the ranks must run as many."""
+    return world_size() > 1 and any(isinstance(module, RoIShuffle) for module in model.modules())
 
 
 def _same_on_all_ranks(place: str) -> None:
@@ -165,10 +181,11 @@ def _observed(layers: dict[str, Layer], observe: Any) -> Iterator[None]:
             layer.batch_hook = lambda layer, batch, name=name, one=one: observe(name, moments(batch, one))
         else:
 
-            def hook(layer: Any, args: Any, name: str = name) -> None:
-                observe(name, moments(DomainBatch.of(args[0], None, 1, layer.num_features)))
+            def hook(layer: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                x = args[0] if args else kwargs["input"]
+                observe(name, moments(DomainBatch.of(x, None, 1, layer.num_features)))
 
-            handles.append(layer.register_forward_pre_hook(hook))
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:

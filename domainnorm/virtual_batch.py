@@ -27,10 +27,17 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
         extra_images: what the model takes.
 
     Raises:
+        TypeError: the model has a torch BatchNorm.
         ValueError: no layer of the model normalizes by minibatches, or it is within such a block already.
         RuntimeError: activation checkpointing runs the model again within the block; leave it out.
         OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(
+                f"{name or 'the model'} is torch's {type(module).__name__}, which takes no part in a virtual batch: "
+                "build it as dn.DomainBatchNorm (same state dict)"
+            )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.statistics != "population"}
     if not layers:
         raise ValueError("the model has no DomainBatchNorm that normalizes by minibatches")

@@ -19,7 +19,7 @@ LOWER = {
     "parking": set(),
     "lockstep": {"parking"},
     "estimators": {"moments", "distributed", "layers"},
-    "population": {"convert", "moments", "distributed", "layers", "estimators", "lockstep", "parking"},
+    "population": {"convert", "moments", "distributed", "layers", "estimators", "lockstep", "parking", "roi_shuffle"},
     "virtual_batch": {"moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},

@@ -180,6 +180,29 @@ def test_parked_tensors_that_several_forwards_use(x, live):
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+class Fails(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.second = dn.DomainBatchNorm(3), dn.DomainBatchNorm(3)
+
+    def forward(self, x):
+        y = self.second(self.norm(x))
+        assert x.untyped_storage().nbytes()  # its own input is there again
+        return y if len(x) == 5 else 1 / 0
+
+
+def test_inputs_are_parked_and_come_back_also_after_an_error(x):
+    batches = [x[i : i + 5].clone() for i in (0, 5, 10, 15)]
+    parked = []
+    model = Fails().double()
+    model.second.register_forward_pre_hook(lambda *_: parked.append([b.untyped_storage().nbytes() for b in batches]))
+    quiet(model, batches, "exact", live=1)
+    assert max(sum(size > 0 for size in sizes) for sizes in parked) == 1
+    with pytest.raises(ZeroDivisionError):
+        quiet(model, [*batches, x[:4].clone()], "exact", live=1)
+    assert torch.equal(torch.cat(batches), x)
+
+
 def test_exact_takes_one_pass(resnet):
     model, images, _ = resnet
     model = copy.deepcopy(model)

@@ -86,7 +86,9 @@ class Branching(nn.Module):
 
 
 def test_mistakes(x, extra):
-    with pytest.raises(ValueError, match="no DomainBatchNorm"), dn.virtual_batch(nn.BatchNorm2d(2), extra):
+    with pytest.raises(TypeError, match="torch's BatchNorm2d"), dn.virtual_batch(nn.BatchNorm2d(2), extra):
+        pass
+    with pytest.raises(ValueError, match="no DomainBatchNorm"), dn.virtual_batch(nn.ReLU(), extra):
         pass
     with pytest.raises(ValueError, match="no DomainBatchNorm"), dn.virtual_batch(dn.FrozenBatchNorm(2), extra):
         pass

@@ -95,7 +95,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             network = _distributed(model, device)  # which parameters are trained may have changed
             if average:
                 freeze_norm(cfg, average.average.module)
-            logger.info("iteration %d: the statistics of norm layers are frozen", iteration)
+            logger.info("from iteration %d on, %s", iteration, describe_normalization(cfg, model))
         began = time.perf_counter()
         images, targets = _to(next(batches), device)
         data_seconds = time.perf_counter() - began

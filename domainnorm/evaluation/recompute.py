@@ -28,6 +28,7 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     options = cfg.TEST.RECOMPUTE
     cfg = cfg.clone()
     cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE, 1
     cfg.DATASETS.TRAIN = [options.DATASET] if options.DATASET else cfg.DATASETS.TRAIN
     device = get_device(cfg.MODEL.DEVICE)
     step = _Step(model, device).train(model.training)
