@@ -205,7 +205,7 @@ def report(results: dict[str, Any], folder: Path) -> None:
     axis.set(xscale="log", xlabel="B, images in a batch of the recomputation", ylabel="validation error, %")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(folder / "population.png", dpi=110)
+    figure.savefig(folder / "population.png", dpi=100, metadata={"Software": None})
 
 
 def _table(rows: list[dict[str, Any]], key: str) -> list[str]:
