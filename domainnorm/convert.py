@@ -21,16 +21,21 @@ def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
     Raises:
         TypeError: the model has a torch BatchNorm, whose statistics cannot be chosen so; nothing was changed.
     """
+    refuse_torch_batch_norm(model)
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            module.statistics = statistics
+    return model
+
+
+def refuse_torch_batch_norm(model: nn.Module) -> None:
+    """Raises TypeError if the model has a torch BatchNorm, whose batch cannot be chosen."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise TypeError(
                 f"{name or 'the model'} is torch's {type(module).__name__}, which follows train() and eval() only: "
                 "build it as dn.DomainBatchNorm (same state dict) to choose its statistics"
             )
-    for module in model.modules():
-        if isinstance(module, DomainBatchNorm):
-            module.statistics = statistics
-    return model
 
 
 @contextmanager

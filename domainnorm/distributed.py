@@ -80,6 +80,17 @@ def get_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with the tensors in its lists, tuples (as lists) and dicts on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [to_device(value, device) for value in batch]
+    return batch
+
+
 def launch(
     function: Callable[..., None],
     args: Sequence[Any] = (),

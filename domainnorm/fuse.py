@@ -40,7 +40,7 @@ def fuse(model: nn.Module) -> nn.Module:
     fused = copy.deepcopy(model)
     names = Counter(module for _, module in fused.named_modules(remove_duplicate=False))
     uses: Counter[nn.Module] = Counter()
-    for parent, conv_name, norm_name in list(_pairs(fused, uses)):
+    for parent, conv_name, norm_name in _pairs(fused, uses):
         conv: Any = parent.get_submodule(conv_name)
         norm: Any = parent.get_submodule(norm_name)
         shapes = [v.ndim for v in (norm.running_mean, norm.weight) if v is not None]
@@ -80,12 +80,8 @@ def _pairs(module: nn.Module, uses: Counter[nn.Module]) -> list[tuple[nn.Module,
             continue
         conv = module.get_submodule(before.target)
         alone = node.args == (before,) and not node.kwargs and len(before.users) == 1
-        if (
-            alone
-            and type(conv) in _CONVOLUTIONS
-            and not (_hooked(conv) or _hooked(layer))
-            and before.target not in read
-        ):
+        seen = before.target in read or _hooked(conv) or _hooked(layer)
+        if alone and not seen and type(conv) in _CONVOLUTIONS:
             pairs.append((module, before.target, node.target))
     return pairs
 

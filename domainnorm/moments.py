@@ -131,6 +131,11 @@ def row_affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tenso
     return _RowAffine.apply(x, scale, shift, centre)
 
 
+def is_recomputed() -> bool:
+    """Whether activation checkpointing runs this forward again, within the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

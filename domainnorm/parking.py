@@ -77,12 +77,11 @@ class Space(TorchDispatchMode):
                 self.parking.fetch(address)  # of another forward: a constant that the model made for one and keeps
                 self.parking.shared.add(address)
         out = func(*args, **(kwargs or {}))
-        if not self.stays:
-            self._seen += [TensorWeakRef(tensor) for tensor in _tensors(out)]
+        self.note(out)
         return out
 
     def note(self, tree: Any) -> None:
-        """Tensors that came from outside, such as the input, are parked, too."""
+        """The tensors in `tree`, results or inputs, belong to this forward."""
         if not self.stays:
             self._seen += [TensorWeakRef(tensor) for tensor in _tensors(tree)]
 

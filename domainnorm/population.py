@@ -40,7 +40,7 @@ def recompute_population_statistics(
     """Replace the running statistics of every BatchNorm by those of a population, under the weights as they are.
 
     Of `DomainBatchNorm` and torch's `BatchNorm1d/2d/3d` and `SyncBatchNorm`. The model runs in training mode, where
-    `RoIs` are sampled and dropout drops; if it is in training mode already, layers that were put in eval mode stay so
+    RoIs are sampled and dropout drops; if it is in training mode already, layers that were put in eval mode stay so
     and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the buffers, in
     place, at the very end: an exception leaves the model as it was.
 
@@ -58,8 +58,8 @@ def recompute_population_statistics(
         folder: for the others, into memory-mapped files there; None: into host memory.
         progress: whether rank 0 shows a bar with the time that remains.
 
-    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, the ranks
-    stop with the first that has no batch left.
+    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
+    RoIs are shuffled, the ranks stop with the first that has no batch left.
 
     Returns:
         The model.
@@ -104,7 +104,12 @@ def _from_minibatches(
 
 
 def _exact(
-    model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], share: int, parking: Any, progress: bool
+    model: nn.Module,
+    layers: dict[str, Layer],
+    batches: Iterable[Any],
+    share: int,
+    parking: Parking | None,
+    progress: bool,
 ) -> Mapping[str, Estimate]:
     """All batches in step; a layer normalizes by its buffers, which are set when all are there."""
     totals: dict[str, Moments] = {}
@@ -205,8 +210,9 @@ def _taken(batches: Iterable[Any], share: int, in_step: bool, progress: bool) ->
             if not (all(gather_objects(bool(batch))) if in_step else batch):
                 return
             yield batch[0]
-            taken += _num_samples(batch[0])
-            bar.update(_num_samples(batch[0]))
+            number = _num_samples(batch[0])
+            taken += number
+            bar.update(number)
 
 
 def _num_samples(batch: Any) -> int:

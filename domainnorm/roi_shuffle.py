@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .distributed import Group, all_gather_stack, deepcopy_over_group, rank, world_size
+from .moments import is_recomputed
 
 
 class RoIShuffle(nn.Module):
@@ -61,7 +62,7 @@ class RoIShuffle(nn.Module):
         """
         if not self.training:
             return self.module(x)
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+        if is_recomputed():
             raise RuntimeError("RoIShuffle cannot be recomputed: checkpoint the wrapped module, not the shuffle")
         self.step += 1
         if world_size(self.group) == 1:

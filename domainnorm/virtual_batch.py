@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .convert import refuse_torch_batch_norm
 from .layers import DomainBatchNorm
 from .layers.domains import DomainBatch
 from .lockstep import meet, run_in_step
@@ -32,12 +33,7 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
         RuntimeError: activation checkpointing runs the model again within the block; leave it out.
         OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise TypeError(
-                f"{name or 'the model'} is torch's {type(module).__name__}, which takes no part in a virtual batch: "
-                "build it as dn.DomainBatchNorm (same state dict)"
-            )
+    refuse_torch_batch_norm(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.statistics != "population"}
     if not layers:
         raise ValueError("the model has no DomainBatchNorm that normalizes by minibatches")

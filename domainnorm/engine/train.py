@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import save_config
 from ..data import test_loader, train_loader
-from ..distributed import get_device, rank, world_size
+from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
 from ..evaluation import evaluate, recompute
 from ..modeling import build_model
@@ -97,7 +97,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
                 freeze_norm(cfg, average.average.module)
             logger.info("from iteration %d on, %s", iteration, describe_normalization(cfg, model))
         began = time.perf_counter()
-        images, targets = _to(next(batches), device)
+        images, targets = to_device(next(batches), device)
         data_seconds = time.perf_counter() - began
 
         rate = learning_rate(cfg, iteration)
@@ -163,7 +163,7 @@ def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
 def _first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, start: int) -> None:
     """One that counts for nothing. DDP sums gradients in another order after its first one, as the stopped run did."""
     with contextlib.closing(train_loader(cfg, rank=rank(), world_size=world_size(), start_iteration=start)) as batches:
-        images, targets = _to(next(batches), device)
+        images, targets = to_device(next(batches), device)
     share, amp = len(images) // cfg.SOLVER.ACCUMULATE, cfg.SOLVER.AMP
     with torch.autocast(device.type, dtype=getattr(torch, amp.DTYPE), enabled=amp.ENABLED):
         losses = network(images[:share], targets[:share])
@@ -174,16 +174,6 @@ def _first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, star
 def _only_here(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Gradients of this block stay on this rank; the next ones carry them along to the others."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [_to(value, device) for value in batch]
-    return batch
 
 
 def _finite(what: str, tensors: dict[str, Tensor], iteration: int, targets: list[dict[str, Any]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ..data import train_loader
-from ..distributed import get_device, rank, world_size
+from ..distributed import get_device, rank, to_device, world_size
 from ..layers import DomainBatchNorm, FrozenBatchNorm
 from ..population import recompute_population_statistics
 
@@ -48,6 +48,4 @@ class _Step(nn.Module):
         self.device = device
 
     def forward(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> Any:
-        images, targets = batch
-        targets = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in of.items()} for of in targets]
-        return self.model([image.to(self.device) for image in images], targets)
+        return self.model(*to_device(batch, self.device))

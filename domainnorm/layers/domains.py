@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..moments import Moments
+from ..moments import Moments, is_recomputed
 
 Input = TypeVar("Input", Tensor, list[Tensor])
 Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of each
@@ -27,7 +27,7 @@ class DomainBatch:
         self.domains = domains
         self.num_domains = num_domains
         self.extra: Moments | None = None
-        self.updates = not _recomputing()
+        self.updates = not is_recomputed()
         self._rows: list[Moments] | None = None
 
     @staticmethod
@@ -85,11 +85,6 @@ class DomainBatch:
         elif len(sizes) < self.num_domains:
             sizes.append(0)
         return min(sizes) > 1 if ranks > 1 else 1 not in sizes
-
-
-def _recomputing() -> bool:
-    """Whether activation checkpointing runs this forward again, within the backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:
