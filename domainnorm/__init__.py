@@ -5,8 +5,19 @@ from .convert import set_statistics
 from .engine import train
 from .errors import UserError
 from .evaluation import evaluate
+from .example_weight import choose_example_weight, set_example_weight
 from .fuse import fuse
-from .layers import DomainBatchNorm, DomainSequential, FrozenBatchNorm, get_norm
+from .layers import (
+    BatchGroupNorm,
+    BatchRenorm,
+    DomainBatchNorm,
+    DomainSequential,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    GroupedBatchNorm,
+    SeqNorm,
+    get_norm,
+)
 from .modeling import build_model
 from .moments import Moments
 from .population import merge_population_statistics, recompute_population_statistics
@@ -14,19 +25,26 @@ from .roi_shuffle import RoIShuffle
 from .virtual_batch import virtual_batch
 
 __all__ = [
+    "BatchGroupNorm",
+    "BatchRenorm",
     "DomainBatchNorm",
     "DomainSequential",
     "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "GroupedBatchNorm",
     "Moments",
     "RoIShuffle",
+    "SeqNorm",
     "UserError",
     "build_model",
+    "choose_example_weight",
     "evaluate",
     "fuse",
     "get_norm",
     "load_config",
     "merge_population_statistics",
     "recompute_population_statistics",
+    "set_example_weight",
     "set_statistics",
     "train",
     "virtual_batch",

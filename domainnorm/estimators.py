@@ -64,7 +64,8 @@ def is_shared(layer: Layer) -> bool:
 
 
 def _zeros(layer: Layer) -> Moments:
-    zeros = torch.zeros_like(_buffers(layer)[0], dtype=torch.float64).reshape(-1, layer.num_features)
+    mean = _buffers(layer)[0]
+    zeros = torch.zeros_like(mean, dtype=torch.float64).reshape(-1, mean.shape[-1])
     return Moments(zeros[:, :1], zeros, zeros)
 
 

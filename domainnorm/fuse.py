@@ -20,10 +20,12 @@ def fuse(model: nn.Module) -> nn.Module:
     What follows what is found by tracing (`torch.fx`) the model, with the default arguments of its `forward`, or where
     its control flow cannot be traced, its parts, which must then be called as they are: a parent that runs the layers
     of a child in its own way is not seen. Left as they are: norms that follow something else, layers that are used
-    several times or have hooks, and statistics per domain, for which one convolution cannot stand.
+    several times or have hooks, and what one convolution cannot stand for: statistics per domain, norms that look at
+    the sample (SeqNorm) or keep other statistics than one of each channel (BGN, GBGN).
 
     Raises:
-        ValueError: a norm is in training mode or under minibatch statistics, which no convolution has. Fuse after
+        ValueError: a norm is in training mode, or under minibatch statistics or an `example_weight`, which no
+            convolution has. Fuse after
             training, not before fine-tuning: a fused affine is another optimization problem (*Rethinking "Batch"*,
             App. A.8).
     """
@@ -35,8 +37,9 @@ def fuse(model: nn.Module) -> nn.Module:
                 f"{name or 'the model'} is in training mode: call eval() first, and fuse after training only, because "
                 "a fused model is optimized differently"
             )
-        if isinstance(module, DomainBatchNorm) and module.uses_minibatch:
-            raise ValueError(f"{name or 'the model'} uses minibatch statistics, which cannot be fused")
+        if isinstance(module, DomainBatchNorm) and (module.uses_minibatch or module.example_weight):
+            what = "minibatch statistics" if module.uses_minibatch else f"example_weight={module.example_weight}"
+            raise ValueError(f"{name or 'the model'} uses {what}, which cannot be fused")
     fused = copy.deepcopy(model)
     names = Counter(module for _, module in fused.named_modules(remove_duplicate=False))
     uses: Counter[nn.Module] = Counter()
@@ -76,7 +79,9 @@ def _pairs(module: nn.Module, uses: Counter[nn.Module]) -> list[tuple[nn.Module,
             continue
         layer, before = module.get_submodule(node.target), next(iter(node.all_input_nodes), None)
         uses[layer] += 1
-        if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or before is None or before.op != "call_module":
+        if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or not getattr(layer, "per_channel", True):
+            continue
+        if before is None or before.op != "call_module":
             continue
         conv = module.get_submodule(before.target)
         alone = node.args == (before,) and not node.kwargs and len(before.users) == 1

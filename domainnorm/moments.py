@@ -72,6 +72,17 @@ class Moments:
         merged = Moments(*parts).merge(1)
         return Moments(merged.count.squeeze(1), merged.mean.squeeze(1), merged.var.squeeze(1))
 
+    def merge_channels(self, num_groups: int) -> Moments:
+        """The union of the sets of consecutive channels: `(…, C)` -> `(…, G)`. The channels have equal counts."""
+        mean, var = (v.unflatten(-1, (num_groups, -1)) for v in (self.mean, self.var))
+        merged = mean.mean(-1)
+        var = (var + (mean - merged.unsqueeze(-1)).square()).mean(-1)
+        return Moments(self.count * mean.shape[-1], merged, var)
+
+    def repeat_channels(self, times: int) -> Moments:
+        """Each channel `times` times in a row: `(…, G)` -> `(…, G · times)`."""
+        return Moments(self.count, *(v.repeat_interleave(times, -1) for v in (self.mean, self.var)))
+
     def merge_ranks(self, group: Group) -> Moments:
         """The union of the sets of all ranks of a process group, by their true counts (App. A.6, A.10).
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .convert import left_as_found
 from .distributed import all_gather_stack, gather_objects, rank, world_size
 from .estimators import Estimate, Layer, MeanOfVariances, Pooled, TorchBatchNorm, is_shared, ranks_of, write
-from .layers import DomainBatchNorm, FrozenBatchNorm
+from .layers import DomainBatchNorm
 from .layers.domains import DomainBatch
 from .lockstep import OutOfStepError, meet, own, run_in_step
 from .moments import Moments
@@ -267,4 +267,4 @@ def _kept_per_rank(model: nn.Module) -> list[DomainBatchNorm]:
     if world_size() == 1:
         return []
     layers = (layer for layer in model.modules() if isinstance(layer, DomainBatchNorm))
-    return [layer for layer in layers if layer.sync is not True and not isinstance(layer, FrozenBatchNorm)]
+    return [layer for layer in layers if layer.sync is not True and not layer.frozen]

@@ -29,7 +29,8 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
 
     Raises:
         TypeError: the model has a torch BatchNorm.
-        ValueError: no layer of the model normalizes by minibatches, or it is within such a block already.
+        ValueError: no layer of the model normalizes by minibatches, one splits them into groups, or it is within such
+            a block already.
         RuntimeError: activation checkpointing runs the model again within the block; leave it out.
         OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
     """
@@ -39,6 +40,11 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
         raise ValueError("the model has no DomainBatchNorm that normalizes by minibatches")
     if hooked := [name for name, layer in layers.items() if layer.batch_hook is not None]:
         raise ValueError(f"{hooked[0]} has a batch_hook already: virtual batches cannot be nested")
+    if split := [name for name, layer in layers.items() if layer.split is not None]:
+        raise ValueError(
+            f"{split[0]} ({type(layers[split[0]]).__name__}) normalizes groups of samples apart, which a virtual batch "
+            "would not make larger: give it larger groups"
+        )
     own_forward = vars(model).get("forward")  # of this object, not of its class
     forward, choices = model.forward, [layer.statistics for layer in layers.values()]
 

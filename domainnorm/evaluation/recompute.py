@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data import train_loader
 from ..distributed import get_device, rank, to_device, world_size
-from ..layers import DomainBatchNorm, FrozenBatchNorm
+from ..layers import DomainBatchNorm
 from ..population import recompute_population_statistics
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     On training batches (as large, and resized and flipped as in training) of `DATASET` or else of the training sets.
     Random states are put back: training goes on as if it had not been.
     """
-    if not any(isinstance(m, DomainBatchNorm) and not isinstance(m, FrozenBatchNorm) for m in model.modules()):
+    if not any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules()):
         logger.warning("nothing to recompute: no norm of the model follows its batches")
         return
     options = cfg.TEST.RECOMPUTE

@@ -1,37 +1,80 @@
-"""The name of a norm in a config -> a layer."""
+"""The name of a norm -> a layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from .batch_group import BatchGroupNorm
+from .batch_renorm import BatchRenorm
 from .domain_batch_norm import DomainBatchNorm
 from .frozen import FrozenBatchNorm
+from .ghost import GhostBatchNorm
+from .grouped import GroupedBatchNorm
+from .seq_norm import SeqNorm
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "BN": DomainBatchNorm,
+    "SyncBN": DomainBatchNorm,
+    "GN": nn.GroupNorm,
+    "FrozenBN": FrozenBatchNorm,
+    "GhostBN": GhostBatchNorm,
+    "SeqNorm": SeqNorm,
+    "BGN": BatchGroupNorm,
+    "GBGN": GroupedBatchNorm,
+    "BRN": BatchRenorm,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "SyncBN": {"sync": True},
+    "GN": {"num_groups": 32},
+    "GhostBN": {"group_size": 16},
+    "SeqNorm": {"channel_groups": 4, "batch_groups": 8},
+    "BGN": {"num_groups": 16},
+    "GBGN": {"channel_groups": 32, "examples_per_group": 2},
+}
 
 
 def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
-    """The norm layer that `name` stands for in a config, over `num_features` channels.
+    """The norm layer that `name` stands for, over `num_features` channels.
+
+    Numbers of channel groups (of GN, SeqNorm, BGN and GBGN) are those a model is built with: in a layer whose channels
+    they do not divide, their greatest common divisor with the channels is used. A GN has two channels or more in a
+    group: one channel of a 1 × 1 map has no variance.
 
     Args:
         name: `""`: None is returned. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
-            `"FrozenBN"`: `FrozenBatchNorm`; `"GN"`: `nn.GroupNorm` of 32 groups, or of as many as divide both 32 and
-            `num_features` and hold two channels or more (one channel of a 1 × 1 map has no variance).
-        **options: of `DomainBatchNorm`, such as `num_domains`, `sgd_statistics`, `eps`. `GN` has no domains and no
-            running statistics: it takes `eps` and is the same layer for every domain.
+            `"FrozenBN"`, `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`:
+            `nn.GroupNorm`. The names of the classes are taken too.
+        **options: of the layer, such as `num_domains`, `group_size`, `eps`. `GN` has no domains and no running
+            statistics: it takes `num_groups` and `eps` and is the same layer for every domain.
+            `BGN` also takes `split_space=True`: `num_groups` as it is, also where it splits channels in space; the
+            layer then works at one feature size.
+
+    Raises:
+        ValueError: no such name, or options that the layer refuses.
     """
     if name == "":
         return None
-    if name == "BN":
-        return DomainBatchNorm(num_features, **options)
-    if name == "SyncBN":
-        return DomainBatchNorm(num_features, sync=True, **options)
-    if name == "FrozenBN":
-        return FrozenBatchNorm(num_features, **options)
+    name = _CLASS_NAMES.get(name, name)
+    if name not in LAYERS:
+        raise ValueError(f"norm takes one of {['', *LAYERS]}, got {name!r}")
+    options = _DEFAULTS.get(name, {}) | options
+    if name == "GhostBN" and options.get("num_groups"):
+        options.pop("group_size")
+    exact = options.pop("split_space", False) if name == "BGN" else False
+    for key in ("num_groups", "channel_groups"):
+        if key in options and name in ("GN", "SeqNorm", "BGN", "GBGN") and not exact:
+            options[key] = math.gcd(options[key], num_features)
     if name == "GN":
-        groups = math.gcd(32, num_features)
+        groups = options["num_groups"]
         groups = max(groups // 2, 1) if groups == num_features else groups
-        return nn.GroupNorm(groups, num_features, eps=options.get("eps", 1e-5))
-    raise ValueError(f"norm takes one of '', 'BN', 'SyncBN', 'GN', 'FrozenBN', got {name!r}")
+        factory = {key: options[key] for key in ("eps", "device", "dtype") if key in options}
+        return nn.GroupNorm(groups, num_features, affine=options.get("affine", "shared") is not None, **factory)
+    return LAYERS[name](num_features, **options)
+
+
+_CLASS_NAMES = {layer.__name__: name for name, layer in reversed(LAYERS.items())}
 
 
 def is_norm(module: nn.Module) -> bool:

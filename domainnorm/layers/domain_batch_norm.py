@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..distributed import Group, deepcopy_over_group, world_size
 from ..moments import Moments, normalize_rows
-from .domains import DomainBatch, Input
+from .domains import Domain, DomainBatch, Input
+from .split import Split
 
 CHOICES = ("shared", "per_domain")
 STATISTICS = ("auto", "minibatch", "population")
@@ -47,6 +48,9 @@ class DomainBatchNorm(nn.Module):
         statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
             `"minibatch"`: those of the current input, also in eval (no buffer changes then);
             `"population"`: the buffers, also in training (they do not change; γ and β still learn).
+        example_weight: α in [0, 1]: how much, in inference under population statistics, the sample's own moments
+            weigh against them (inference example weighing: *Four Things*, §3.1, Eq. 3).
+        frozen: whether the statistics are `"population"` whatever is set.
         batch_hook: None, or a function of the layer and its input, called before it normalizes.
 
     In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
@@ -54,6 +58,9 @@ class DomainBatchNorm(nn.Module):
     its mean only). In inference under `"minibatch"` such an element becomes β. Double backward works without
     `sync`, and raises with it.
     """
+
+    per_channel = True  # whether inference under population statistics is one affine of each channel
+    split: Split | None = None  # of samples into groups that training normalizes apart
 
     def __init__(
         self,
@@ -84,19 +91,25 @@ class DomainBatchNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.sync = sync
+        self.frozen = False
         self.statistics = "auto"
+        self.example_weight = 0.0
         self.batch_hook: Callable[[DomainBatchNorm, DomainBatch], None] | None = None
 
         factory = {"device": device, "dtype": dtype}
         # With one domain, shared and per_domain are the same thing: (C,), as torch.
-        domains = (num_domains,) if population_statistics == "per_domain" and num_domains > 1 else ()
-        self.register_buffer("running_mean", torch.zeros(*domains, num_features, **factory))
-        self.register_buffer("running_var", torch.ones(*domains, num_features, **factory))
-        self.register_buffer("num_batches_tracked", torch.zeros(domains, dtype=torch.long, device=device))
+        self._register_statistics(num_features, factory)
         domains = (num_domains,) if affine == "per_domain" and num_domains > 1 else ()
         for name, initial in (("weight", torch.ones), ("bias", torch.zeros)):
             value = None if affine is None else nn.Parameter(initial(*domains, num_features, **factory))
             self.register_parameter(name, value)
+
+    def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
+        """Buffers of `width` means and variances a domain."""
+        domains = (self.num_domains,) if self.population_statistics == "per_domain" and self.num_domains > 1 else ()
+        self.register_buffer("running_mean", torch.zeros(*domains, width, **factory))
+        self.register_buffer("running_var", torch.ones(*domains, width, **factory))
+        self.register_buffer("num_batches_tracked", torch.zeros(domains, dtype=torch.long, device=factory["device"]))
 
     running_mean: Tensor
     running_var: Tensor
@@ -106,12 +119,22 @@ class DomainBatchNorm(nn.Module):
 
     @property
     def statistics(self) -> str:
-        return self._statistics
+        return "population" if self.frozen else self._statistics
 
     @statistics.setter
     def statistics(self, value: str) -> None:
         _one_of("statistics", value, STATISTICS)
         self._statistics = value
+
+    @property
+    def example_weight(self) -> float:
+        return self._example_weight
+
+    @example_weight.setter
+    def example_weight(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"example_weight takes a number from 0 to 1, got {value}")
+        self._example_weight = float(value)
 
     @property
     def uses_minibatch(self) -> bool:
@@ -130,31 +153,76 @@ class DomainBatchNorm(nn.Module):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
+    # What another layer is made of: which moments its statistics count, and how it normalizes by given ones.
+
+    def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
+        """The moments of the rows of `x`, and those `(N, …)` that the statistics count."""
+        rows = Moments.rows(x)
+        return rows, rows
+
+    def _elements(self, x: Tensor) -> int:
+        """How many numbers a row brings into a normalization batch."""
+        return x.shape[2:].numel()
+
+    def _normalize_by(
+        self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """`x` normalized by moments like the counted ones, broadcasting against them."""
+        return normalize_rows(x, rows, of, weight, bias, self.eps)
+
+    def _normalize_fixed(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """`x` normalized by given statistics, `(C,)` or `(N, C)`; by torch's own inference kernel if it can."""
+        if mean.ndim == 1 and (weight is None or weight.ndim == 1) and x.numel():
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        scale = (var + self.eps).rsqrt() if weight is None else weight * (var + self.eps).rsqrt()
+        shift = -mean * scale if bias is None else bias - mean * scale
+        rows = (*x.shape[:2], *[1] * (x.ndim - 2))
+        scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
+        return (x * scale + shift).to(x.dtype)
+
+    def _affine_of(self, domain: Domain, of: Moments) -> tuple[Tensor | None, Tensor | None]:
+        """γ and β of `domain`, for what is normalized by the moments `of`."""
+        return _of_domain(self.weight, domain), _of_domain(self.bias, domain)
+
+    def _batch(self, x: Input, domain: int | Tensor | None) -> DomainBatch:
+        batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._moments)
+        batch.elements = [self._elements(tensor) for tensor in batch.tensors]
+        return batch
+
     def _population(self, batch: DomainBatch) -> list[Tensor]:
-        """Normalized by the buffers: torch's own inference kernel, except for mixed or empty tensors."""
+        """Normalized by the buffers, in inference with the samples' own moments by `example_weight`."""
+        weigh = self.example_weight > 0 and not self.training
         outputs = []
-        for x, domain in zip(batch.tensors, batch.domains, strict=True):
+        for k, (x, domain) in enumerate(zip(batch.tensors, batch.domains, strict=True)):
             mean, var, weight, bias = (
                 _of_domain(v, domain) for v in (self.running_mean, self.running_var, self.weight, self.bias)
             )
-            if isinstance(domain, Tensor) or x.numel() == 0:
-                scale = (var + self.eps).rsqrt() if weight is None else weight * (var + self.eps).rsqrt()
-                shift = -mean * scale if bias is None else bias - mean * scale
-                rows = (*x.shape[:2], *[1] * (x.ndim - 2))
-                scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
-                outputs.append((x * scale + shift).to(x.dtype))
+            if weigh:
+                own = batch.counted()[k]
+                outputs.append(self._normalize_by(x, batch.rows()[k], self._weighed(own, mean, var), weight, bias))
             else:
-                outputs.append(F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps))
+                outputs.append(self._normalize_fixed(x, mean, var, weight, bias))
         return outputs
+
+    def _weighed(self, own: Moments, mean: Tensor, var: Tensor) -> Moments:
+        """Eq. 3: the union of the sample's own moments and the population's, by the weights α and 1 - α."""
+        mean, var = (v.to(own.mean.dtype).expand_as(own.mean) for v in (mean, var))
+        shares = own.mean.new_tensor([self.example_weight, 1 - self.example_weight]).view(2, 1, 1)
+        return Moments(shares, torch.stack([own.mean, mean]), torch.stack([own.var, var])).merge(0)[0]
 
     def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
         """Normalized by the moments of each domain, `merged` `(K, C)`, over all ranks; updates the buffers."""
-        total = merged.merge(0) if self.sgd_statistics == "shared" else merged  # (1, C) or (K, C)
+        shared = self.sgd_statistics == "shared"
+        total = merged.merge(0) if shared else merged  # (1, C) or (K, C)
+        if self.split is None:
+            batches = [total[0 if shared else domain] for domain in batch.domains]
+        else:
+            batches = self.split.merge(batch, shared)
         outputs = []
-        for x, rows, domain in zip(batch.tensors, batch.rows(), batch.domains, strict=True):
-            own = 0 if self.sgd_statistics == "shared" else domain
-            weight, bias = _of_domain(self.weight, domain), _of_domain(self.bias, domain)
-            outputs.append(normalize_rows(x, rows, total[own], weight, bias, self.eps))
+        for x, rows, domain, of in zip(batch.tensors, batch.rows(), batch.domains, batches, strict=True):
+            outputs.append(self._normalize_by(x, rows, of, *self._affine_of(domain, of)))
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
@@ -162,6 +230,10 @@ class DomainBatchNorm(nn.Module):
     def _check_counts(self, batch: DomainBatch, merged: Moments, ranks: int) -> None:
         """A normalization batch of one element has no variance: ValueError, on every rank alike."""
         per_domain = self.sgd_statistics == "per_domain"
+        if self.split is not None:
+            self.split.check_size(batch)
+            self.split.check_elements(batch, not per_domain)
+            return
         if batch.cannot_be_single(per_domain, ranks):
             return  # known from the shapes, without waiting for a GPU
         count = merged.count if per_domain else merged.count.sum(0, keepdim=True)
@@ -190,12 +262,14 @@ class DomainBatchNorm(nn.Module):
             step = 1 / self.num_batches_tracked.clamp(min=1).to(count.dtype)
         else:
             step = torch.full_like(count, self.momentum)
-        for buffer, value, fewest in (
-            (self.running_mean, moments.mean, 1),
-            (self.running_var, moments.unbiased_var(), 2),
-        ):
-            weight = torch.where(count >= fewest, step, 0).to(buffer.dtype).unsqueeze(-1)
-            buffer.lerp_(value.to(buffer.dtype), weight)
+        some, several = (torch.where(count >= fewest, step, 0).unsqueeze(-1) for fewest in (1, 2))
+        dtype = self.running_mean.dtype
+        self.running_mean.lerp_(moments.mean.to(dtype), some.to(dtype))
+        self._move_var(moments, several.to(dtype))
+
+    def _move_var(self, moments: Moments, step: Tensor) -> None:
+        """One EMA step of the variance; `step` broadcasts against the buffer, and is 0 where there is none."""
+        self.running_var.lerp_(moments.unbiased_var().to(step.dtype), step)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""
@@ -228,6 +302,8 @@ class DomainBatchNorm(nn.Module):
         text += f", affine={self.affine!r}, eps={self.eps}, momentum={self.momentum}"
         if self.sync:
             text += ", sync=True"
+        if self.example_weight:
+            text += f", example_weight={self.example_weight}"
         if self.statistics != "auto":
             text += f", statistics={self.statistics!r}"
         return text
@@ -242,10 +318,7 @@ def normalize_in_step(
     equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
     """
     first = layers[0]
-    batches = [
-        DomainBatch.of(x, domain, layer.num_domains, layer.num_features)
-        for layer, x in zip(layers, inputs, strict=True)
-    ]
+    batches = [layer._batch(x, domain) for layer, x in zip(layers, inputs, strict=True)]
     for layer, batch in zip(layers, batches, strict=True):
         if layer.batch_hook is not None:
             layer.batch_hook(layer, batch)
@@ -257,7 +330,7 @@ def normalize_in_step(
         ranks = world_size(group) if first.sync and first.training else 1
         if ranks > 1:
             _check_in_step(batches)
-            widths = [layer.num_features for layer in layers]
+            widths = [of.mean.shape[1] for of in local]
             means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
             merged = Moments(local[0].count, means, variances).merge_ranks(group)
             halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,20 +18,36 @@ class DomainBatch:
     """Tensors `(N, C, *)` and the domain of each.
 
     Attributes:
+        elements: how many numbers a row of each tensor brings into a normalization batch.
         extra: moments `(K, C)` of samples elsewhere that belong to the same normalization batches; None: of none.
         updates: whether a layer in training updates its running statistics with this batch.
     """
 
-    def __init__(self, tensors: list[Tensor], domains: Sequence[Domain], num_domains: int) -> None:
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        domains: Sequence[Domain],
+        num_domains: int,
+        moments: Callable[[Tensor], tuple[Moments, Moments]] | None = None,
+    ) -> None:
+        """`moments`: of a tensor, those of its rows and what of them the statistics count; None: the same."""
         self.tensors = tensors
         self.domains = domains
         self.num_domains = num_domains
+        self.elements = [x.shape[2:].numel() for x in tensors]
         self.extra: Moments | None = None
         self.updates = not is_recomputed()
-        self._rows: list[Moments] | None = None
+        self._of = moments or _same
+        self._moments: list[tuple[Moments, Moments]] | None = None
 
     @staticmethod
-    def of(x: Tensor | Sequence[Tensor], domain: Domain | None, num_domains: int, num_features: int) -> DomainBatch:
+    def of(
+        x: Tensor | Sequence[Tensor],
+        domain: Domain | None,
+        num_domains: int,
+        num_features: int,
+        moments: Callable[[Tensor], tuple[Moments, Moments]] | None = None,
+    ) -> DomainBatch:
         """The input of a layer: a list with one tensor per domain, or a tensor and its `domain`.
 
         Raises:
@@ -57,13 +73,20 @@ class DomainBatch:
         for tensor in tensors:
             if tensor.ndim < 2 or tensor.shape[1] != num_features:
                 raise ValueError(f"expected inputs (N, {num_features}, …), got {tuple(tensor.shape)}")
-        return DomainBatch(tensors, domains, num_domains)
+        return DomainBatch(tensors, domains, num_domains, moments)
 
     def rows(self) -> list[Moments]:
         """Moments of the rows of each tensor; x is read for them once."""
-        if self._rows is None:
-            self._rows = [Moments.rows(x) for x in self.tensors]
-        return self._rows
+        return [rows for rows, _ in self._read()]
+
+    def counted(self) -> list[Moments]:
+        """What the statistics count of each tensor's rows: moments `(N, C)`, of each sample."""
+        return [counted for _, counted in self._read()]
+
+    def _read(self) -> list[tuple[Moments, Moments]]:
+        if self._moments is None:
+            self._moments = [self._of(x) for x in self.tensors]
+        return self._moments
 
     def by_domain(self) -> Moments:
         """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
@@ -72,19 +95,24 @@ class DomainBatch:
             d.to(device) if isinstance(d, Tensor) else torch.full(x.shape[:1], d, dtype=torch.long, device=device)
             for x, d in zip(self.tensors, self.domains, strict=True)
         ]
-        own = Moments.cat(self.rows()).merge_by(torch.cat(ids), self.num_domains)
+        own = Moments.cat(self.counted()).merge_by(torch.cat(ids), self.num_domains)
         return own if self.extra is None else own + self.extra
 
     def cannot_be_single(self, per_domain: bool, ranks: int) -> bool:
         """Whether the shapes of this rank alone rule out a normalization batch of one element, over all ranks."""
-        sizes = [x.shape[0] * x.shape[2:].numel() for x in self.tensors]
+        sizes = [len(x) * elements for x, elements in zip(self.tensors, self.elements, strict=True)]
         if any(isinstance(d, Tensor) for d in self.domains):  # the counts are on the device, but come in whole rows
-            return ranks == 1 and self.tensors[0].shape[2:].numel() > 1
+            return ranks == 1 and self.elements[0] > 1
         if not per_domain:
             sizes = [sum(sizes)]
         elif len(sizes) < self.num_domains:
             sizes.append(0)
         return min(sizes) > 1 if ranks > 1 else 1 not in sizes
+
+
+def _same(x: Tensor) -> tuple[Moments, Moments]:
+    rows = Moments.rows(x)
+    return rows, rows
 
 
 def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:

@@ -26,24 +26,19 @@ class FrozenBatchNorm(DomainBatchNorm):
 
     def __init__(self, num_features: int, train_affine: bool = False, **options: Any) -> None:
         super().__init__(num_features, **options)
+        self.frozen = True
         for parameter in self.parameters():
             parameter.requires_grad_(train_affine)
-
-    @property
-    def statistics(self) -> str:
-        return "population"
-
-    @statistics.setter
-    def statistics(self, value: str) -> None:
-        """Whatever is asked for, frozen statistics stay what they are."""
 
     @classmethod
     def from_batch_norm(cls, layer: DomainBatchNorm | _BatchNorm, train_affine: bool = False) -> "FrozenBatchNorm":
         """A frozen copy of any BatchNorm, torch's too: its statistics and affine, in new tensors.
 
         Raises:
-            ValueError: the layer keeps no running statistics.
+            ValueError: the layer keeps no running statistics, or its inference is not one affine of each channel.
         """
+        if isinstance(layer, DomainBatchNorm) and not layer.per_channel:
+            raise ValueError(f"{type(layer).__name__} is no affine of each channel in inference: use freeze_batchnorm")
         if layer.running_mean is None:
             raise ValueError(f"{layer} keeps no running statistics (track_running_stats=False) that could be frozen")
         factory: dict[str, Any] = {"device": layer.running_mean.device, "dtype": layer.running_mean.dtype}
@@ -55,6 +50,8 @@ class FrozenBatchNorm(DomainBatchNorm):
         frozen = cls(layer.num_features, train_affine, eps=layer.eps, **factory)
         with torch.no_grad():
             frozen.load_state_dict(layer.state_dict())
+        if isinstance(layer, DomainBatchNorm):
+            frozen.example_weight = layer.example_weight
         return frozen
 
     def to_batch_norm(self, kind: type[nn.Module] = DomainBatchNorm) -> nn.Module:
@@ -81,7 +78,8 @@ class FrozenBatchNorm(DomainBatchNorm):
 def freeze_batchnorm(model: nn.Module, beginnings: Sequence[str] = ("",), train_affine: bool = False) -> nn.Module:
     """Replace every BatchNorm of `model` by a `FrozenBatchNorm`, with the very same parameters.
 
-    So an optimizer that holds them goes on with its state.
+    So an optimizer that holds them goes on with its state. Layers whose inference is more than an affine of each
+    channel (SeqNorm, BGN, GBGN) stay what they are, with `frozen` set.
 
     Args:
         beginnings: of the names of the layers to replace; by default all.
@@ -102,11 +100,15 @@ def _freeze(
 ) -> nn.Module:
     if module in done:
         return done[module]
-    if isinstance(module, (DomainBatchNorm, _BatchNorm)) and not isinstance(module, FrozenBatchNorm):
+    if isinstance(module, (DomainBatchNorm, _BatchNorm)) and not getattr(module, "frozen", False):
         if not name.startswith(beginnings):
             return module
-        frozen = FrozenBatchNorm.from_batch_norm(module, train_affine).train(module.training)
-        frozen.weight, frozen.bias = module.weight, module.bias
+        if isinstance(module, DomainBatchNorm) and not module.per_channel:
+            frozen: DomainBatchNorm = module
+            frozen.frozen = True
+        else:
+            frozen = FrozenBatchNorm.from_batch_norm(module, train_affine).train(module.training)
+            frozen.weight, frozen.bias = module.weight, module.bias
         for parameter in frozen.parameters():
             parameter.requires_grad_(train_affine)
         done[module] = frozen

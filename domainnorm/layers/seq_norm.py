@@ -1,0 +1,77 @@
+"""GroupNorm, then GhostBN, then one affine."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moments import Moments, row_affine
+from .ghost import GhostBatchNorm
+
+
+class SeqNorm(GhostBatchNorm):
+    """GroupNorm of `channel_groups` without affine, then GhostBN of `batch_groups` (*Ghost Normalization*, §2.1).
+
+    In inference the first part still uses the sample, the second the population statistics, which are those of the
+    group-normalized features. Both parts are computed from the moments of the rows: the input `(N, C, *)` is read for
+    them once.
+
+    Args:
+        num_features: C.
+        channel_groups: of the GroupNorm; divides C.
+        batch_groups: of the GhostBN, groups of ⌈N / batch_groups⌉ samples.
+        **options: of `GhostBatchNorm`.
+
+    Raises:
+        ValueError: `channel_groups` does not divide C.
+    """
+
+    per_channel = False
+
+    def __init__(self, num_features: int, channel_groups: int, batch_groups: int, **options: Any) -> None:
+        super().__init__(num_features, num_groups=batch_groups, **options)
+        check_channel_groups(channel_groups, num_features)
+        self.channel_groups = channel_groups
+
+    def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
+        rows = Moments.rows(x)
+        centre, scale = self._group_norm(rows)
+        return rows, Moments(rows.count, (rows.mean - centre) * scale, rows.var * scale.square())
+
+    def _group_norm(self, rows: Moments) -> tuple[Tensor, Tensor]:
+        """Of each row the mean and the factor that GroupNorm subtracts and multiplies, `(N, C)`."""
+        width = self.num_features // self.channel_groups
+        group = rows.merge_channels(self.channel_groups).repeat_channels(width)
+        return group.mean, (group.var + self.eps).rsqrt()
+
+    def _normalize_by(
+        self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        mean, scale = self._group_norm(rows)
+        factor = (of.var + self.eps).rsqrt()
+        if weight is not None:
+            factor = factor * weight
+        centre = rows.mean.detach()
+        shift = ((centre - mean) * scale - of.mean) * factor
+        if bias is not None:
+            shift = shift + bias
+        return row_affine(x, scale * factor, shift, centre)
+
+    def _normalize_fixed(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        rows = Moments.rows(x)
+        mean, var = (v.to(rows.mean.dtype) for v in (mean, var))
+        return self._normalize_by(x, rows, Moments(torch.ones_like(mean), mean, var), weight, bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, channel_groups={self.channel_groups}"
+
+
+def check_channel_groups(groups: int, channels: int) -> None:
+    """ValueError if `groups` does not divide `channels`."""
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"channel_groups takes a divisor of num_features={channels}, got {groups}; the largest below it is "
+            f"{max(g for g in range(1, channels + 1) if channels % g == 0 and g <= max(groups, 1))}"
+        )

@@ -1,0 +1,160 @@
+"""The samples of a batch in groups that are normalized apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..moments import Moments
+from .domains import DomainBatch
+
+
+class Split:
+    """How the samples of each domain are split into groups, in order.
+
+    The last group is the smaller one; if it has one element only, it joins the group before.
+
+    Args:
+        group_size: samples of a group. Or:
+        num_groups: as many groups of ⌈N / num_groups⌉ samples as N samples make.
+        allow_smaller_batch: whether training takes fewer samples than one group (or than `num_groups`) as they are.
+
+    Raises:
+        ValueError: both or neither are given, or not positive.
+    """
+
+    def __init__(
+        self, group_size: int | None = None, num_groups: int | None = None, allow_smaller_batch: bool = False
+    ) -> None:
+        given = {"group_size": group_size, "num_groups": num_groups}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if len(chosen) != 1:
+            raise ValueError(f"expected one of group_size and num_groups, got {given}")
+        for name, value in chosen.items():
+            if value < 1:
+                raise ValueError(f"{name} takes a positive number, got {value}")
+        self.group_size = group_size
+        self.num_groups = num_groups
+        self.allow_smaller_batch = allow_smaller_batch
+
+    def __str__(self) -> str:
+        return f"group_size={self.group_size}" if self.num_groups is None else f"num_groups={self.num_groups}"
+
+    def check_size(self, batch: DomainBatch) -> None:
+        """ValueError if no domain has samples for one group; a batch without any sample passes."""
+        count = max(len(x) for x in batch.tensors)
+        if self.allow_smaller_batch or not count:
+            return
+        if self.group_size is not None and count < self.group_size:
+            raise ValueError(
+                f"group_size={self.group_size} is larger than the batch: expected {self.group_size} samples or more, "
+                f"got {count}; use a smaller group_size, or a larger batch on this rank"
+            )
+        if self.num_groups is not None and count < self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups} are more groups than samples: expected {self.num_groups} samples or "
+                f"more, got {count}; use fewer groups, or a larger batch on this rank"
+            )
+
+    def check_elements(self, batch: DomainBatch, shared: bool) -> None:
+        """ValueError if a group has one element, and so no variance."""
+        if any(isinstance(domain, Tensor) for domain in batch.domains):
+            # the counts are on the device, but come in whole rows
+            single = batch.elements[0] == 1 and bool((self._merge_mixed(batch, shared).count == 1).any())
+        else:
+            sizes: dict[tuple[int, int], int] = {}
+            for k, (x, elements) in enumerate(zip(batch.tensors, batch.elements, strict=True)):
+                full, size, rest = self._lengths(len(x), elements)
+                for g, length in enumerate([size] * full + [rest]):
+                    key = (0 if shared else k, g)
+                    sizes[key] = sizes.get(key, 0) + length * elements
+            single = 1 in sizes.values()
+        if single:
+            raise ValueError(
+                "expected more than 1 value per channel in training, got 1 in a group of samples: "
+                "use larger groups or a larger input, or statistics='population'"
+            )
+
+    def merge(self, batch: DomainBatch, shared: bool) -> list[Moments]:
+        """Of each tensor `(N, C, *)` the moments `(N, C)` of each sample's group.
+
+        Args:
+            shared: whether the g-th groups of all domains are one normalization batch.
+        """
+        if any(isinstance(domain, Tensor) for domain in batch.domains):
+            return [self._merge_mixed(batch, shared)]
+        parts = list(zip(batch.counted(), batch.elements, strict=True))
+        ends = [self._lengths(len(counted.mean), elements) for counted, elements in parts]
+        groups = [
+            _merge_lengths(counted, lengths) for (counted, _), lengths in zip(parts, ends, strict=True)
+        ]  # (G_k, C)
+        if shared and len(groups) > 1:
+            longest = max(len(of.mean) for of in groups)
+            padded = [_pad(of, longest) for of in groups]
+            stacked = Moments(*(torch.stack([getattr(p, n) for p in padded]) for n in ("count", "mean", "var")))
+            total = stacked.merge(0)[0]  # (G, C)
+            groups = [total[: len(of.mean)] for of in groups]
+        return [_spread(of, lengths) for of, lengths in zip(groups, ends, strict=True)]
+
+    def _lengths(self, count: int, elements: int) -> tuple[int, int, int]:
+        """(number of equal groups, samples of each, samples of the last other one) of `count` samples."""
+        size = self._size(count)
+        full, rest = divmod(count, size)
+        if full and rest * elements == 1:
+            full, rest = full - 1, rest + size
+        return full, size, rest
+
+    def _size(self, count: int) -> int:
+        return self.group_size or max(-(-count // (self.num_groups or 1)), 1)
+
+    def _merge_mixed(self, batch: DomainBatch, shared: bool) -> Moments:
+        """As if each domain's samples, in order, were a tensor of their own; nothing waits for a GPU."""
+        counted, ids = batch.counted()[0], batch.domains[0]
+        assert isinstance(ids, Tensor)
+        ids = ids.to(counted.mean.device)
+        member = torch.nn.functional.one_hot(ids, batch.num_domains)  # (N, K)
+        place = (member.cumsum(0) * member).sum(1) - 1  # of a sample in its domain
+        count = member.sum(0)[ids]  # samples of its domain
+        if self.group_size is not None:
+            size, most = torch.full_like(count, self.group_size), -(-len(ids) // self.group_size)
+        else:
+            assert self.num_groups is not None
+            size, most = (count + self.num_groups - 1) // self.num_groups, self.num_groups
+        last = (count - 1) // size
+        if batch.elements[0] == 1:
+            last = last - ((count % size == 1) & (count > size)).long()
+        group = torch.minimum(place // size, last)
+        key = group if shared else ids * most + group
+        merged = counted.merge_by(key, max(most, 1) * (1 if shared else batch.num_domains))
+        return merged[key]
+
+
+def _merge_lengths(rows: Moments, lengths: tuple[int, int, int]) -> Moments:
+    """`(N, C)` -> `(G, C)`."""
+    full, size, rest = lengths
+    end = full * size
+    groups = []
+    if full or not rest:
+        equal = Moments(*(v[:end].unflatten(0, (full, size)) for v in (rows.count, rows.mean, rows.var)))
+        merged = equal.merge(1)
+        groups.append(Moments(merged.count[:, 0], merged.mean[:, 0], merged.var[:, 0]))
+    if rest:
+        groups.append(rows[end:].merge(0))
+    return Moments.cat(groups) if len(groups) > 1 else groups[0]
+
+
+def _spread(groups: Moments, lengths: tuple[int, int, int]) -> Moments:
+    """`(G, C)` -> `(N, C)`."""
+    full, size, rest = lengths
+
+    def spread(v: Tensor) -> Tensor:
+        equal = v[:full].repeat_interleave(size, 0)
+        return torch.cat([equal, v[full:].expand(rest, v.shape[1])]) if rest else equal
+
+    return Moments(spread(groups.count), spread(groups.mean), spread(groups.var))
+
+
+def _pad(groups: Moments, length: int) -> Moments:
+    """With empty groups at the end."""
+    missing = (0, 0, 0, length - len(groups.mean))
+    return Moments(*(torch.nn.functional.pad(v, missing) for v in (groups.count, groups.mean, groups.var)))
