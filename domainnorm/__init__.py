@@ -1,7 +1,7 @@
 """domainnorm: the batch of BatchNorm as an explicit choice."""
 
 from .config import load_config
-from .convert import set_statistics
+from .convert import convert_batchnorm, convert_groupnorm, set_statistics
 from .engine import train
 from .errors import UserError
 from .evaluation import evaluate
@@ -38,6 +38,8 @@ __all__ = [
     "UserError",
     "build_model",
     "choose_example_weight",
+    "convert_batchnorm",
+    "convert_groupnorm",
     "evaluate",
     "fuse",
     "get_norm",

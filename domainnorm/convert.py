@@ -1,12 +1,171 @@
-"""Change the norm layers of a model: which statistics normalize."""
+"""Change the norm layers of a model: into other layers, and which statistics normalize."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import DomainBatchNorm
+from .layers import LAYERS, BatchRenorm, DomainBatchNorm, GroupedBatchNorm, SeqNorm, get_norm
+from .layers.ghost import GhostBatchNorm
+from .layers.replace import replace_layers
+from .moments import Moments
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
+    """Exchange every BatchNorm of `model`, torch's or this library's, for another norm; returns the model.
+
+    γ and β stay the very same Parameters, so an optimizer goes on with its state; population statistics, eps, momentum
+    (but for `BatchRenorm`, which has its own), mode, device and dtype are kept, and so are the dropout and activation
+    that timm fuses into its `BatchNormAct2d`. Statistics of other channels are merged, or repeated, to those of a BGN's
+    pieces. Those of `SeqNorm` are of group-normalized features: they begin anew, to be trained or recomputed.
+    Frozen layers stay.
+
+    Args:
+        model: any module; a norm layer itself is left untouched, and its copy returned.
+        name: of a class of this library, such as `"GhostBatchNorm"`, or of a config, such as `"GhostBN"`; see
+            `get_norm`, also for channels that a number of groups does not divide.
+        **options: of the layer.
+
+    Raises:
+        ValueError: unknown name, options the layer refuses, a layer that has seen no input yet, or statistics that do
+            not fit; nothing was changed.
+        TypeError: a BatchNorm of an unknown kind, with a forward pass of its own; nothing was changed.
+    """
+    return _exchange(model, lambda layer: _converted(layer, name, options))
+
+
+def convert_groupnorm(model: nn.Module) -> nn.Module:
+    """Exchange every `nn.GroupNorm` of `model` for a `GroupedBatchNorm` of one example a group; returns the model.
+
+    It is the same function, with `example_weight` 1, but for population statistics that it also gathers: with those,
+    trained or recomputed, other example weights can be chosen (*Four Things*, §3.1, Fig. 2).
+
+    Raises:
+        TypeError: a GroupNorm of an unknown kind, with a forward pass of its own; nothing was changed.
+    """
+
+    def converted(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, nn.GroupNorm):
+            return None
+        _check_kind(layer, (nn.GroupNorm,))
+        options: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
+        if layer.affine:
+            options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        new = GroupedBatchNorm(layer.num_channels, layer.num_groups, 1, **options)
+        new.example_weight = 1.0
+        return new
+
+    return _exchange(model, converted)
+
+
+def _exchange(model: nn.Module, converted: Any) -> nn.Module:
+    """Put `converted(layer)` in the place of each layer for which it is not None; all of them, or none."""
+    layers = dict(model.named_modules())
+    new: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        try:
+            made = converted(layer)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name or 'the model'}: {error}") from error
+        if made is not None:
+            new[layer] = made
+    for layer, made in new.items():
+        _take_over(made, layer, copy=layer is model)
+    return replace_layers(model, lambda name, module: new.get(module, module))
+
+
+def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Module | None:
+    """The layer `name` with the hyperparameters and statistics of `layer`; None if that is no BatchNorm to convert."""
+    if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or getattr(layer, "frozen", False):
+        return None
+    _check_kind(layer, _TORCH)
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError("a lazy BatchNorm does not know its channels yet: run the model once before converting it")
+    kind: Any = LAYERS.get(name, DomainBatchNorm)
+    given: dict[str, Any] = {"eps": layer.eps}
+    if isinstance(layer, DomainBatchNorm):
+        keys = ("num_domains", "sgd_statistics", "population_statistics", "affine")
+        given |= {key: getattr(layer, key) for key in keys}
+    else:
+        given["affine"] = "shared" if layer.affine else None
+    known = next((v for v in (layer.weight, layer.running_mean) if v is not None), None)
+    if known is not None:
+        given |= {"device": known.device, "dtype": known.dtype}
+    if kind is not BatchRenorm:
+        given["momentum"] = layer.momentum
+    if not issubclass(kind, (nn.GroupNorm, GhostBatchNorm)) and "group_size" not in options and name != "SyncBN":
+        given["sync"] = (
+            (layer.process_group or True)
+            if isinstance(layer, nn.SyncBatchNorm)
+            else (layer.sync if isinstance(layer, DomainBatchNorm) else False)
+        )
+    if name == "" or (new := get_norm(name, layer.num_features, **given | options)) is None:
+        raise ValueError(f"expected the name of a norm, got {name!r}")
+    if isinstance(new, DomainBatchNorm):
+        if layer.running_mean is None:
+            new.statistics = "minibatch"
+        elif isinstance(layer, SeqNorm) == isinstance(new, SeqNorm):
+            _keep_statistics(new, layer)
+        if isinstance(layer, DomainBatchNorm):
+            new.statistics, new.example_weight = layer.statistics, layer.example_weight
+    return new
+
+
+def _check_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """TypeError if a subclass of torch's layers does more than they do, but for timm's fused dropout and activation."""
+    own = type(layer).forward in {kind.forward for kind in kinds}
+    if not own and not isinstance(layer, DomainBatchNorm) and not _has_activation(layer):
+        raise TypeError(f"{type(layer).__name__} has a forward pass of its own, which would be lost")
+
+
+def _has_activation(layer: nn.Module) -> bool:
+    """Whether it is one of timm's, whose forward pass ends with `act(drop(x))`."""
+    return set(layer._modules) == {"drop", "act"}
+
+
+def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
+    mean, var = layer.running_mean, layer.running_var
+    of, width = Moments(torch.ones_like(mean[..., :1]), mean, var), new.running_mean.shape[-1]
+    if mean.shape[-1] % width == 0:
+        of = of.merge_channels(width)
+    elif width % mean.shape[-1] == 0:
+        of = of.repeat_channels(width // mean.shape[-1])
+    else:
+        raise ValueError(
+            f"statistics of {mean.shape[-1]} sets of channels cannot be kept in {width} groups: use a divisor of it"
+        )
+    state: dict[str, Tensor] = {"running_mean": of.mean, "running_var": of.var}
+    if layer.num_batches_tracked is not None:
+        state["num_batches_tracked"] = layer.num_batches_tracked
+    new.load_state_dict(state, strict=False)
+
+
+def _take_over(new: nn.Module, layer: nn.Module, copy: bool) -> None:
+    """Parameters, mode, and what is fused into the layer."""
+    for name in ("weight", "bias"):
+        old = getattr(layer, name)
+        if old is None:
+            continue
+        own = getattr(new, name)
+        if copy or own.shape != old.shape:
+            own.data.copy_(old.data)  # of one domain, for each
+            own.requires_grad_(old.requires_grad)
+        else:
+            setattr(new, name, old)
+    new.train(layer.training)
+    if _has_activation(layer):
+        for name, child in layer._modules.items():
+            new.add_module(name, child)
+        new.register_forward_hook(_activated)
+
+
+def _activated(layer: Any, args: Any, output: Tensor) -> Tensor:
+    return layer.act(layer.drop(output))
 
 
 def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
@@ -31,10 +190,10 @@ def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
 def refuse_torch_batch_norm(model: nn.Module) -> None:
     """Raises TypeError if the model has a torch BatchNorm, whose batch cannot be chosen."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             raise TypeError(
                 f"{name or 'the model'} is torch's {type(module).__name__}, which follows train() and eval() only: "
-                "build it as dn.DomainBatchNorm (same state dict) to choose its statistics"
+                "dn.convert_batchnorm(model, 'DomainBatchNorm') makes it a layer whose statistics can be chosen"
             )
 
 

@@ -62,6 +62,7 @@ class BatchRenorm(DomainBatchNorm):
                 raise ValueError(f"{name} takes points (step, value) of increasing steps, got {limit}")
         self.r_max = r_max
         self.d_max = d_max
+        self.group_size = group_size
         # of the last training forward: the batch's mean, and what it was normalized towards
         self._last: tuple[Tensor, ...] | None = None
 
@@ -100,8 +101,8 @@ class BatchRenorm(DomainBatchNorm):
         self.running_var.copy_(torch.where(step > 0, sigma.lerp(new, step).square() - self.eps, self.running_var))
 
     def extra_repr(self) -> str:
-        split = "" if self.split is None else f", {self.split}"
-        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}{split}"
+        groups = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}{groups}"
 
 
 def _points(limit: float | Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

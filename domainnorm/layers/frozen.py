@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .domain_batch_norm import DomainBatchNorm
+from .replace import replace_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -88,33 +89,21 @@ def freeze_batchnorm(model: nn.Module, beginnings: Sequence[str] = ("",), train_
     Returns:
         The model, or the frozen layer in its place.
     """
-    return _freeze("", model, tuple(beginnings), train_affine, {})
+    starts = tuple(beginnings)
 
-
-def _freeze(
-    name: str,
-    module: nn.Module,
-    beginnings: tuple[str, ...],
-    train_affine: bool,
-    done: dict[nn.Module, nn.Module],  # a layer under two names stays one
-) -> nn.Module:
-    if module in done:
-        return done[module]
-    if isinstance(module, (DomainBatchNorm, _BatchNorm)) and not getattr(module, "frozen", False):
-        if not name.startswith(beginnings):
+    def freeze(name: str, module: nn.Module) -> nn.Module:
+        if not isinstance(module, (DomainBatchNorm, _BatchNorm)) or getattr(module, "frozen", False):
             return module
+        if not name.startswith(starts):
+            return module
+        frozen: nn.Module = module
         if isinstance(module, DomainBatchNorm) and not module.per_channel:
-            frozen: DomainBatchNorm = module
-            frozen.frozen = True
+            module.frozen = True
         else:
             frozen = FrozenBatchNorm.from_batch_norm(module, train_affine).train(module.training)
             frozen.weight, frozen.bias = module.weight, module.bias
-        for parameter in frozen.parameters():
+        for parameter in frozen.parameters(recurse=False):
             parameter.requires_grad_(train_affine)
-        done[module] = frozen
         return frozen
-    for child_name, child in module._modules.items():
-        if child is not None:
-            inner = f"{name}.{child_name}".lstrip(".")
-            module._modules[child_name] = _freeze(inner, child, beginnings, train_affine, done)
-    return module
+
+    return replace_layers(model, freeze)

@@ -42,7 +42,11 @@ class GhostBatchNorm(DomainBatchNorm):
         if self.sync:
             raise ValueError(f"{type(self).__name__} normalizes groups of one rank's samples: leave sync out")
         self.split = Split(group_size, num_groups, allow_smaller_batch)
+        self.group_size = group_size
+        self.num_groups = num_groups
 
     def extra_repr(self) -> str:
-        assert self.split is not None
-        return f"{super().extra_repr()}, {self.split}"
+        return f"{super().extra_repr()}, {self._groups()}"
+
+    def _groups(self) -> str:
+        return f"num_groups={self.num_groups}" if self.group_size is None else f"group_size={self.group_size}"

@@ -33,6 +33,7 @@ class GroupedBatchNorm(GhostBatchNorm):
         super().__init__(num_features, group_size=examples_per_group, **options)
         check_channel_groups(channel_groups, num_features)
         self.channel_groups = channel_groups
+        self.examples_per_group = examples_per_group
 
     def _elements(self, x: Tensor) -> int:
         return super()._elements(x) * self.num_features // self.channel_groups
@@ -52,5 +53,5 @@ class GroupedBatchNorm(GhostBatchNorm):
         width = self.num_features // self.channel_groups
         return of.merge_channels(self.channel_groups).repeat_channels(width)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, channel_groups={self.channel_groups}"
+    def _groups(self) -> str:
+        return f"channel_groups={self.channel_groups}, examples_per_group={self.examples_per_group}"

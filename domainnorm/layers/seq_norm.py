@@ -32,6 +32,7 @@ class SeqNorm(GhostBatchNorm):
         super().__init__(num_features, num_groups=batch_groups, **options)
         check_channel_groups(channel_groups, num_features)
         self.channel_groups = channel_groups
+        self.batch_groups = batch_groups
 
     def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
         rows = Moments.rows(x)
@@ -64,8 +65,8 @@ class SeqNorm(GhostBatchNorm):
         mean, var = (v.to(rows.mean.dtype) for v in (mean, var))
         return self._normalize_by(x, rows, Moments(torch.ones_like(mean), mean, var), weight, bias)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, channel_groups={self.channel_groups}"
+    def _groups(self) -> str:
+        return f"channel_groups={self.channel_groups}, batch_groups={self.batch_groups}"
 
 
 def check_channel_groups(groups: int, channels: int) -> None:

@@ -37,9 +37,6 @@ class Split:
         self.num_groups = num_groups
         self.allow_smaller_batch = allow_smaller_batch
 
-    def __str__(self) -> str:
-        return f"group_size={self.group_size}" if self.num_groups is None else f"num_groups={self.num_groups}"
-
     def check_size(self, batch: DomainBatch) -> None:
         """ValueError if no domain has samples for one group; a batch without any sample passes."""
         count = max(len(x) for x in batch.tensors)
