@@ -32,8 +32,38 @@ _C.MODEL.PIXEL_STD = [0.229, 0.224, 0.225]  # RGB, of images in [0, 1]
 _C.MODEL.BACKBONE = CfgNode()
 # resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large or mobilenet_v3_small
 _C.MODEL.BACKBONE.NAME = "resnet50"
-_C.MODEL.BACKBONE.NORM = "FrozenBN"  # "", BN, SyncBN, GN, FrozenBN
+# "", BN, SyncBN, GN, FrozenBN, GhostBN, SeqNorm, BGN, GBGN or BRN; their options are in MODEL.NORM
+_C.MODEL.BACKBONE.NORM = "FrozenBN"
 _C.MODEL.BACKBONE.FREEZE_AT = 2  # 0: train all; 1: freeze the stem; k: also the k-1 stages after it
+
+# Options of the norms, wherever one of them is chosen. Numbers of channel groups become their greatest common divisor
+# with the channels of a layer.
+_C.MODEL.NORM = CfgNode()
+_C.MODEL.NORM.GN = CfgNode()
+_C.MODEL.NORM.GN.NUM_GROUPS = 32  # channel groups
+_C.MODEL.NORM.GHOSTBN = CfgNode()
+_C.MODEL.NORM.GHOSTBN.GROUP_SIZE = 16  # samples normalized together, of the images (or RoIs) of one process
+_C.MODEL.NORM.SEQNORM = CfgNode()
+_C.MODEL.NORM.SEQNORM.CHANNEL_GROUPS = 4  # of its GroupNorm
+_C.MODEL.NORM.SEQNORM.BATCH_GROUPS = 8  # groups of samples of its GhostBN
+_C.MODEL.NORM.BGN = CfgNode()
+_C.MODEL.NORM.BGN.NUM_GROUPS = 16  # pieces of the flattened features
+_C.MODEL.NORM.BGN.SPLIT_SPACE = False  # take NUM_GROUPS as it is, and pieces of channels: for one feature size only
+_C.MODEL.NORM.BGN.SYNC = False  # over all processes
+_C.MODEL.NORM.GBGN = CfgNode()
+_C.MODEL.NORM.GBGN.CHANNEL_GROUPS = 32  # normalized apart
+_C.MODEL.NORM.GBGN.EXAMPLES_PER_GROUP = 2  # samples normalized together
+_C.MODEL.NORM.BRN = CfgNode()
+_C.MODEL.NORM.BRN.R_MAX = 3.0  # limit of the correction of the standard deviation
+_C.MODEL.NORM.BRN.D_MAX = 5.0  # limit of the correction of the mean, in standard deviations
+# Iterations, or below 1 shares of MAX_ITER: BatchNorm until BN_UNTIL, then the limits grow linearly. Batch Renorm's
+# own 5k, 40k and 25k of 130k steps.
+_C.MODEL.NORM.BRN.BN_UNTIL = 0.04  # 0 with R_MAX_AT 0: the limits hold from the first step
+_C.MODEL.NORM.BRN.R_MAX_AT = 0.3  # when R_MAX is reached
+_C.MODEL.NORM.BRN.D_MAX_AT = 0.2  # when D_MAX is reached
+_C.MODEL.NORM.BRN.MOMENTUM = 0.01  # of its moving averages, in torch's meaning
+_C.MODEL.NORM.BRN.GROUP_SIZE = 0  # samples of a micro-batch; 0: all of a process
+_C.MODEL.NORM.BRN.SYNC = False  # over all processes
 
 _C.MODEL.FPN = CfgNode()
 _C.MODEL.FPN.OUT_CHANNELS = 256  # of every pyramid level and of the head
@@ -47,7 +77,7 @@ _C.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [0.5, 1.0, 2.0]  # height / width, at 
 _C.MODEL.RETINANET = CfgNode()
 _C.MODEL.RETINANET.NUM_CLASSES = 0  # 0: as many as the training set has categories
 _C.MODEL.RETINANET.NUM_CONVS = 4  # in each of the two towers
-_C.MODEL.RETINANET.NORM = ""  # of the towers: "", BN, SyncBN, GN, FrozenBN
+_C.MODEL.RETINANET.NORM = ""  # of the towers, as BACKBONE.NORM
 # Table 5 of Rethinking "Batch" in BatchNorm; the domains are the pyramid levels
 _C.MODEL.RETINANET.SGD_STATISTICS = "per_domain"  # "shared" | "per_domain"
 _C.MODEL.RETINANET.POPULATION_STATISTICS = "per_domain"  # "shared" | "per_domain"
@@ -188,6 +218,11 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
     check(cfg, _C)
     cfg.freeze()
     return cfg
+
+
+def iteration_of(cfg: CfgNode, when: float) -> int:
+    """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
+    return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
 
 
 def save_config(cfg: CfgNode, file: str | Path) -> None:

@@ -24,10 +24,10 @@ class RoIShuffle(nn.Module):
     Shuffled, each rank normalizes a random share of all RoIs (Table 6).
 
     In training on W ranks with R RoIs in all, rank r computes those at `permutation[R·r/W : R·(r+1)/W]` of
-    `roi_permutation(seed, step, R)`, sorted by the rank that brings them: the counts of two ranks differ by at most
-    one, and any rank may bring none. One collective exchanges the counts; then one uneven all-to-all carries the
-    features there and one each output back, in their own dtype, and the gradients take the reverse way. In eval, and
-    with one rank, it is the wrapped module.
+    `roi_permutation(seed, step, R)`, by default sorted by the rank that brings them: the counts of two ranks
+    differ by at most one, and any rank may bring none. One collective exchanges the counts; then one uneven all-to-all
+    carries the features there and one each output back, in their own dtype, and the gradients take the reverse way. In
+    eval, and with one rank, it is the wrapped module.
 
     Every rank must call it in the same steps, and use its output in the loss even when it brings no RoI; the outputs of
     the module must depend on its input also where that has no rows. Activation checkpointing belongs inside the
@@ -38,6 +38,8 @@ class RoIShuffle(nn.Module):
             any other callable, whose parameters then belong to another module.
         seed: of the permutations; equal on all ranks.
         group: the process group; None: all ranks.
+        in_order: whether a rank's rows are in the order of the permutation, for layers that normalize groups of them:
+            the rows of a group are then random ones, at the cost of a copy of the features each way.
 
     Attributes:
         step: the number of training forwards so far; in the state dict, so that a resumed run goes on with the next
@@ -46,11 +48,14 @@ class RoIShuffle(nn.Module):
 
     step: Tensor
 
-    def __init__(self, module: Callable[[Tensor], Any], seed: int = 0, group: Group = None) -> None:
+    def __init__(
+        self, module: Callable[[Tensor], Any], seed: int = 0, group: Group = None, in_order: bool = False
+    ) -> None:
         super().__init__()
         self.module = module
         self.seed = seed
         self.group = group
+        self.in_order = in_order
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Any:
@@ -83,7 +88,7 @@ class RoIShuffle(nn.Module):
                 "same training forwards, from the same checkpoint"
             )
         permutation = roi_permutation(self.seed, steps[0] - 1, sum(counts))
-        return Route.of(permutation, counts, rank(self.group), x.device)
+        return Route.of(permutation, counts, rank(self.group), x.device, self.in_order)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoIShuffle:
         return deepcopy_over_group(self, self.group, memo)
@@ -113,22 +118,28 @@ class Route:
     put: Tensor | None = None
 
     @staticmethod
-    def of(permutation: np.ndarray, counts: Sequence[int], rank: int, device: torch.device) -> Route:
+    def of(
+        permutation: np.ndarray, counts: Sequence[int], rank: int, device: torch.device, in_order: bool = False
+    ) -> Route:
         """From rows that are numbered through all ranks, `counts` on each, to an even split of `permutation`.
 
-        Those a rank receives stay in the order in which they come, rank after rank: another order would cost a copy
-        of the features and as much again for their gradient.
+        Those a rank receives stay in the order in which they come, rank after rank, unless `in_order`: another order
+        costs a copy of the features and as much again for their gradient.
         """
         ends = np.cumsum(counts)
         splits = len(permutation) * np.arange(len(counts) + 1) // len(counts)
         # As a sender: rows in the order of their places in the permutation, and so of the ranks that get them.
         places = np.argsort(permutation)[ends[rank] - counts[rank] : ends[rank]]
         to = np.searchsorted(splits[1:], places, side="right")
-        source = np.searchsorted(ends, permutation[splits[rank] : splits[rank + 1]], side="right")
+        mine = permutation[splits[rank] : splits[rank + 1]]
+        source = np.searchsorted(ends, mine, side="right")
+        # They come rank after rank and, of each, in the order of their places.
+        put = torch.from_numpy(np.argsort(np.argsort(source, kind="stable"))).to(device) if in_order else None
         return Route(
             torch.from_numpy(np.argsort(places)).to(device),
             np.bincount(to, minlength=len(counts)).tolist(),
             np.bincount(source, minlength=len(counts)).tolist(),
+            put,
         )
 
     def reversed(self) -> Route:

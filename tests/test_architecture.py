@@ -15,7 +15,8 @@ LOWER = {
     "moments": {"distributed"},
     "roi_shuffle": {"distributed", "moments"},
     "layers": {"moments", "distributed"},
-    "convert": {"layers"},
+    "convert": {"layers", "moments"},
+    "example_weight": {"convert", "layers"},
     "parking": set(),
     "lockstep": {"parking"},
     "estimators": {"moments", "distributed", "layers"},
@@ -23,7 +24,7 @@ LOWER = {
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},
-    "modeling": {"errors", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
+    "modeling": {"errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
     "evaluation": {
         *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling")
     },

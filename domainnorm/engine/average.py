@@ -6,7 +6,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ..evaluation import recompute
-from .optim import iteration_of
 
 
 class WeightAverage:

@@ -13,6 +13,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
+from ..config import iteration_of
 from ..layers import is_norm
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,6 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
         if begin <= iteration < begin + length:
             rate *= LinearParamScheduler(solver.WARMUP_FACTOR, 1.0)((iteration - begin) / length)
     return rate
-
-
-def iteration_of(cfg: CfgNode, when: float) -> int:
-    """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
-    return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
 
 
 def warn_about_schedule(cfg: CfgNode) -> None:

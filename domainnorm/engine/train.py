@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import save_config
+from ..config import iteration_of, save_config
 from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
@@ -26,7 +26,7 @@ from .checkpoint import read_training, restore_training, save_model, save_traini
 from .describe import describe_normalization
 from .freeze import check_freeze, freeze_norm
 from .log import TrainingLog, setup_logging
-from .optim import build_optimizer, clip_gradients, iteration_of, learning_rate, warn_about_schedule
+from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torchvision
 from fvcore.common.config import CfgNode
@@ -10,6 +11,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..layers import freeze_batchnorm, get_norm
+from .norm import norm_options
 
 
 def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
@@ -19,7 +21,9 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
     64), P6 by subsampling P5. State-dict keys are torchvision's (`body.…`, `fpn.…`).
     """
     name, norm = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NORM
-    body, stages, outputs = (_mobilenet if name.startswith("mobilenet") else _resnet)(name, norm)
+    body, stages, outputs = (_mobilenet if name.startswith("mobilenet") else _resnet)(
+        name, norm, norm_options(cfg, norm)
+    )
     _freeze(body, stages[: cfg.MODEL.BACKBONE.FREEZE_AT])
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
@@ -30,7 +34,11 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
         in_channels_list=widths,
         out_channels=channels,
         extra_blocks=LastLevelP6P7(widths[-1], channels) if dense else LastLevelMaxPool(),
-        norm_layer=partial(get_norm, cfg.MODEL.FPN.NORM) if cfg.MODEL.FPN.NORM else None,
+        norm_layer=(
+            partial(get_norm, cfg.MODEL.FPN.NORM, **norm_options(cfg, cfg.MODEL.FPN.NORM))
+            if cfg.MODEL.FPN.NORM
+            else None
+        ),
     )
 
 
@@ -39,16 +47,17 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
 _Body = tuple[nn.Module, list[list[str]], dict[str, int]]
 
 
-def _resnet(name: str, norm: str) -> _Body:
-    body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm))
+def _resnet(name: str, norm: str, options: dict[str, Any]) -> _Body:
+    body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm, options))
     stages = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
     width = body.inplanes  # of layer4
     return body, stages, {f"layer{i}": width >> (4 - i) for i in range(1, 5)}
 
 
-def _mobilenet(name: str, norm: str) -> _Body:
+def _mobilenet(name: str, norm: str, options: dict[str, Any]) -> _Body:
     # eps and momentum of the paper, with which the published weights were trained
-    body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm, eps=0.001, momentum=0.01)).features
+    options = {"eps": 0.001, "momentum": 0.01} | options
+    body = getattr(torchvision.models, name)(norm_layer=_norm_or_identity(norm, options)).features
     # A stage ends before the next block with stride 2; the first block is the stem.
     ends = [i - 1 for i, block in enumerate(body) if getattr(block, "_is_cn", False)] + [len(body) - 1]
     starts = [0] + [end + 1 for end in ends[:-1]]
@@ -56,7 +65,7 @@ def _mobilenet(name: str, norm: str) -> _Body:
     return body, stages, {str(i): body[i].out_channels for i in ends[-4:]}
 
 
-def _norm_or_identity(norm: str, **options: float) -> Callable[[int], nn.Module]:
+def _norm_or_identity(norm: str, options: dict[str, Any]) -> Callable[[int], nn.Module]:
     return lambda channels: get_norm(norm, channels, **options) or nn.Identity()
 
 

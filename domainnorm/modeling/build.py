@@ -14,6 +14,7 @@ from ..distributed import get_device
 from ..errors import UserError
 from .backbone import build_backbone
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
+from .norm import norm_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
 from .weights import initialize
 
@@ -46,6 +47,7 @@ def _build_retinanet(cfg: CfgNode) -> RetinaNet:
         num_levels=NUM_LEVELS,
         num_convs=options.NUM_CONVS,
         norm=options.NORM,
+        norm_options=norm_options(cfg, options.NORM),
         sgd_statistics=options.SGD_STATISTICS,
         population_statistics=options.POPULATION_STATISTICS,
         affine=options.AFFINE or None,
@@ -103,13 +105,20 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
             num_fc=box.NUM_FC,
             fc_dim=box.FC_DIM,
             norm=box.NORM,
+            **roi_norm_options(cfg, box.NORM),
         ),
         "box_predictor": FastRCNNPredictor(box.FC_DIM, classes),
     }
     if cfg.MODEL.MASK_ON:
         branches |= {
             "mask_roi_pool": MultiScaleRoIAlign(levels, mask.POOLER_RESOLUTION, sampling_ratio=2),
-            "mask_head": mask_head(channels, num_conv=mask.NUM_CONV, conv_dim=mask.CONV_DIM, norm=mask.NORM),
+            "mask_head": mask_head(
+                channels,
+                num_conv=mask.NUM_CONV,
+                conv_dim=mask.CONV_DIM,
+                norm=mask.NORM,
+                **roi_norm_options(cfg, mask.NORM),
+            ),
             "mask_predictor": MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
         }
     roi_heads = RoIHeads(

@@ -1,6 +1,6 @@
 """Faster and Mask R-CNN whose heads normalize a chosen batch of RoIs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import maskrcnn_inference, project_masks_on_boxes
 
 from ..distributed import all_reduce_sum, world_size
-from ..layers import get_norm
+from ..layers import DomainBatchNorm, get_norm
 from ..roi_shuffle import RoIShuffle
 
 
@@ -56,8 +56,11 @@ class RoIHeads(roi_heads.RoIHeads):
         super().__init__(**options)
         self.box_shuffle = self.mask_shuffle = None
         if shuffle_seed is not None:
-            self.box_shuffle = RoIShuffle(self.box_branch, shuffle_seed)
-            self.mask_shuffle = RoIShuffle(self.mask_branch, shuffle_seed) if self.has_mask() else None
+            # groups of samples must not be of neighbours
+            mixed = any(isinstance(m, DomainBatchNorm) and m.split is not None for m in self.modules())
+            self.box_shuffle = RoIShuffle(self.box_branch, shuffle_seed, in_order=mixed)
+            if self.has_mask():
+                self.mask_shuffle = RoIShuffle(self.mask_branch, shuffle_seed, in_order=mixed)
 
     def box_branch(self, x: Tensor) -> Tensor:
         """Features `(R, C, H, W)` -> class logits and box deltas in one tensor, `(R, K + 4K)`, background included."""
@@ -159,25 +162,33 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
 
 
 def box_head(
-    in_channels: int, resolution: int, *, num_conv: int, conv_dim: int, num_fc: int, fc_dim: int, norm: str
+    in_channels: int,
+    resolution: int,
+    *,
+    num_conv: int,
+    conv_dim: int,
+    num_fc: int,
+    fc_dim: int,
+    norm: str,
+    **options: Any,
 ) -> nn.Module:
-    """Features `(R, in_channels, resolution, resolution)` -> `(R, fc_dim)`.
+    """Features `(R, in_channels, resolution, resolution)` -> `(R, fc_dim)`; `options` are the norm's.
 
     Two linear layers without convolutions are torchvision's `TwoMLPHead` and have its state-dict keys.
     """
     if num_conv == 0 and num_fc == 2:
         return TwoMLPHead(in_channels * resolution**2, fc_dim)
     shape = (in_channels, resolution, resolution)
-    return FastRCNNConvFCHead(shape, [conv_dim] * num_conv, [fc_dim] * num_fc, norm_layer=_norm_layer(norm))
+    return FastRCNNConvFCHead(shape, [conv_dim] * num_conv, [fc_dim] * num_fc, norm_layer=_norm_layer(norm, options))
 
 
-def mask_head(in_channels: int, *, num_conv: int, conv_dim: int, norm: str) -> nn.Module:
-    """Features `(R, in_channels, H, W)` -> `(R, conv_dim, H, W)`."""
-    return MaskRCNNHeads(in_channels, [conv_dim] * num_conv, dilation=1, norm_layer=_norm_layer(norm))
+def mask_head(in_channels: int, *, num_conv: int, conv_dim: int, norm: str, **options: Any) -> nn.Module:
+    """Features `(R, in_channels, H, W)` -> `(R, conv_dim, H, W)`; `options` are the norm's."""
+    return MaskRCNNHeads(in_channels, [conv_dim] * num_conv, dilation=1, norm_layer=_norm_layer(norm, options))
 
 
-def _norm_layer(norm: str) -> Callable[[int], nn.Module | None] | None:
-    return partial(get_norm, norm) if norm else None
+def _norm_layer(norm: str, options: Mapping[str, Any]) -> Callable[[int], nn.Module | None] | None:
+    return partial(get_norm, norm, **options) if norm else None
 
 
 def _smooth_l1(deltas: Tensor, goals: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """RetinaNet whose head normalizes pyramid levels as domains."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         num_classes: without background; labels are 0 to `num_classes - 1`.
         num_levels: of the pyramid: the number of domains.
         num_convs: in each tower.
-        norm: as `get_norm`.
+        norm: as `get_norm`, with its `norm_options`.
         sgd_statistics, population_statistics, affine: of `DomainBatchNorm`, where `norm` is one.
         prior_prob: of foreground, at the first step.
         focal_alpha, focal_gamma: of the focal loss.
@@ -47,6 +48,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         num_levels: int = 5,
         num_convs: int = 4,
         norm: str = "",
+        norm_options: Mapping[str, Any] | None = None,
         sgd_statistics: str = "per_domain",
         population_statistics: str = "per_domain",
         affine: str | None = "shared",
@@ -62,6 +64,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
             norm_layer = partial(
                 get_norm,
                 norm,
+                **(norm_options or {}),
                 num_domains=num_levels,
                 sgd_statistics=sgd_statistics,
                 population_statistics=population_statistics,

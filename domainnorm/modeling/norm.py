@@ -1,0 +1,45 @@
+"""The options of a config's norms."""
+
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from ..config import iteration_of
+
+
+def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
+    """What `MODEL.NORM` says of the norm `name`, as options of `get_norm`."""
+    node = cfg.MODEL.NORM
+    if name == "GN":
+        return {"num_groups": node.GN.NUM_GROUPS}
+    if name == "GhostBN":
+        return {"group_size": node.GHOSTBN.GROUP_SIZE}
+    if name == "SeqNorm":
+        return {"channel_groups": node.SEQNORM.CHANNEL_GROUPS, "batch_groups": node.SEQNORM.BATCH_GROUPS}
+    if name == "BGN":
+        return {"num_groups": node.BGN.NUM_GROUPS, "split_space": node.BGN.SPLIT_SPACE, "sync": node.BGN.SYNC}
+    if name == "GBGN":
+        return {"channel_groups": node.GBGN.CHANNEL_GROUPS, "examples_per_group": node.GBGN.EXAMPLES_PER_GROUP}
+    if name == "BRN":
+        return {
+            "r_max": _limit(cfg, 1.0, node.BRN.R_MAX, node.BRN.R_MAX_AT),
+            "d_max": _limit(cfg, 0.0, node.BRN.D_MAX, node.BRN.D_MAX_AT),
+            "momentum": node.BRN.MOMENTUM,
+            "group_size": node.BRN.GROUP_SIZE or None,
+            "sync": node.BRN.SYNC,
+        }
+    return {}
+
+
+def roi_norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
+    """Of a norm in a head over RoIs, whose number varies: fewer than a group has are one group."""
+    options = norm_options(cfg, name)
+    if name in ("GhostBN", "SeqNorm", "GBGN") or options.get("group_size"):
+        options["allow_smaller_batch"] = True
+    return options
+
+
+def _limit(cfg: CfgNode, first: float, last: float, at: float) -> float | list[tuple[int, float]]:
+    """From BatchNorm's limit, `first`, in a straight line to `last`; in training forwards."""
+    begin, end = (iteration_of(cfg, when) * cfg.SOLVER.ACCUMULATE for when in (cfg.MODEL.NORM.BRN.BN_UNTIL, at))
+    return [(begin, first), (end, last)] if begin < end else last
