@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..moments import Moments
 from .domain_batch_norm import DomainBatchNorm
+from .domains import DomainBatch
 
 
 class BatchGroupNorm(DomainBatchNorm):
@@ -53,18 +54,22 @@ class BatchGroupNorm(DomainBatchNorm):
                 f"num_groups takes a divisor of D = {' x '.join(map(str, x.shape[1:]))} = {size}, got G = "
                 f"{self.num_groups}; the nearest are {' and '.join(map(str, sorted(nearest)))}"
             )
-        self._keep_size(tuple(x.shape[2:]))
-        length = math.gcd(size // self.num_groups, spatial)
-        return x.reshape(len(x), size // length, length)
-
-    def _keep_size(self, size: tuple[int, ...]) -> None:
-        if self.feature_size is None and self.training:
-            self.feature_size = size
-        elif self.feature_size is not None and size != self.feature_size:
+        if self.feature_size not in (None, tuple(x.shape[2:])) and len(x):
             raise ValueError(
                 f"num_groups={self.num_groups} splits {self.num_features} channels in space, so the layer works at one "
-                f"feature size: expected {self.feature_size}, got {size}; use a divisor of {self.num_features}"
+                f"feature size: expected {self.feature_size}, got {tuple(x.shape[2:])}; use a divisor of "
+                f"{self.num_features}"
             )
+        length = max(math.gcd(size // self.num_groups, spatial), 1)
+        return x.reshape(len(x), size // length, length)
+
+    def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
+        outputs = super()._normalize(batch, merged)
+        if self.training and self.num_features % self.num_groups:
+            for x in batch.tensors:
+                if x.numel():
+                    self.feature_size = tuple(x.shape[2:])
+        return outputs
 
     def _elements(self, x: Tensor) -> int:
         return x.shape[1:].numel() // self.num_groups

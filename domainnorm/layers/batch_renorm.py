@@ -1,6 +1,7 @@
 """BatchNorm corrected towards its population statistics."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from .domain_batch_norm import DomainBatchNorm, _of_domain
 from .domains import Domain, DomainBatch
 from .split import Split
 
+RECENT = 64  # forward passes that activation checkpointing may recompute
 Limit = float | Sequence[tuple[float, float]] | Callable[[int], float]
+_Buffers = tuple[Tensor, Tensor, Tensor]  # running mean and variance, steps
+_Record = tuple[Tensor, Tensor, Tensor, Tensor]  # the batch's mean, then the buffers
 
 
 class BatchRenorm(DomainBatchNorm):
@@ -27,7 +31,7 @@ class BatchRenorm(DomainBatchNorm):
         num_features: C.
         r_max, d_max: a number from the first step; or points `(step, value)` with straight lines between them, such as
             the paper's `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the
-            step (which makes a GPU wait). Steps are training forwards, as `num_batches_tracked` counts them.
+            step (which makes a GPU wait). Steps are training forwards, as `num_batches_tracked` counts them: of each domain, where they share it.
         momentum: of the EMA (the paper's α).
         group_size: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all.
         allow_smaller_batch: of `GhostBatchNorm`.
@@ -35,7 +39,7 @@ class BatchRenorm(DomainBatchNorm):
 
     Raises:
         ValueError: a limit below 1 (`r_max`) or 0 (`d_max`); `sync` with `group_size`.
-        RuntimeError: activation checkpointing, and the layer ran again before the first run's backward pass.
+        RuntimeError: activation checkpointing, and which forward pass is recomputed cannot be told.
     """
 
     def __init__(
@@ -53,38 +57,50 @@ class BatchRenorm(DomainBatchNorm):
         if group_size is not None:
             if self.sync:
                 raise ValueError(f"group_size={group_size} splits one rank's samples: leave it out, or sync")
-            self.split = Split(group_size, allow_smaller_batch=allow_smaller_batch)
+            self.split = Split("group_size", size=group_size, allow_smaller_batch=allow_smaller_batch)
         for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-            values = [] if callable(limit) else _points(limit)
-            if any(value < least for _, value in values):
-                raise ValueError(f"{name} takes numbers from {least} on, got {limit}")
+            values = [(0, least)] if callable(limit) else _points(limit)
+            if not values or any(value < least for _, value in values):
+                raise ValueError(f"{name} takes numbers from {least} on, or points (step, number), got {limit}")
             if [step for step, _ in values] != sorted({step for step, _ in values}):
                 raise ValueError(f"{name} takes points (step, value) of increasing steps, got {limit}")
         self.r_max = r_max
         self.d_max = d_max
         self.group_size = group_size
-        # of the last training forward: the batch's mean, and what it was normalized towards
-        self._last: tuple[Tensor, ...] | None = None
+        # Of the last training forwards, the batch's mean and the buffers that it was normalized towards: those move,
+        # and activation checkpointing computes the forward again.
+        self._recent: deque[_Record] = deque(maxlen=RECENT)
+        self._towards: _Buffers = self._buffers_now()
+
+    def _buffers_now(self) -> _Buffers:
+        return self.running_mean, self.running_var, self.num_batches_tracked
 
     def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
-        if self.training:
+        self._towards = self._buffers_now()
+        if self.training and not torch.compiler.is_compiling():
             mean = merged.mean.detach()
             if batch.updates:
-                before = (self.running_mean, self.running_var, self.num_batches_tracked)
-                self._last = (mean, *(v.clone() for v in before))  # the buffers move before a recomputed forward
-            elif self._last is None or not torch.equal(self._last[0], mean):
-                raise RuntimeError(
-                    "BatchRenorm cannot be recomputed after another forward pass: run backward after each one, or "
-                    "leave the layer out of activation checkpointing"
-                )
+                self._recent.append((mean, *(v.clone() for v in self._towards)))
+            else:
+                self._towards = self._recorded(mean)
         return super()._normalize(batch, merged)
+
+    def _recorded(self, mean: Tensor) -> _Buffers:
+        """What the forward that is now recomputed was normalized towards."""
+        found = [record for record in self._recent if torch.equal(record[0], mean)]
+        if len(found) != 1:
+            raise RuntimeError(
+                f"BatchRenorm cannot be recomputed: {len(found)} of its last {len(self._recent)} forward passes had "
+                "this input; run backward after each, or leave the layer out of activation checkpointing"
+            )
+        self._recent = deque((r for r in self._recent if r is not found[0]), maxlen=RECENT)
+        return found[0][1:]
 
     def _affine_of(self, domain: Domain, of: Moments) -> tuple[Tensor | None, Tensor | None]:
         weight, bias = super()._affine_of(domain, of)
         if not self.training or not self.uses_minibatch:
             return weight, bias
-        assert self._last is not None
-        _, mean, var, steps = self._last
+        mean, var, steps = self._towards
         mean, var = (_of_domain(v, domain).to(of.mean.dtype) for v in (mean, var))
         step = (steps[domain] if steps.ndim else steps).unsqueeze(-1)
         r_max, d_max = (_at(limit, step).to(of.mean.dtype) for limit in (self.r_max, self.d_max))
@@ -112,9 +128,10 @@ def _points(limit: float | Sequence[tuple[float, float]]) -> Sequence[tuple[floa
 def _at(limit: Limit, step: Tensor) -> Tensor:
     """The limit at each of `step`."""
     if callable(limit):
-        return torch.tensor([float(limit(s)) for s in step.flatten().tolist()], device=step.device).view(step.shape)
+        values = [float(limit(s)) for s in step.flatten().tolist()]
+        return torch.tensor(values, device=step.device, dtype=torch.float64).view(step.shape)
     points = _points(limit)
     value = torch.full(step.shape, float(points[0][1]), device=step.device, dtype=torch.float64)
     for (begin, low), (end, high) in itertools.pairwise(points):
-        value = value + (high - low) * ((step - begin) / (end - begin)).clamp(0, 1)
+        value = value + (high - low) * ((step.double() - begin) / (end - begin)).clamp(0, 1)
     return value

@@ -231,7 +231,7 @@ class DomainBatchNorm(nn.Module):
         """A normalization batch of one element has no variance: ValueError, on every rank alike."""
         per_domain = self.sgd_statistics == "per_domain"
         if self.split is not None:
-            self.split.check_size(batch)
+            self.split.check_size(batch, not per_domain)
             self.split.check_elements(batch, not per_domain)
             return
         if batch.cannot_be_single(per_domain, ranks):

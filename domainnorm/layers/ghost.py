@@ -20,9 +20,10 @@ class GhostBatchNorm(DomainBatchNorm):
         num_features: C.
         group_size: samples in a group; or
         num_groups: groups of ⌈N / num_groups⌉ samples.
-        allow_smaller_batch: whether training takes a batch smaller than one group (or of fewer samples than groups)
-            as it is: where the number of samples varies, as that of RoIs. Else it is a ValueError; in inference
-            under minibatch statistics it never is.
+        allow_smaller_batch: whether training takes a batch, or a domain's part of it, that is smaller than one group
+            (or of fewer samples than groups) as it is: where the number of samples varies, as that of RoIs. Else it is
+            a ValueError; in inference under minibatch statistics it never is.
+        option: what the groups are called in messages, where not by one of these.
         **options: of `DomainBatchNorm`; groups are of one rank, so not `sync`.
 
     Raises:
@@ -36,12 +37,17 @@ class GhostBatchNorm(DomainBatchNorm):
         num_groups: int | None = None,
         *,
         allow_smaller_batch: bool = False,
+        option: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
         if self.sync:
             raise ValueError(f"{type(self).__name__} normalizes groups of one rank's samples: leave sync out")
-        self.split = Split(group_size, num_groups, allow_smaller_batch)
+        given = {"group_size": group_size, "num_groups": num_groups}
+        if (group_size is None) == (num_groups is None):
+            raise ValueError(f"expected one of group_size and num_groups, got {given}")
+        option = option or ("num_groups" if group_size is None else "group_size")
+        self.split = Split(option, size=group_size, number=num_groups, allow_smaller_batch=allow_smaller_batch)
         self.group_size = group_size
         self.num_groups = num_groups
 

@@ -30,6 +30,7 @@ class GroupedBatchNorm(GhostBatchNorm):
     per_channel = False
 
     def __init__(self, num_features: int, channel_groups: int, examples_per_group: int, **options: Any) -> None:
+        options |= {"option": "examples_per_group", "allow_smaller_batch": True}
         super().__init__(num_features, group_size=examples_per_group, **options)
         check_channel_groups(channel_groups, num_features)
         self.channel_groups = channel_groups

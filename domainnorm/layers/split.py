@@ -15,42 +15,38 @@ class Split:
     The last group is the smaller one; if it has one element only, it joins the group before.
 
     Args:
-        group_size: samples of a group. Or:
-        num_groups: as many groups of ⌈N / num_groups⌉ samples as N samples make.
-        allow_smaller_batch: whether training takes fewer samples than one group (or than `num_groups`) as they are.
+        option: the layer's name for `size` or `number`, for messages.
+        size: samples of a group. Or:
+        number: as many groups of ⌈N / number⌉ samples as N samples make.
+        allow_smaller_batch: whether training takes fewer samples than one group (or than `number`) as they are.
 
     Raises:
-        ValueError: both or neither are given, or not positive.
+        ValueError: a size or number below 1.
     """
 
     def __init__(
-        self, group_size: int | None = None, num_groups: int | None = None, allow_smaller_batch: bool = False
+        self, option: str, *, size: int | None = None, number: int | None = None, allow_smaller_batch: bool = False
     ) -> None:
-        given = {"group_size": group_size, "num_groups": num_groups}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if len(chosen) != 1:
-            raise ValueError(f"expected one of group_size and num_groups, got {given}")
-        for name, value in chosen.items():
-            if value < 1:
-                raise ValueError(f"{name} takes a positive number, got {value}")
-        self.group_size = group_size
-        self.num_groups = num_groups
+        self.least = size if size is not None else (number or 0)
+        if self.least < 1:
+            raise ValueError(f"{option} takes a positive number, got {self.least}")
+        self.option = option
+        self.size = size
+        self.number = number
         self.allow_smaller_batch = allow_smaller_batch
 
-    def check_size(self, batch: DomainBatch) -> None:
-        """ValueError if no domain has samples for one group; a batch without any sample passes."""
-        count = max(len(x) for x in batch.tensors)
-        if self.allow_smaller_batch or not count:
+    def check_size(self, batch: DomainBatch, shared: bool) -> None:
+        """ValueError if a domain, or with `shared` statistics all of them, has too few samples; none at all pass."""
+        if self.allow_smaller_batch:
             return
-        if self.group_size is not None and count < self.group_size:
+        counts = [len(x) for x in batch.tensors]
+        if not shared and isinstance(ids := batch.domains[0], Tensor) and not torch.compiler.is_compiling():
+            counts = ids.bincount(minlength=batch.num_domains).tolist()
+        counts = [max(counts)] if shared else counts
+        if small := [count for count in counts if 0 < count < self.least]:
             raise ValueError(
-                f"group_size={self.group_size} is larger than the batch: expected {self.group_size} samples or more, "
-                f"got {count}; use a smaller group_size, or a larger batch on this rank"
-            )
-        if self.num_groups is not None and count < self.num_groups:
-            raise ValueError(
-                f"num_groups={self.num_groups} are more groups than samples: expected {self.num_groups} samples or "
-                f"more, got {count}; use fewer groups, or a larger batch on this rank"
+                f"{self.option}={self.least} needs {self.least} samples or more on this rank, of each domain that has "
+                f"any: got {small[0]}; make it smaller or the batch larger, or set allow_smaller_batch"
             )
 
     def check_elements(self, batch: DomainBatch, shared: bool) -> None:
@@ -95,14 +91,11 @@ class Split:
 
     def _lengths(self, count: int, elements: int) -> tuple[int, int, int]:
         """(number of equal groups, samples of each, samples of the last other one) of `count` samples."""
-        size = self._size(count)
+        size = self.size or max(-(-count // (self.number or 1)), 1)
         full, rest = divmod(count, size)
-        if full and rest * elements == 1:
-            full, rest = full - 1, rest + size
+        if (rest or size) * elements == 1 and count > size:
+            full, rest = (full - 1, rest + size) if rest else (full - 2, 2 * size)
         return full, size, rest
-
-    def _size(self, count: int) -> int:
-        return self.group_size or max(-(-count // (self.num_groups or 1)), 1)
 
     def _merge_mixed(self, batch: DomainBatch, shared: bool) -> Moments:
         """As if each domain's samples, in order, were a tensor of their own; nothing waits for a GPU."""
@@ -112,14 +105,14 @@ class Split:
         member = torch.nn.functional.one_hot(ids, batch.num_domains)  # (N, K)
         place = (member.cumsum(0) * member).sum(1) - 1  # of a sample in its domain
         count = member.sum(0)[ids]  # samples of its domain
-        if self.group_size is not None:
-            size, most = torch.full_like(count, self.group_size), -(-len(ids) // self.group_size)
+        if self.size is not None:
+            size, most = torch.full_like(count, self.size), -(-len(ids) // self.size)
         else:
-            assert self.num_groups is not None
-            size, most = (count + self.num_groups - 1) // self.num_groups, self.num_groups
+            assert self.number is not None
+            size, most = (count + self.number - 1) // self.number, self.number
         last = (count - 1) // size
         if batch.elements[0] == 1:
-            last = last - ((count % size == 1) & (count > size)).long()
+            last = last - (((count - 1) % size == 0) & (count > size)).long()
         group = torch.minimum(place // size, last)
         key = group if shared else ids * most + group
         merged = counted.merge_by(key, max(most, 1) * (1 if shared else batch.num_domains))
