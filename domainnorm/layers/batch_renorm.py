@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from .domain_batch_norm import DomainBatchNorm, _of_domain
+from .domain_batch_norm import Affine, DomainBatchNorm, _of_domain
 from .domains import Domain, DomainBatch
 from .split import Split
 
 RECENT = 64  # forward passes that activation checkpointing may recompute
 Limit = float | Sequence[tuple[float, float]] | Callable[[int], float]
-_Buffers = tuple[Tensor, Tensor, Tensor]  # running mean and variance, steps
-_Record = tuple[Tensor, Tensor, Tensor, Tensor]  # the batch's mean, then the buffers
+_Buffers = tuple[Tensor, ...]  # running mean and variance, steps
 
 
 class BatchRenorm(DomainBatchNorm):
@@ -30,8 +29,9 @@ class BatchRenorm(DomainBatchNorm):
     Args:
         num_features: C.
         r_max, d_max: a number from the first step; or points `(step, value)` with straight lines between them, such as
-            the paper's `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the
-            step (which makes a GPU wait). Steps are training forwards, as `num_batches_tracked` counts them: of each domain, where they share it.
+            the paper's `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the step
+            (which makes a GPU wait). Steps are training forwards, as `num_batches_tracked` counts them: of each
+            domain, where the domains share it.
         momentum: of the EMA (the paper's α).
         group_size: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all.
         allow_smaller_batch: of `GhostBatchNorm`.
@@ -69,24 +69,37 @@ class BatchRenorm(DomainBatchNorm):
         self.group_size = group_size
         # Of the last training forwards, the batch's mean and the buffers that it was normalized towards: those move,
         # and activation checkpointing computes the forward again.
-        self._recent: deque[_Record] = deque(maxlen=RECENT)
-        self._towards: _Buffers = self._buffers_now()
+        self._recent: deque[tuple[Tensor, _Buffers]] = deque(maxlen=RECENT)
 
-    def _buffers_now(self) -> _Buffers:
-        return self.running_mean, self.running_var, self.num_batches_tracked
+    def _affines(self, batch: DomainBatch, merged: Moments, of: list[Moments]) -> list[Affine]:
+        """γ · r and γ · d + β, in training."""
+        affines = super()._affines(batch, merged, of)
+        if not self.training:
+            return affines
+        towards = (self.running_mean, self.running_var, self.num_batches_tracked)
+        if not torch.compiler.is_compiling():
+            towards = self._remembered(merged.mean.detach(), towards, batch.updates)
+        corrections = (self._correction(d, m, towards) for d, m in zip(batch.domains, of, strict=True))
+        return [
+            (r if weight is None else weight * r, (d if weight is None else weight * d) + (0 if bias is None else bias))
+            for (weight, bias), (r, d) in zip(affines, corrections, strict=True)
+        ]
 
-    def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
-        self._towards = self._buffers_now()
-        if self.training and not torch.compiler.is_compiling():
-            mean = merged.mean.detach()
-            if batch.updates:
-                self._recent.append((mean, *(v.clone() for v in self._towards)))
-            else:
-                self._towards = self._recorded(mean)
-        return super()._normalize(batch, merged)
+    @torch.no_grad()
+    def _correction(self, domain: Domain, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
+        """r and d of what is normalized by the moments `of`."""
+        mean, var, steps = (_of_domain(v, domain) if v.ndim else v for v in towards)
+        r_max, d_max = (_at(limit, steps.unsqueeze(-1)).to(of.mean.dtype) for limit in (self.r_max, self.d_max))
+        sigma = (var.to(of.mean.dtype) + self.eps).sqrt()
+        r = (of.var + self.eps).sqrt() / sigma
+        d = (of.mean - mean) / sigma
+        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
-    def _recorded(self, mean: Tensor) -> _Buffers:
-        """What the forward that is now recomputed was normalized towards."""
+    def _remembered(self, mean: Tensor, towards: _Buffers, first: bool) -> _Buffers:
+        """The buffers that this batch is normalized towards, also when its forward pass is recomputed."""
+        if first:
+            self._recent.append((mean, tuple(v.clone() for v in towards)))
+            return towards
         found = [record for record in self._recent if torch.equal(record[0], mean)]
         if len(found) != 1:
             raise RuntimeError(
@@ -94,23 +107,7 @@ class BatchRenorm(DomainBatchNorm):
                 "this input; run backward after each, or leave the layer out of activation checkpointing"
             )
         self._recent = deque((r for r in self._recent if r is not found[0]), maxlen=RECENT)
-        return found[0][1:]
-
-    def _affine_of(self, domain: Domain, of: Moments) -> tuple[Tensor | None, Tensor | None]:
-        weight, bias = super()._affine_of(domain, of)
-        if not self.training or not self.uses_minibatch:
-            return weight, bias
-        mean, var, steps = self._towards
-        mean, var = (_of_domain(v, domain).to(of.mean.dtype) for v in (mean, var))
-        step = (steps[domain] if steps.ndim else steps).unsqueeze(-1)
-        r_max, d_max = (_at(limit, step).to(of.mean.dtype) for limit in (self.r_max, self.d_max))
-        with torch.no_grad():
-            sigma = (var + self.eps).sqrt()
-            r = ((of.var + self.eps).sqrt() / sigma).clamp(1 / r_max, r_max)
-            d = ((of.mean - mean) / sigma).clamp(-d_max, d_max)
-        return r if weight is None else weight * r, (d if weight is None else weight * d) + (
-            0 if bias is None else bias
-        )
+        return found[0][1]
 
     def _move_var(self, moments: Moments, step: Tensor) -> None:
         sigma, new = ((v.to(step.dtype) + self.eps).sqrt() for v in (self.running_var, moments.var))

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..distributed import Group, deepcopy_over_group, world_size
 from ..moments import Moments, normalize_rows
-from .domains import Domain, DomainBatch, Input
+from .domains import DomainBatch, Input
 from .split import Split
 
 CHOICES = ("shared", "per_domain")
+Affine = tuple[Tensor | None, Tensor | None]  # γ and β
 STATISTICS = ("auto", "minibatch", "population")
 
 
@@ -182,9 +183,9 @@ class DomainBatchNorm(nn.Module):
         scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
         return (x * scale + shift).to(x.dtype)
 
-    def _affine_of(self, domain: Domain, of: Moments) -> tuple[Tensor | None, Tensor | None]:
-        """γ and β of `domain`, for what is normalized by the moments `of`."""
-        return _of_domain(self.weight, domain), _of_domain(self.bias, domain)
+    def _affines(self, batch: DomainBatch, merged: Moments, of: list[Moments]) -> list[Affine]:
+        """γ and β of each tensor, which is normalized by the moments `of`; `merged` are those of the domains."""
+        return [(_of_domain(self.weight, domain), _of_domain(self.bias, domain)) for domain in batch.domains]
 
     def _batch(self, x: Input, domain: int | Tensor | None) -> DomainBatch:
         batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._moments)
@@ -220,9 +221,11 @@ class DomainBatchNorm(nn.Module):
             batches = [total[0 if shared else domain] for domain in batch.domains]
         else:
             batches = self.split.merge(batch, shared)
-        outputs = []
-        for x, rows, domain, of in zip(batch.tensors, batch.rows(), batch.domains, batches, strict=True):
-            outputs.append(self._normalize_by(x, rows, of, *self._affine_of(domain, of)))
+        affines = self._affines(batch, merged, batches)
+        outputs = [
+            self._normalize_by(x, rows, of, *affine)
+            for x, rows, of, affine in zip(batch.tensors, batch.rows(), batches, affines, strict=True)
+        ]
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
