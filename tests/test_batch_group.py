@@ -7,8 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import C, all_close, build, check_same_step, check_step, check_steps, close, gradients, random_input
-from norm_cases import with_affine_of
+from norm_cases import (
+    C,
+    all_close,
+    build,
+    check_same_step,
+    check_step,
+    check_steps,
+    close,
+    gradients,
+    random_input,
+    with_affine_of,
+)
 from ranks import run_ranks
 from reference_norms import BatchGroupReference
 from torch import nn

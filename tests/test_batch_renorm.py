@@ -4,8 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import C, all_close, build, check_buffers, check_same_step, check_step, check_steps, clone, close
-from norm_cases import gradients, random_input, with_affine_of
+from norm_cases import (
+    C,
+    all_close,
+    build,
+    check_buffers,
+    check_same_step,
+    check_step,
+    check_steps,
+    clone,
+    close,
+    gradients,
+    random_input,
+    with_affine_of,
+)
 from ranks import run_ranks
 from reference_norms import RenormReference
 from torch import nn

@@ -5,8 +5,21 @@ import pickle
 
 import pytest
 import torch
-from norm_cases import C, CASES, KINDS, all_close, check_buffers, check_steps, clone, close, gradients, make
-from norm_cases import random_input, refer, unchanged
+from norm_cases import (
+    CASES,
+    KINDS,
+    C,
+    all_close,
+    check_buffers,
+    check_steps,
+    clone,
+    close,
+    gradients,
+    make,
+    random_input,
+    refer,
+    unchanged,
+)
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint

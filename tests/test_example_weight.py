@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from norm_cases import C, CASES, build, check_step, clone, close, make, random_input, refer, unchanged
+from norm_cases import CASES, C, build, check_step, clone, close, make, random_input, refer, unchanged
 from reference_norms import Reference
 from torch import nn
 

@@ -4,8 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import C, all_close, build, check_same_step, check_step, check_steps, clone, close, random_input
-from norm_cases import gradients, with_affine_of
+from norm_cases import (
+    C,
+    all_close,
+    build,
+    check_same_step,
+    check_step,
+    check_steps,
+    clone,
+    close,
+    gradients,
+    random_input,
+    with_affine_of,
+)
 from ranks import run_ranks
 from reference_norms import GhostReference, ghost_sizes
 from torch import nn
