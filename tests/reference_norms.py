@@ -4,6 +4,7 @@ Every element of `x` carries a label, its normalization batch; a loop over the l
 elements with that label. A layer is then its labels.
 """
 
+import itertools
 import math
 
 import torch
@@ -215,7 +216,7 @@ def limit(value, step: int) -> float:
         return value
     if step <= value[0][0]:
         return value[0][1]
-    for (left, low), (right, high) in zip(value, value[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(value):
         if step <= right:
             return low + (high - low) * (step - left) / (right - left)
     return value[-1][1]

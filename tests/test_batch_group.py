@@ -164,6 +164,19 @@ def test_domains_of_one_size_with_pieces_of_channels():
         close(layer.running_var[k], alone.running_var)
 
 
+def test_shared_statistics_of_domains_are_those_of_the_concatenation():
+    layer, plain = bgn(2, num_domains=2, sgd_statistics="shared", population_statistics="shared"), bgn(2)
+    with_affine_of(layer, plain)
+    for step in range(2):
+        xs = [random_input(n, C, 2, 3, seed=step + n) for n in (2, 3)]
+        whole = torch.cat(xs).detach().requires_grad_()
+        y, expected = torch.cat(layer(xs)), plain(whole)
+        close(y, expected)
+        close(torch.cat(gradients(y, xs)), gradients(expected, [whole])[0])
+    for name, value in plain.named_buffers():
+        close(layer.get_buffer(name), value)
+
+
 # ---- over ranks ----------------------------------------------------------------------------------------------------
 
 

@@ -185,7 +185,7 @@ def test_the_attribute(name):
     assert layer.example_weight == 0.25 and copy.deepcopy(layer).example_weight == 0.25
     assert layer.state_dict().keys() == keys and "example_weight=0.25" in repr(layer)
     for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="example_weight.*0.*1.*got"):
+        with pytest.raises(ValueError, match=r"example_weight.*0.*1.*got"):
             layer.example_weight = wrong
     assert layer.example_weight == 0.25
 

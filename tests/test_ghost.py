@@ -1,4 +1,4 @@
-"""GhostBN: a group of samples is a normalization batch. It equals accumulated gradients and unsynchronized processes."""
+"""GhostBN: a group of samples is a normalization batch, as in accumulated gradients and unsynchronized processes."""
 
 import pytest
 import torch

@@ -83,7 +83,7 @@ def test_inference_merges_the_channels_of_a_group():
 
 def released_training(x, channel_groups, examples_per_group, weight, bias, eps=1e-5):
     """From E[x] and E[x²] of rows, averaged over a group; no more examples in a group than there are."""
-    n, c, *spatial = x.shape
+    n, c = x.shape[:2]
     examples = min(examples_per_group, n)
     first, second = x.flatten(2).mean(2), x.flatten(2).square().mean(2)
     grouped = (n // examples, examples, channel_groups, c // channel_groups)
