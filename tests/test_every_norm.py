@@ -136,6 +136,18 @@ def test_gradgradcheck(name):
     assert torch.autograd.gradgradcheck(*pure(make(name), random_input(3, C, 2)))
 
 
+@each_kind
+def test_gradients_only_where_they_are_asked_for(name):
+    layer, x = make(name), random_input(*SHAPE)
+    expected = gradients(layer(x), [x, *layer.parameters()])
+    again = make(name)
+    again.load_state_dict({**again.state_dict(), "weight": layer.weight, "bias": layer.bias})
+    all_close(gradients(again(x.detach()), list(again.parameters())), expected[1:])
+    frozen = make(name).requires_grad_(False)
+    frozen.load_state_dict({**frozen.state_dict(), "weight": layer.weight, "bias": layer.bias})
+    close(gradients(frozen(x), [x])[0], expected[0])
+
+
 # ---- inputs of unusual sizes ---------------------------------------------------------------------------------------
 
 
