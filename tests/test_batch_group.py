@@ -124,6 +124,19 @@ def test_pieces_of_channels_work_at_one_size_only(num_groups, channels, training
     layer(random_input(3, channels, 4, 6))
 
 
+def test_an_empty_input_does_not_fix_the_size():
+    layer = bgn(8)
+    layer(random_input(0, C, 1, 2))
+    layer(random_input(3, C, 4, 6))
+
+
+def test_a_refused_input_does_not_fix_the_size():
+    layer = bgn(8)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layer(random_input(1, C, 2))  # pieces of one element
+    layer(random_input(3, C, 4, 6))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_works_at_the_same_size_only(copied):
     layer = bgn(8)

@@ -20,6 +20,7 @@ from norm_cases import (
     refer,
     unchanged,
 )
+from reference_norms import Reference
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +52,7 @@ def test_without_affine(name):
 @every
 def test_state_dict_is_that_of_batch_norm(name):
     layer = make(name)
+    layer(random_input(*SHAPE))
     assert list(layer.state_dict()) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     assert layer.weight.shape == layer.bias.shape == (C,)
     buffers = CASES[name][1].get("num_groups", C) if name.startswith("bgn") else C
@@ -166,6 +168,16 @@ def test_empty_inputs(name, training):
     assert unchanged(layer, before)
 
 
+@every
+@in_both_modes
+def test_empty_spatial_sizes(name, training):
+    layer = make(name).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    for shape in ((4, C, 0), (4, C, 0, 3)):
+        assert layer(random_input(*shape)).shape == shape
+    assert unchanged(layer, before)
+
+
 ONE = {
     "GhostBatchNorm": [{"group_size": 1}, {"num_groups": 1}],
     "SeqNorm": [{"channel_groups": 1, "batch_groups": 1}],
@@ -259,8 +271,8 @@ def domain_layers(name):
 
 
 def check_domains(layer, alone):
-    for key, value in layer.state_dict().items():
-        close(value, torch.stack([one.state_dict()[key] for one in alone]))
+    for key, value in (*layer.named_parameters(), *layer.named_buffers()):
+        close(value, torch.stack([getattr(one, key) for one in alone]))
 
 
 @every
@@ -325,6 +337,16 @@ def test_one_domain_loads_into_several(name):
     expected = one.eval()(x)
     for k in range(2):
         close(several.eval()(x, domain=k), expected)
+
+
+@each_kind
+def test_lists_and_mixed_batches_compile_to_one_graph(name):
+    torch._dynamo.reset()
+    eager = make(name, num_domains=2)
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
+    x, ids = random_input(7, *SHAPE[1:]), torch.tensor([0, 1, 0, 1, 0, 1, 1])
+    close(compiled(x, domain=ids), eager(x, domain=ids))
+    all_close(compiled(list(x.split([3, 4]))), eager(list(x.split([3, 4]))))
 
 
 # ---- dtypes, layouts -----------------------------------------------------------------------------------------------
@@ -411,6 +433,20 @@ def test_non_contiguous_inputs(name):
     close(layer(x), twin(x.contiguous()))
 
 
+@every
+@in_both_modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_layers(name, training, dtype):
+    layer = make(name, dtype=dtype).train(training)
+    x = random_input(*SHAPE, dtype=dtype)
+    y = layer(x)
+    wide = make(name, dtype=torch.float32).train(training)
+    wide.load_state_dict({**wide.state_dict(), "weight": layer.weight.float(), "bias": layer.bias.float()})
+    assert y.dtype == layer.running_var.dtype == dtype
+    torch.testing.assert_close(y.float(), wide(x.detach().float()), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(layer.running_var.float(), wide.running_var, rtol=2e-2, atol=2e-2)
+
+
 # ---- compiled, recomputed ------------------------------------------------------------------------------------------
 
 
@@ -451,6 +487,35 @@ def test_activation_checkpointing_counts_a_step_once(name):
         for key, value in twin.named_buffers():
             close(layer.get_buffer(key), value)
     assert layer.num_batches_tracked == 2
+
+
+@every
+def test_activation_checkpointing_of_two_forwards_is_never_silently_wrong(name):
+    """Both run before the backward pass, also with the same input; an error is as good."""
+    layer = make(name, momentum=0.5)
+    twin = copy.deepcopy(layer)
+    x = random_input(*SHAPE)
+    other = clone(x)
+    (twin(other).pow(3) + twin(other).square()).sum().backward()
+    y = checkpoint(layer, x, use_reentrant=False).pow(3) + checkpoint(layer, x, use_reentrant=False).square()
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        assert "recomputed" in str(error)
+    else:
+        close(x.grad, other.grad)
+        all_close([p.grad for p in layer.parameters()], [p.grad for p in twin.parameters()])
+
+
+@every
+def test_recomputed_population_statistics_are_pooled(name):
+    """Of batches of unequal size, as if they were one; of Batch Renorm too, whose buffers are those of BatchNorm."""
+    layer, reference = make(name), refer(name, momentum=1.0)
+    batches = [random_input(n, *SHAPE[1:], seed=n).detach() for n in (4, 5, 2)]
+    dn.recompute_population_statistics(layer, batches, num_samples=100)
+    Reference.update(reference, reference.features(torch.cat(batches)))
+    close(layer.running_mean, reference.mean)
+    close(layer.running_var, reference.var)
 
 
 @every

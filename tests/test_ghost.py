@@ -67,6 +67,8 @@ def test_any_partition(data):
         (5, {"num_groups": 4}, [2, 3]),  # ⌈5 / 4⌉ = 2
         (6, {"num_groups": 4}, [2, 2, 2]),
         (3, {"group_size": 3}, [3]),
+        (2, {"group_size": 1}, [2]),  # the last of one element joins the one before
+        (2, {"num_groups": 2}, [2]),
     ],
 )
 def test_groups_are_consecutive_samples(samples, options, sizes):
@@ -197,6 +199,18 @@ def test_population_statistics_of_domains_do_not_depend_on_the_groups(sgd, popul
         layer(xs), plain(xs)
     for name, value in plain.named_buffers():
         close(layer.get_buffer(name), value)
+
+
+@pytest.mark.parametrize("option", ["group_size", "num_groups"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_domain_smaller_than_a_group_is_refused_as_by_a_layer_of_its_own(option, mixed):
+    layer = ghost(num_domains=2, **{option: 2})
+    small, large = random_input(1, C, 3), random_input(4, C, 3)
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
+        if mixed:
+            layer(torch.cat([small, large]), domain=torch.tensor([0, 1, 1, 1, 1]))
+        else:
+            layer([small, large])
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
