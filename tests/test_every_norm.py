@@ -53,7 +53,9 @@ def test_without_affine(name):
 def test_state_dict_is_that_of_batch_norm(name):
     layer = make(name)
     layer(random_input(*SHAPE))
-    assert list(layer.state_dict()) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    keys = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    # pieces of channels are of one feature size, which must outlive a checkpoint
+    assert list(layer.state_dict()) == keys + ["feature_size"] * (name == "bgn_pieces")
     assert layer.weight.shape == layer.bias.shape == (C,)
     buffers = CASES[name][1].get("num_groups", C) if name.startswith("bgn") else C
     assert layer.running_mean.shape == layer.running_var.shape == (buffers,)

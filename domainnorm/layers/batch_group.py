@@ -76,6 +76,9 @@ class BatchGroupNorm(DomainBatchNorm):
 
     def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
         rows = Moments.rows(self._pieces(x))
+        if not x.shape[1:].numel():
+            none = rows.mean.new_zeros(len(x), self.num_groups)
+            return rows, Moments(none[:, :1], none, none)
         return rows, rows.merge_channels(self.num_groups)
 
     def _normalize_by(

@@ -76,10 +76,13 @@ class BatchRenorm(DomainBatchNorm):
         affines = super()._affines(batch, merged, of)
         if not self.training:
             return affines
-        towards = (self.running_mean, self.running_var, self.num_batches_tracked)
-        if not torch.compiler.is_compiling():
+        towards: _Buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        compiled = torch.compiler.is_compiling()
+        if not compiled:
             towards = self._remembered(merged.mean.detach(), towards, batch.updates)
-        corrections = (self._correction(d, m, towards) for d, m in zip(batch.domains, of, strict=True))
+        corrections = [self._correction(d, m, towards) for d, m in zip(batch.domains, of, strict=True)]
+        if compiled:
+            corrections = [(_saved(r), _saved(d)) for r, d in corrections]
         return [
             (r if weight is None else weight * r, (d if weight is None else weight * d) + (0 if bias is None else bias))
             for (weight, bias), (r, d) in zip(affines, corrections, strict=True)
@@ -88,7 +91,8 @@ class BatchRenorm(DomainBatchNorm):
     @torch.no_grad()
     def _correction(self, domain: Domain, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
         """r and d of what is normalized by the moments `of`."""
-        mean, var, steps = (_of_domain(v, domain) if v.ndim else v for v in towards)
+        mean, var = (_of_domain(v, domain) for v in towards[:2])
+        steps = towards[2][domain] if towards[2].ndim else towards[2]
         r_max, d_max = (_at(limit, steps.unsqueeze(-1)).to(of.mean.dtype) for limit in (self.r_max, self.d_max))
         sigma = (var.to(of.mean.dtype) + self.eps).sqrt()
         r = (of.var + self.eps).sqrt() / sigma
@@ -116,6 +120,17 @@ class BatchRenorm(DomainBatchNorm):
     def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}{groups}"
+
+
+@torch.library.custom_op("domainnorm::saved", mutates_args=())
+def _saved(x: Tensor) -> Tensor:
+    """What the compiler must keep for the backward pass: it would compute it anew, from buffers that have moved."""
+    return x.clone()
+
+
+@_saved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _points(limit: float | Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
