@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from .cache import cache_root, cached
-from .scene import CLASSES, LOOKS, draw_patch
+from .scene import CLASSES, draw_patch
 
 VERSION = 1  # to be raised when the pixels or labels change: the sets are cached under this number
 COUNTS = {"patches_train": 4000, "patches_val": 1000}  # images
@@ -32,5 +32,5 @@ def _write(file: Path, name: str, count: int) -> None:
         # A stream for each image: a set of fewer images is the beginning of a longer one.
         rng = np.random.default_rng([list(COUNTS).index(name), index])
         labels.append(int(rng.integers(len(CLASSES))))
-        images.append(draw_patch(LOOKS["day"], labels[-1], rng))
+        images.append(draw_patch(labels[-1], rng))
     np.savez(file, images=np.stack(images), labels=np.array(labels, dtype=np.int64), class_names=np.array(CLASSES))

@@ -15,11 +15,11 @@ MIN_VISIBLE = 0.5  # of an object's pixels: a place in which one would show less
 COUNTS = (0.05, 0.25, 0.25, 0.2, 0.12, 0.08, 0.05)  # probability of 0, 1, … 6 objects
 SIZES = (10.0, 110.0)  # pixels, diameter of the circle around an object; log-uniform
 TRIES = 10  # places tried for an object before it is left out
-# Of a patch, which shows one object: hints as above, but weaker, since here the whole image is the object's.
+# Of a patch, which shows one object: weaker hints, since one need not find it among others.
 PATCH_SIDE = 32  # pixels
-PATCH_SIZES = (12.0, 30.0)  # pixels, as SIZES
-PATCH_HUE_SPREAD = 1.2
-PATCH_TEXTURE_SHARE = 0.5
+PATCH_SIZES = (9.0, 28.0)  # pixels, as SIZES
+PATCH_HUE_SPREAD = 0.8
+PATCH_TEXTURE_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ LOOKS = {
     "night": Look((0.05, 0.15), (0.35, 0.6), (0.0, 0.6), (0.3, 0.8), (0.75, 0.85, 1.0), 0.05),
     "xray": Look((0.6, 0.85), (0.1, 0.35), (0.0, 0.0), (0.0, 0.0), (1.0, 1.0, 1.0), 0.03),
 }
+
+
+# Some objects are no lighter than what is behind them, and as grey.
+PATCH_LOOK = Look((0.2, 0.6), (0.4, 1.0), (0.0, 0.4), (0.2, 0.9), (1.0, 1.0, 1.0), 0.05)
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,15 @@ def draw_scene(look: Look, rng: np.random.Generator) -> Scene:
     return Scene(_expose(image, look, rng), labels, masks)
 
 
-def draw_patch(look: Look, label: int, rng: np.random.Generator) -> np.ndarray:
-    """A small image of one object of class `label`, whole but for its border: uint8 (PATCH_SIDE, PATCH_SIDE, 3)."""
-    image = _background(look, PATCH_SIDE, PATCH_SIDE, rng)
+def draw_patch(label: int, rng: np.random.Generator) -> np.ndarray:
+    """A small image of one object of class `label`: uint8 (PATCH_SIDE, PATCH_SIDE, 3)."""
+    image = _background(PATCH_LOOK, PATCH_SIDE, PATCH_SIDE, rng)
     ys, xs = np.mgrid[:PATCH_SIDE, :PATCH_SIDE] + 0.5
     radius = np.exp(rng.uniform(*np.log(PATCH_SIZES))) / 2
     x, y = rng.uniform(0.9 * radius, PATCH_SIDE - 0.9 * radius, 2)
     distance = _signed_distance(CLASSES[label], xs - x, ys - y, radius, rng.uniform(0, 2 * np.pi))
-    surface = _paint(look, label, xs, ys, rng, PATCH_HUE_SPREAD, PATCH_TEXTURE_SHARE)
-    return _expose(_cover(image, distance, surface), look, rng)
+    surface = _paint(PATCH_LOOK, label, xs, ys, rng, PATCH_HUE_SPREAD, PATCH_TEXTURE_SHARE)
+    return _expose(_cover(image, distance, surface), PATCH_LOOK, rng)
 
 
 def _cover(image: np.ndarray, distance: np.ndarray, surface: np.ndarray) -> np.ndarray:
