@@ -15,7 +15,7 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_larg
 
 _CHOICES = {
     "MODEL.DEVICE": ("auto", "cuda", "cpu"),
-    "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN"),
+    "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN", "Classifier"),
     "MODEL.BACKBONE.NAME": BACKBONES,
     "MODEL.BACKBONE.NORM": NORMS,
     "MODEL.FPN.NORM": NORMS,
@@ -26,7 +26,9 @@ _CHOICES = {
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
     "MODEL.ROI_BOX_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
+    "INPUT.CROP": ("random_resized", "padded", "none"),
     "DATALOADER.INVALID_BOXES": ("error", "skip"),
+    "DATALOADER.BATCHES": ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
     "SOLVER.LR_SCHEDULER": ("steps", "cosine"),
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
@@ -47,14 +49,14 @@ _POSITIVE = (
     *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "SOLVER.IMS_PER_BATCH"),
     *("SOLVER.ACCUMULATE", "SOLVER.BASE_LR", "SOLVER.STEPS", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "TEST.IMS_PER_BATCH", "TEST.DETECTIONS_PER_IMAGE"),
-    "TEST.RECOMPUTE.NUM_SAMPLES",
+    *("TEST.RECOMPUTE.NUM_SAMPLES", "INPUT.CROP_SIZE"),
 )
 _NOT_NEGATIVE = (
     *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
     *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD.NUM_CONV"),
     *("DATALOADER.NUM_WORKERS", "SOLVER.WARMUP_ITERS", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM"),
     *("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.FREEZE_NORM_AT", "SOLVER.FREEZE_NORM_WARMUP_ITERS", "TEST.EVAL_PERIOD"),
-    "SOLVER.AVERAGE_WEIGHTS_FROM",
+    *("SOLVER.AVERAGE_WEIGHTS_FROM", "MODEL.CLASSIFIER.NUM_CLASSES", "DATALOADER.CLASSES_PER_BATCH"),
 )
 _SHARES = (
     *("MODEL.RETINANET.PRIOR_PROB", "MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.SCORE_THRESH_TEST"),
@@ -69,6 +71,15 @@ _LENGTHS = {
     "MODEL.RETINANET.IOU_THRESHOLDS": 2,
     "MODEL.RPN.IOU_THRESHOLDS": 2,
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": 1,
+}
+# Keys under MODEL that choose a batch, with the architectures that have a use for them.
+_ONLY_OF = {
+    "MASK_ON": ("GeneralizedRCNN",),
+    "FPN.NORM": ("RetinaNet", "GeneralizedRCNN"),
+    "RETINANET.NORM": ("RetinaNet",),
+    "ROI_HEADS.SHUFFLE": ("GeneralizedRCNN",),
+    "ROI_BOX_HEAD.NORM": ("GeneralizedRCNN",),
+    "ROI_MASK_HEAD.NORM": ("GeneralizedRCNN",),
 }
 _NOT_EMPTY = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "INPUT.MIN_SIZE_TRAIN", "TEST.STATISTICS")
 
@@ -96,6 +107,7 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
             raise UserError(f"TEST.STATISTICS takes any of {list(STATISTICS)}, got {name!r}")
 
     _check_model(cfg.MODEL, defaults.MODEL)
+    _check_batches(cfg)
     _check_solver(cfg)
     if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
         raise UserError(
@@ -119,12 +131,11 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
                     f"it is a choice of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave {name} out"
                 )
     # What chooses a batch must not be without effect.
-    of_rcnn = ("MASK_ON", "ROI_HEADS.SHUFFLE", "ROI_BOX_HEAD.NORM", "ROI_MASK_HEAD.NORM")
-    for key in of_rcnn if model.META_ARCHITECTURE == "RetinaNet" else ("RETINANET.NORM",):
-        if _get(model, key) != _get(defaults, key):
+    for key, architectures in _ONLY_OF.items():
+        if model.META_ARCHITECTURE not in architectures and _get(model, key) != _get(defaults, key):
             raise UserError(
                 f"MODEL.{key} {_get(model, key)!r} contradicts MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r}, "
-                f"which has no use for it: leave {key} out, or choose the other architecture"
+                f"which has no use for it: leave {key} out, or choose {' or '.join(architectures)}"
             )
     if model.ROI_MASK_HEAD.NORM and not model.MASK_ON:
         raise UserError(
@@ -141,6 +152,18 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
             raise UserError(
                 f"MODEL.{name}.IOU_THRESHOLDS takes two increasing numbers, got {model[name].IOU_THRESHOLDS}"
             )
+
+
+def _check_batches(cfg: CfgNode) -> None:
+    batches, classes = cfg.DATALOADER.BATCHES, cfg.DATALOADER.CLASSES_PER_BATCH
+    if batches != "iid" and cfg.MODEL.META_ARCHITECTURE != "Classifier":
+        raise UserError(
+            f"DATALOADER.BATCHES {batches!r} contradicts MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}, whose "
+            "images have no class: leave BATCHES out, or choose Classifier"
+        )
+    if batches.startswith("few_classes") != bool(classes):
+        remedy = "leave it out, or set BATCHES to few_classes" if classes else "say how many classes a batch holds"
+        raise UserError(f"DATALOADER.CLASSES_PER_BATCH {classes} contradicts DATALOADER.BATCHES {batches!r}: {remedy}")
 
 
 def _check_solver(cfg: CfgNode) -> None:
