@@ -158,8 +158,8 @@ def _check_batches(cfg: CfgNode) -> None:
     batches, classes = cfg.DATALOADER.BATCHES, cfg.DATALOADER.CLASSES_PER_BATCH
     if batches != "iid" and cfg.MODEL.META_ARCHITECTURE != "Classifier":
         raise UserError(
-            f"DATALOADER.BATCHES {batches!r} contradicts MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}, whose "
-            "images have no class: leave BATCHES out, or choose Classifier"
+            f"DATALOADER.BATCHES {batches!r} contradicts MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}: an "
+            "image there has no one class; leave BATCHES out, or choose Classifier"
         )
     if batches.startswith("few_classes") != bool(classes):
         remedy = "leave it out, or set BATCHES to few_classes" if classes else "say how many classes a batch holds"
