@@ -107,7 +107,7 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
                 yield [decks[label].draw(self.size // self.classes_per_batch) for label in chosen]
 
     def _half(self, half: np.ndarray, sizes: np.ndarray, decks: "list[_Deck]", rng: np.random.Generator) -> np.ndarray:
-        """Half a normalization batch from the classes `half` of `sizes` images: of each class as many as chance gives."""
+        """Half a normalization batch from the classes `half` of `sizes` images: of each as many as chance gives."""
         rounds, rest = divmod(self.size // 2, int(sizes.sum()))
         counts = rounds * sizes + rng.multivariate_hypergeometric(sizes, rest, method="marginals")
         return np.concatenate([decks[label].draw(count) for label, count in zip(half, counts, strict=True) if count])

@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from .class_sampler import ClassBatchSampler
 from .classification import ClassificationDataset, read_class_names, resolve_classes
+from .patches import COUNTS
 from .sampler import TrainingBatchSampler
 from .transforms import classifier_test_transforms, classifier_train_transforms
 
@@ -27,7 +28,7 @@ def evaluation_set(cfg: CfgNode, name: str) -> ClassificationDataset:
 
 def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     """The names of the classes of data set `name`; None if it is not on this machine."""
-    if not must_exist and not all(path.exists() for path in resolve_classes(name)):
+    if not must_exist and name not in COUNTS and not all(path.exists() for path in resolve_classes(name)):
         return None
     return read_class_names(name)
 

@@ -22,8 +22,8 @@ Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
 
-    Images are float32 (3, H, W) in [0, 1], a detector's of different sizes; targets are those of `CocoDataset`, as plain
-    tensors, with masks if `MODEL.MASK_ON`, or of `ClassificationDataset`. Which image comes when, and how it is
+    Images are float32 (3, H, W) in [0, 1], a detector's of different sizes; targets are those of `CocoDataset`, with
+    masks if `MODEL.MASK_ON`, or of `ClassificationDataset`, as plain tensors. Which image comes when, and how it is
     augmented, depends on `SEED` and the position only: not on the number of workers, nor on whether the run began at
     `start_iteration` or came there. Closing the generator ends the workers.
 
@@ -49,7 +49,7 @@ class EvaluationLoader:
         indices: this rank's part of it; may be empty.
     """
 
-    def __init__(self, dataset: AnySet, indices: range, batch_size: int, num_workers: int) -> None:
+    def __init__(self, dataset: Any, indices: range, batch_size: int, num_workers: int) -> None:
         self.dataset = dataset
         self.indices = indices
         self.batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
@@ -129,7 +129,7 @@ def _check_number_of_classes(cfg: CfgNode, dataset: AnySet) -> None:
     key, classes = _classes_option(cfg)
     if classes and len(dataset.class_names) > classes:
         raise UserError(
-            f"{key} {classes} contradicts the data set {dataset.name}, which has {len(dataset.class_names)} categories; "
+            f"{key} {classes} contradicts data set {dataset.name}, which has {len(dataset.class_names)} categories; "
             "raise it, or set it to 0 to take the data set's number"
         )
 
