@@ -35,7 +35,8 @@ def read_npz(file: Path) -> LabelledImages:
     """
     try:
         # A stream: NumPy leaves one that it opened itself open when the archive is broken.
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        with file.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(f"{file}: is a single array; expected an archive of np.savez with images and labels")
             if missing := {"images", "labels"} - {*archive}:
