@@ -345,7 +345,7 @@ def test_train_transforms():
     assert 15 < sum(flipped) < 45
     black = {int((x == 0).all(0).sum()) for x in draws(INPUT__RANDOM_FLIP=0.0)}
     assert black <= {256 - (16 - i) * (16 - j) for i in range(3) for j in range(3)} and len(black) == 6
-    assert len({x.sum().item() for x in draws(INPUT__CROP="random_resized")}) == 60
+    assert len({x.sum().item() for x in draws(INPUT__CROP="random_resized")}) > 50
     assert classifier_train_transforms(config(INPUT__CROP_SIZE=9))(image).shape == (3, 9, 9)
 
 
