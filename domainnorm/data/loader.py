@@ -65,9 +65,10 @@ class EvaluationLoader:
 
 
 def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> EvaluationLoader:
-    """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch, in their own size.
+    """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch.
 
-    A detector's targets have no masks: evaluation takes them from the annotation file.
+    A detector's images are in their own size, a classifier's square. Targets have no masks: evaluation takes them from
+    the annotation file.
 
     Raises:
         UserError: here, for the annotations, also if `MODEL.MASK_ON` and they have no masks, and for classes that are
