@@ -21,7 +21,7 @@ _C.OUTPUT_DIR = "./output"  # checkpoints, logs and results of this run
 _C.SEED = 0  # of weights, sampling and augmentation; a CPU run is repeatable to the bit on one machine
 
 _C.MODEL = CfgNode()
-_C.MODEL.META_ARCHITECTURE = "RetinaNet"  # "RetinaNet" | "GeneralizedRCNN" (Faster and Mask R-CNN)
+_C.MODEL.META_ARCHITECTURE = "RetinaNet"  # "RetinaNet" | "GeneralizedRCNN" (Faster and Mask R-CNN) | "Classifier"
 _C.MODEL.DEVICE = "auto"  # "cuda", "cpu", or "auto": cuda where there is one
 # "" (random), a file, or the name of torchvision weights such as "ResNet50_Weights.IMAGENET1K_V2"
 _C.MODEL.WEIGHTS = ""
@@ -127,15 +127,23 @@ _C.MODEL.ROI_MASK_HEAD.CONV_DIM = 256  # their channels
 _C.MODEL.ROI_MASK_HEAD.NORM = ""  # of the convolutions, as BACKBONE.NORM
 _C.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14  # height and width of a RoI's features; a mask has twice that
 
+_C.MODEL.CLASSIFIER = CfgNode()
+_C.MODEL.CLASSIFIER.NUM_CLASSES = 0  # 0: as many as the training set has classes
+
 _C.INPUT = CfgNode()
 _C.INPUT.MIN_SIZE_TRAIN = [800]  # pixels, of the shorter side; one is drawn for each image
 _C.INPUT.MAX_SIZE_TRAIN = 1333  # pixels, of the longer side
 _C.INPUT.MIN_SIZE_TEST = 800  # pixels, of the shorter side
 _C.INPUT.MAX_SIZE_TEST = 1333  # pixels, of the longer side
 _C.INPUT.RANDOM_FLIP = 0.5  # probability of a horizontal flip
+_C.INPUT.CROP_SIZE = 224  # pixels, side of a classifier's square images
+# Of a classifier's training images: "random_resized" (ImageNet's) | "padded" (CIFAR's: by CROP_SIZE // 8 zeros on each
+# side, then any CROP_SIZE square) | "none"
+_C.INPUT.CROP = "random_resized"
 
 _C.DATASETS = CfgNode()
-# names (shapes_train, coco_2017_train, …) or "annotations.json:image_folder"
+# names (shapes_train, coco_2017_train, …) or "annotations.json:image_folder"; of a classifier: patches_train, a folder
+# with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte"
 _C.DATASETS.TRAIN = []
 _C.DATASETS.TEST = []  # evaluated one by one
 
@@ -144,6 +152,11 @@ _C.DATALOADER.NUM_WORKERS = 2  # processes, for each rank; 0 loads in the main p
 _C.DATALOADER.ASPECT_RATIO_GROUPING = True  # a batch holds either wide or tall images
 _C.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # train without the images that have no object
 _C.DATALOADER.INVALID_BOXES = "error"  # "error" | "skip": boxes outside the image or of no area
+# What a classifier's normalization batch is made of: "iid" | "few_classes" (CLASSES_PER_BATCH random ones, as many
+# images of each) | "few_classes_in_rounds" (the same images, each so many in turn hold each class once) |
+# "class_disjoint_halves" (no class of its first half is in its second)
+_C.DATALOADER.BATCHES = "iid"
+_C.DATALOADER.CLASSES_PER_BATCH = 0  # of few_classes and few_classes_in_rounds
 
 _C.SOLVER = CfgNode()
 _C.SOLVER.IMS_PER_BATCH = 16  # images in one SGD step, over all ranks

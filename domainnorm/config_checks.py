@@ -15,7 +15,7 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_larg
 
 _CHOICES = {
     "MODEL.DEVICE": ("auto", "cuda", "cpu"),
-    "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN"),
+    "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN", "Classifier"),
     "MODEL.BACKBONE.NAME": BACKBONES,
     "MODEL.BACKBONE.NORM": NORMS,
     "MODEL.FPN.NORM": NORMS,
@@ -26,7 +26,9 @@ _CHOICES = {
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
     "MODEL.ROI_BOX_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
+    "INPUT.CROP": ("random_resized", "padded", "none"),
     "DATALOADER.INVALID_BOXES": ("error", "skip"),
+    "DATALOADER.BATCHES": ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
     "SOLVER.LR_SCHEDULER": ("steps", "cosine"),
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
@@ -50,6 +52,7 @@ _POSITIVE = (
     *("TEST.RECOMPUTE.NUM_SAMPLES", "MODEL.NORM.GN.NUM_GROUPS", "MODEL.NORM.GHOSTBN.GROUP_SIZE"),
     *("MODEL.NORM.SEQNORM.CHANNEL_GROUPS", "MODEL.NORM.SEQNORM.BATCH_GROUPS", "MODEL.NORM.BGN.NUM_GROUPS"),
     *("MODEL.NORM.GBGN.CHANNEL_GROUPS", "MODEL.NORM.GBGN.EXAMPLES_PER_GROUP"),
+    "INPUT.CROP_SIZE",
 )
 _NOT_NEGATIVE = (
     *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
@@ -58,6 +61,7 @@ _NOT_NEGATIVE = (
     *("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.FREEZE_NORM_AT", "SOLVER.FREEZE_NORM_WARMUP_ITERS", "TEST.EVAL_PERIOD"),
     *("SOLVER.AVERAGE_WEIGHTS_FROM", "MODEL.NORM.BRN.D_MAX", "MODEL.NORM.BRN.BN_UNTIL", "MODEL.NORM.BRN.R_MAX_AT"),
     *("MODEL.NORM.BRN.D_MAX_AT", "MODEL.NORM.BRN.GROUP_SIZE"),
+    *("MODEL.CLASSIFIER.NUM_CLASSES", "DATALOADER.CLASSES_PER_BATCH"),
 )
 _SHARES = (
     *("MODEL.RETINANET.PRIOR_PROB", "MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.SCORE_THRESH_TEST"),
@@ -72,6 +76,15 @@ _LENGTHS = {
     "MODEL.RETINANET.IOU_THRESHOLDS": 2,
     "MODEL.RPN.IOU_THRESHOLDS": 2,
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": 1,
+}
+# Keys under MODEL that choose a batch, with the architectures that have a use for them.
+_ONLY_OF = {
+    "MASK_ON": ("GeneralizedRCNN",),
+    "FPN.NORM": ("RetinaNet", "GeneralizedRCNN"),
+    "RETINANET.NORM": ("RetinaNet",),
+    "ROI_HEADS.SHUFFLE": ("GeneralizedRCNN",),
+    "ROI_BOX_HEAD.NORM": ("GeneralizedRCNN",),
+    "ROI_MASK_HEAD.NORM": ("GeneralizedRCNN",),
 }
 _NOT_EMPTY = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "INPUT.MIN_SIZE_TRAIN", "TEST.STATISTICS")
 
@@ -99,6 +112,7 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
             raise UserError(f"TEST.STATISTICS takes any of {list(STATISTICS)}, got {name!r}")
 
     _check_model(cfg.MODEL, defaults.MODEL)
+    _check_batches(cfg)
     _check_solver(cfg)
     if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
         raise UserError(
@@ -129,12 +143,11 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
             "micro-batches are of one process; leave one of them out"
         )
     # What chooses a batch must not be without effect.
-    of_rcnn = ("MASK_ON", "ROI_HEADS.SHUFFLE", "ROI_BOX_HEAD.NORM", "ROI_MASK_HEAD.NORM")
-    for key in of_rcnn if model.META_ARCHITECTURE == "RetinaNet" else ("RETINANET.NORM",):
-        if _get(model, key) != _get(defaults, key):
+    for key, architectures in _ONLY_OF.items():
+        if model.META_ARCHITECTURE not in architectures and _get(model, key) != _get(defaults, key):
             raise UserError(
                 f"MODEL.{key} {_get(model, key)!r} contradicts MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r}, "
-                f"which has no use for it: leave {key} out, or choose the other architecture"
+                f"which has no use for it: leave {key} out, or choose {' or '.join(architectures)}"
             )
     if model.ROI_MASK_HEAD.NORM and not model.MASK_ON:
         raise UserError(
@@ -151,6 +164,18 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
             raise UserError(
                 f"MODEL.{name}.IOU_THRESHOLDS takes two increasing numbers, got {model[name].IOU_THRESHOLDS}"
             )
+
+
+def _check_batches(cfg: CfgNode) -> None:
+    batches, classes = cfg.DATALOADER.BATCHES, cfg.DATALOADER.CLASSES_PER_BATCH
+    if batches != "iid" and cfg.MODEL.META_ARCHITECTURE != "Classifier":
+        raise UserError(
+            f"DATALOADER.BATCHES {batches!r} contradicts MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}: an "
+            "image there has no one class; leave BATCHES out, or choose Classifier"
+        )
+    if batches.startswith("few_classes") != bool(classes):
+        remedy = "leave it out, or set BATCHES to few_classes" if classes else "say how many classes a batch holds"
+        raise UserError(f"DATALOADER.CLASSES_PER_BATCH {classes} contradicts DATALOADER.BATCHES {batches!r}: {remedy}")
 
 
 def _check_solver(cfg: CfgNode) -> None:

@@ -11,8 +11,9 @@ from pycocotools import mask as coco_mask
 
 from domainnorm.config import UserError
 from domainnorm.data import CocoDataset, resolve_dataset
+from domainnorm.data.cache import cache_root
 from domainnorm.data.scene import CLASSES, LOOKS, MIN_VISIBLE, draw_scene
-from domainnorm.data.shapes import COUNTS, SHAPES, VERSION, shapes_dataset, shapes_root
+from domainnorm.data.shapes import COUNTS, SHAPES, VERSION, shapes_dataset
 
 COUNT = 150
 
@@ -180,4 +181,4 @@ def test_a_folder_that_cannot_be_written(cache, monkeypatch):
 def test_the_default_folder(monkeypatch):
     monkeypatch.delenv("DOMAINNORM_DATA")
     monkeypatch.setenv("HOME", os.environ.get("TMPDIR", "/tmp"))
-    assert shapes_root().parts[-2:] == (".cache", "domainnorm") and "~" not in shapes_root().parts
+    assert cache_root().parts[-2:] == (".cache", "domainnorm") and "~" not in cache_root().parts

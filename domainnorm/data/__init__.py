@@ -1,8 +1,10 @@
+from .classification import ClassificationDataset
 from .coco import CocoDataset, resolve_dataset
 from .image import read_image
 from .loader import EvaluationLoader, num_classes, test_loader, train_loader
 
 __all__ = [
+    "ClassificationDataset",
     "CocoDataset",
     "EvaluationLoader",
     "num_classes",

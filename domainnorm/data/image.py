@@ -37,7 +37,7 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
         raise UserError(f"image {path}: no such file; check the image folder and the annotations' file_name") from None
     except _BROKEN as error:
         raise UserError(
-            f"image {path}: cannot be read ({_one_line(error)}); replace the file or remove it from the annotations"
+            f"image {path}: cannot be read ({_one_line(error)}); replace the file or remove it from the data set"
         ) from error
 
     size = (image.height, image.width)

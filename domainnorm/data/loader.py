@@ -1,6 +1,7 @@
 """Batches for training and evaluation, on this rank."""
 
 from collections.abc import Generator, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,22 +9,23 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..errors import UserError
-from .coco import CocoDataset, resolve_dataset
-from .sampler import TrainingBatchSampler, evaluation_indices
-from .table import read_categories
-from .transforms import test_transforms, train_transforms
+from . import classification_sets, detection_sets
+from .classification import ClassificationDataset
+from .coco import CocoDataset
+from .sampler import evaluation_indices
 
 Sample = tuple[torch.Tensor, dict[str, Any]]
+AnySet = CocoDataset | ClassificationDataset
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
 def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
 
-    Images are float32 (3, H, W) in [0, 1], of different sizes; targets are those of `CocoDataset`, as plain tensors,
-    with masks if `MODEL.MASK_ON`. Which image comes when, and how it is augmented, depends on `SEED` and the position
-    only: not on the number of workers, nor on whether the run began at `start_iteration` or came there. Closing the
-    generator ends the workers.
+    Images are float32 (3, H, W) in [0, 1], a detector's of different sizes; targets are those of `CocoDataset`, with
+    masks if `MODEL.MASK_ON`, or of `ClassificationDataset`, as plain tensors. Which image comes when, and how it is
+    augmented, depends on `SEED` and the position only: not on the number of workers, nor on whether the run began at
+    `start_iteration` or came there. Closing the generator ends the workers.
 
     Raises:
         UserError: here, for the config and the annotations; from the iterator, for an image.
@@ -34,16 +36,8 @@ def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: i
             f"SOLVER.IMS_PER_BATCH {total} cannot be shared equally by {world_size} processes with "
             f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; use a multiple of {ways}"
         )
-    datasets = _training_datasets(cfg)
-    sampler = TrainingBatchSampler(
-        [size for dataset in datasets for size in dataset.sizes],
-        total // world_size,
-        seed=cfg.SEED,
-        rank=rank,
-        world_size=world_size,
-        start=start_iteration,
-        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-    )
+    datasets = _training_sets(cfg)
+    sampler = _kind(cfg).batch_sampler(cfg, datasets, rank=rank, world_size=world_size, start=start_iteration)
     return _batches(_loader(_Seeded(ConcatDataset(datasets)), sampler, cfg.DATALOADER.NUM_WORKERS))
 
 
@@ -51,11 +45,11 @@ class EvaluationLoader:
     """This rank's part of a data set, once and in order; iterating gives batches as `train_loader`'s.
 
     Attributes:
-        dataset: the whole `CocoDataset`, for its `annotation_file` and `category_ids`.
+        dataset: the whole `CocoDataset` or `ClassificationDataset`.
         indices: this rank's part of it; may be empty.
     """
 
-    def __init__(self, dataset: CocoDataset, indices: range, batch_size: int, num_workers: int) -> None:
+    def __init__(self, dataset: Any, indices: range, batch_size: int, num_workers: int) -> None:
         self.dataset = dataset
         self.indices = indices
         self.batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
@@ -71,87 +65,73 @@ class EvaluationLoader:
 
 
 def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> EvaluationLoader:
-    """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch, in their own size.
+    """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch.
 
-    Its targets have no masks: evaluation takes them from the annotation file.
+    A detector's images are in their own size, a classifier's square. Targets have no masks: evaluation takes them from
+    the annotation file.
 
     Raises:
-        UserError: here, for the annotations, also if `MODEL.MASK_ON` and they have no masks; when iterated, for an
-            image.
+        UserError: here, for the annotations, also if `MODEL.MASK_ON` and they have no masks, and for classes that are
+            not those of training; when iterated, for an image.
     """
-    dataset = CocoDataset(
-        name,
-        invalid_boxes=cfg.DATALOADER.INVALID_BOXES,
-        masks=cfg.MODEL.MASK_ON,  # a mistake shows now, and not when mask AP is computed
-        transforms=test_transforms(cfg),
-    )
-    dataset.masks = False  # checked, but not decoded
-    _check_classes(cfg, dataset)
-    if cfg.DATASETS.TRAIN and (trained := resolve_dataset(cfg.DATASETS.TRAIN[0])[0]).is_file():
-        names = [category["name"] for category in read_categories(trained)]
-        if names != dataset.class_names:
-            raise UserError(
-                f"DATASETS.TEST: {name} has the categories {dataset.class_names}, the model is trained on {names}; "
-                "they must be equal, in the order of their ids"
-            )
+    dataset = _kind(cfg).evaluation_set(cfg, name)
+    _check_number_of_classes(cfg, dataset)
+    trained = _kind(cfg).class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    if trained not in (None, dataset.class_names):
+        raise UserError(
+            f"DATASETS.TEST: {name} has the categories {dataset.class_names}, the model is trained on {trained}; "
+            "they must be equal, in the same order"
+        )
     indices = evaluation_indices(len(dataset), rank, world_size)
     return EvaluationLoader(dataset, indices, cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS)
 
 
 def num_classes(cfg: CfgNode) -> int:
-    """What the config says or, where it says 0, the number of categories of its first training (else test) set.
+    """What the config says or, where it says 0, the number of classes of its first training (else test) set.
 
     Raises:
-        UserError: 0 and no data set, or its annotation file is missing or broken.
+        UserError: 0 and no data set, or it is missing or broken.
     """
     key, number = _classes_option(cfg)
     names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
     if not number and not names:
         raise UserError(f"DATASETS.TRAIN and DATASETS.TEST are empty; name a data set, or set {key}")
-    return number or len(read_categories(resolve_dataset(names[0])[0]))
+    return number or len(_kind(cfg).class_names(names[0], must_exist=True))
+
+
+def _kind(cfg: CfgNode) -> ModuleType:
+    """The module that opens the data sets of the architecture and says what forms a batch."""
+    return classification_sets if cfg.MODEL.META_ARCHITECTURE == "Classifier" else detection_sets
 
 
 def _classes_option(cfg: CfgNode) -> tuple[str, int]:
     """The key that gives the architecture its number of classes, and the number; 0: the data set's."""
-    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
-    return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES
-
-
-def _training_datasets(cfg: CfgNode) -> list[CocoDataset]:
-    if not cfg.DATASETS.TRAIN:
-        raise UserError('DATASETS.TRAIN is empty; name a data set, such as shapes_train or "annotations.json:images"')
-    options = cfg.DATALOADER
-    datasets = [
-        CocoDataset(
-            name,
-            keep_empty=not options.FILTER_EMPTY_ANNOTATIONS,
-            invalid_boxes=options.INVALID_BOXES,
-            masks=cfg.MODEL.MASK_ON,
-            transforms=train_transforms(cfg),
-        )
-        for name in cfg.DATASETS.TRAIN
+    node = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS", "Classifier": "CLASSIFIER"}[
+        cfg.MODEL.META_ARCHITECTURE
     ]
+    return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
+
+
+def _training_sets(cfg: CfgNode) -> list[AnySet]:
+    if not cfg.DATASETS.TRAIN:
+        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {_kind(cfg).EXAMPLES}")
+    datasets = [_kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
     for dataset in datasets:
-        if not len(dataset):
-            raise UserError(
-                f"data set {dataset.name} ({dataset.annotation_file}): no image remains to train on; give one with "
-                "objects, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False if images without any are meant"
-            )
-        _check_classes(cfg, dataset)
+        _check_number_of_classes(cfg, dataset)
         if dataset.class_names != datasets[0].class_names:
             raise UserError(
                 f"DATASETS.TRAIN: {datasets[0].name} has the categories {datasets[0].class_names}, {dataset.name} has "
-                f"{dataset.class_names}; they must be equal, in the order of their ids, to train on both"
+                f"{dataset.class_names}; they must be equal, in the same order, to train on both"
             )
     return datasets
 
 
-def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
+def _check_number_of_classes(cfg: CfgNode, dataset: AnySet) -> None:
     key, classes = _classes_option(cfg)
-    if classes and len(dataset.categories) > classes:
+    if classes and len(dataset.class_names) > classes:
         raise UserError(
-            f"{key} {classes} contradicts {dataset.annotation_file}, which has "
-            f"{len(dataset.categories)} categories; raise it, or set it to 0 to take the data set's number"
+            f"{key} {classes} contradicts data set {dataset.name}, which has {len(dataset.class_names)} categories; "
+            "raise it, or set it to 0 to take the data set's number"
         )
 
 

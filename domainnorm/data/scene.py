@@ -1,4 +1,4 @@
-"""Draw one scene of the built-in data set: a textured background and a few textured shapes that may overlap."""
+"""Draw one image of a built-in data set: a textured background and textured shapes, several that may overlap or one."""
 
 from dataclasses import dataclass
 
@@ -15,6 +15,11 @@ MIN_VISIBLE = 0.5  # of an object's pixels: a place in which one would show less
 COUNTS = (0.05, 0.25, 0.25, 0.2, 0.12, 0.08, 0.05)  # probability of 0, 1, … 6 objects
 SIZES = (10.0, 110.0)  # pixels, diameter of the circle around an object; log-uniform
 TRIES = 10  # places tried for an object before it is left out
+# Of a patch, which shows one object: weaker hints, since one need not find it among others.
+PATCH_SIDE = 32  # pixels
+PATCH_SIZES = (9.0, 28.0)  # pixels, as SIZES
+PATCH_HUE_SPREAD = 0.8
+PATCH_TEXTURE_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ LOOKS = {
     "night": Look((0.05, 0.15), (0.35, 0.6), (0.0, 0.6), (0.3, 0.8), (0.75, 0.85, 1.0), 0.05),
     "xray": Look((0.6, 0.85), (0.1, 0.35), (0.0, 0.0), (0.0, 0.0), (1.0, 1.0, 1.0), 0.03),
 }
+
+
+# Some objects are no lighter than what is behind them, and as grey.
+PATCH_LOOK = Look((0.2, 0.6), (0.4, 1.0), (0.0, 0.4), (0.2, 0.9), (1.0, 1.0, 1.0), 0.05)
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,31 @@ def draw_scene(look: Look, rng: np.random.Generator) -> Scene:
                 masks = [*remaining, inside]
                 whole.append(int(inside.sum()))
                 labels.append(label)
-                cover = np.clip(0.5 - distance, 0, 1)[..., None]  # one pixel of soft edge
-                image += cover * (_paint(look, label, xs, ys, rng) - image)
+                image = _cover(image, distance, _paint(look, label, xs, ys, rng, HUE_SPREAD, TEXTURE_SHARE))
                 break
+    return Scene(_expose(image, look, rng), labels, masks)
+
+
+def draw_patch(label: int, rng: np.random.Generator) -> np.ndarray:
+    """A small image of one object of class `label`: uint8 (PATCH_SIDE, PATCH_SIDE, 3)."""
+    image = _background(PATCH_LOOK, PATCH_SIDE, PATCH_SIDE, rng)
+    ys, xs = np.mgrid[:PATCH_SIDE, :PATCH_SIDE] + 0.5
+    radius = np.exp(rng.uniform(*np.log(PATCH_SIZES))) / 2
+    x, y = rng.uniform(0.9 * radius, PATCH_SIDE - 0.9 * radius, 2)
+    distance = _signed_distance(CLASSES[label], xs - x, ys - y, radius, rng.uniform(0, 2 * np.pi))
+    surface = _paint(PATCH_LOOK, label, xs, ys, rng, PATCH_HUE_SPREAD, PATCH_TEXTURE_SHARE)
+    return _expose(_cover(image, distance, surface), PATCH_LOOK, rng)
+
+
+def _cover(image: np.ndarray, distance: np.ndarray, surface: np.ndarray) -> np.ndarray:
+    """`image` with `surface` where `distance` is negative."""
+    return image + np.clip(0.5 - distance, 0, 1)[..., None] * (surface - image)  # one pixel of soft edge
+
+
+def _expose(image: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:
+    """What the camera makes of colours in [0, 1]: tinted, noisy, 8 bits."""
     image = image * look.tint + rng.normal(0, look.noise, image.shape)
-    return Scene(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), labels, masks)
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: float) -> np.ndarray:
@@ -101,10 +130,18 @@ def _interpolation(size: int, cells: int) -> np.ndarray:
     return np.clip(1 - abs(position - np.arange(cells + 1)), 0, 1)
 
 
-def _paint(look: Look, label: int, xs: np.ndarray, ys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint(
+    look: Look,
+    label: int,
+    xs: np.ndarray,
+    ys: np.ndarray,
+    rng: np.random.Generator,
+    hue_spread: float,
+    texture_share: float,
+) -> np.ndarray:
     """The surface of one object over the whole image, (H, W, 3): a texture in shades of one colour."""
-    color = _color(rng.normal(HUES[label], HUE_SPREAD), look.foreground, look.foreground_saturation, rng)
-    texture = TEXTURES[label] if rng.random() < TEXTURE_SHARE else rng.choice(TEXTURES)
+    color = _color(rng.normal(HUES[label], hue_spread), look.foreground, look.foreground_saturation, rng)
+    texture = TEXTURES[label] if rng.random() < texture_share else rng.choice(TEXTURES)
     period, angle = rng.uniform(4, 12), rng.uniform(0, np.pi)
     along = np.sin((xs * np.cos(angle) + ys * np.sin(angle)) * 2 * np.pi / period)
     across = np.sin((ys * np.cos(angle) - xs * np.sin(angle)) * 2 * np.pi / period)

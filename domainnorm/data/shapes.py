@@ -1,9 +1,6 @@
 """The built-in data set, generated on first use: simple shapes in three looks, in COCO format."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..errors import UserError
+from .cache import cache_root, cached
 from .scene import CLASSES, LOOKS, draw_scene
 
 VERSION = 1  # to be raised when the pixels or annotations change: the sets are cached under this number
@@ -25,16 +22,8 @@ SHAPES = {
 }
 
 
-def shapes_root() -> Path:
-    """Where the sets are kept: `$DOMAINNORM_DATA`, else `~/.cache/domainnorm`."""
-    return Path(os.environ.get("DOMAINNORM_DATA") or "~/.cache/domainnorm").expanduser()
-
-
 def shapes_dataset(name: str, count: int | None = None) -> tuple[Path, Path]:
     """The annotation file and image folder of the set `name` (a key of `SHAPES`), generated if they are not there.
-
-    A set appears in one step, by renaming a finished folder: a process that is killed leaves no half of one, and of
-    several that generate it at once the first to finish wins.
 
     Args:
         count: images; by default `COUNTS`. Other counts are cached apart.
@@ -44,35 +33,13 @@ def shapes_dataset(name: str, count: int | None = None) -> tuple[Path, Path]:
     """
     look, split = SHAPES[name]
     count = COUNTS[split] if count is None else count
-    folder = shapes_root() / f"shapes-v{VERSION}" / (name if count == COUNTS[split] else f"{name}-{count}")
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _generate(folder, look, split, count)
-        except OSError as error:
-            raise UserError(
-                f"data set {name}: cannot be written to {folder} ({error.strerror}); "
-                "set DOMAINNORM_DATA to a folder that can"
-            ) from error
+    folder = cache_root() / f"shapes-v{VERSION}" / (name if count == COUNTS[split] else f"{name}-{count}")
+    cached(name, folder, lambda draft: _write(draft, look, split, count))
     return folder / "annotations.json", folder / "images"
 
 
-def _generate(folder: Path, look: str, split: str, count: int) -> None:
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(draft, look, split, count)
-        draft.chmod(0o755)  # mkdtemp's folders are for their owner only; the cache may be shared
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, and its set is equal
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def _write(folder: Path, look: str, split: str, count: int) -> None:
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in range(1, count + 1):

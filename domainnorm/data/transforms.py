@@ -1,4 +1,4 @@
-"""Transforms of an image together with its boxes and masks; all randomness is from torch's generator."""
+"""Transforms of an image, of a detector's together with boxes and masks; all randomness is from torch's generator."""
 
 import torch
 from fvcore.common.config import CfgNode
@@ -23,3 +23,26 @@ def train_transforms(cfg: CfgNode) -> v2.Transform:
 def test_transforms(cfg: CfgNode) -> v2.Transform:
     """Only to float32 in [0, 1]: the model resizes in inference and returns boxes in the pixels it was given."""
     return v2.ToDtype(torch.float32, scale=True)
+
+
+def classifier_train_transforms(cfg: CfgNode) -> v2.Transform:
+    """To `INPUT.CROP_SIZE` square as `INPUT.CROP` says, flip with probability `INPUT.RANDOM_FLIP`, [0, 1]."""
+    side = cfg.INPUT.CROP_SIZE
+    crop = {
+        "random_resized": [v2.RandomResizedCrop(side)],
+        "padded": [v2.Resize((side, side)), v2.RandomCrop(side, padding=side // 8)],
+        "none": [v2.Resize((side, side))],
+    }[cfg.INPUT.CROP]
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP), v2.ToDtype(torch.float32, scale=True)])
+
+
+def classifier_test_transforms(cfg: CfgNode) -> v2.Transform:
+    """To `INPUT.CROP_SIZE` square, [0, 1]: the centre at ImageNet's 224 of 256, or the whole image."""
+    side = cfg.INPUT.CROP_SIZE
+    centre = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    return v2.Compose(
+        [
+            *(centre if cfg.INPUT.CROP == "random_resized" else [v2.Resize((side, side))]),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )

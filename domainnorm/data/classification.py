@@ -1,0 +1,135 @@
+"""A data set of one class for each image, checked when it is opened."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+
+from ..errors import UserError
+from . import patches
+from .arrays import LabelledImages, read_idx_pair, read_npz
+from .image import read_image
+from .scene import CLASSES
+
+
+def resolve_classes(name: str) -> tuple[Path, ...]:
+    """The paths of a data set of classes: (folder,), (file.npz,) or (images, labels).
+
+    `name` is a known name (`patches_train`, `patches_val`) or a path. The patches are generated on first use. Whether
+    the other paths exist is not checked here.
+
+    Raises:
+        UserError: the patches cannot be written.
+    """
+    if name in patches.COUNTS:
+        return (patches.patches_file(name),)
+    images, _, labels = str(name).rpartition(":")
+    whole = not images or not labels or Path(name).expanduser().exists()
+    return tuple(Path(path).expanduser() for path in ((name,) if whole else (images, labels)))
+
+
+def read_class_names(name: str) -> list[str]:
+    """The names of the classes in the order of their labels, as `ClassificationDataset` has them; no image is read.
+
+    Raises:
+        UserError: as `ClassificationDataset`.
+    """
+    if name in patches.COUNTS:
+        return list(CLASSES)
+    paths = resolve_classes(name)
+    return _folder_classes(paths[0]) if paths[0].is_dir() and len(paths) == 1 else _open(name, paths).class_names
+
+
+class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
+    """Images and their classes; `dataset[i]` is `(image, target)`.
+
+    The image is a `tv_tensors.Image`, uint8, (3, H, W), RGB; grey is repeated. The target has `labels` (int64, ()),
+    `image_id` (i) and `file_name` (in a folder, below it; else the file and the position).
+
+    Args:
+        name: of a built-in set (`patches_train`, `patches_val`); a folder with one subfolder of images for each class;
+            an archive `file.npz` as `read_npz` takes it; or MNIST's two files, `"images-idx3-ubyte:labels-idx1-ubyte"`,
+            gzipped or not.
+        transforms: of `torchvision.transforms.v2`, applied to the image.
+
+    Attributes:
+        class_names: of each label.
+        labels: of all images, int64, (N,).
+
+    Raises:
+        UserError: what is wrong with the name, a file or, from `dataset[i]`, an image.
+    """
+
+    def __init__(self, name: str, transforms: Callable[[Any], Any] | None = None) -> None:
+        self.name = name
+        self.transforms = transforms
+        self.path, *others = paths = resolve_classes(name)
+        self.folder = not others and self.path.is_dir()
+        if self.folder:
+            self.class_names, files, labels = _read_folder(self.path)
+            # Bytes in one array: forked workers share them, but copy objects by counting references.
+            self.files = np.array([os.fsencode(os.path.relpath(file, self.path)) for file in files])
+        else:
+            content = _open(name, paths)
+            self.class_names, self.images, labels = content.class_names, content.images, content.labels
+        self.labels = torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        if self.folder:
+            file_name = os.fsdecode(self.files[index])
+            pixels = read_image(self.path / file_name)
+        else:
+            file_name = f"{self.path.name}[{index}]"
+            image = self.images[index]
+            # A copy: what is done to it must not change the data set.
+            pixels = torch.from_numpy(np.stack([image] * 3) if image.ndim == 2 else image.transpose(2, 0, 1).copy())
+        image = tv_tensors.Image(pixels)
+        target = {"labels": self.labels[index].clone(), "image_id": index, "file_name": file_name}
+        return (image if self.transforms is None else self.transforms(image)), target
+
+
+def _open(name: str, paths: tuple[Path, ...]) -> LabelledImages:
+    """What is held in memory."""
+    if len(paths) == 2:
+        return read_idx_pair(*paths)
+    if name in patches.COUNTS or paths[0].suffix == ".npz":
+        return read_npz(paths[0])
+    nearest = difflib.get_close_matches(str(name), patches.COUNTS, n=2, cutoff=0.0)
+    raise UserError(
+        f"data set {name!r}: no such folder and no known name (the nearest are {', '.join(nearest)}); a classifier "
+        'takes a folder with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte"'
+    )
+
+
+def _folder_classes(folder: Path) -> list[str]:
+    try:
+        return find_classes(folder)[0]
+    except FileNotFoundError:
+        raise UserError(f"data set {folder}: has no subfolders; expected one for each class, with its images") from None
+    except OSError as error:
+        raise UserError(f"data set {folder}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _read_folder(folder: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Names of the classes; file and label (int64) of each image, sorted by class and name."""
+    classes = _folder_classes(folder)
+    found = ImageFolder(str(folder), allow_empty=True)
+    labels = np.array(found.targets, dtype=np.int64)
+    if empty := np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist():
+        more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
+        raise UserError(
+            f"data set {folder}: no images in {classes[empty[0]]}{more}; expected files that end in one of "
+            f"{', '.join(IMG_EXTENSIONS)}: add some or remove the subfolder"
+        )
+    return classes, [file for file, _ in found.samples], labels

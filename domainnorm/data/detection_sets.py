@@ -1,0 +1,66 @@
+"""The data sets of a detector as a config wants them, and the batches it trains on."""
+
+from collections.abc import Sequence
+
+from fvcore.common.config import CfgNode
+
+from ..errors import UserError
+from .coco import CocoDataset, resolve_dataset
+from .sampler import TrainingBatchSampler
+from .table import read_categories
+from .transforms import test_transforms, train_transforms
+
+EXAMPLES = 'shapes_train or "annotations.json:images"'
+
+
+def training_set(cfg: CfgNode, name: str) -> CocoDataset:
+    """Augmented images of data set `name`; UserError if none remains to train on."""
+    options = cfg.DATALOADER
+    dataset = CocoDataset(
+        name,
+        keep_empty=not options.FILTER_EMPTY_ANNOTATIONS,
+        invalid_boxes=options.INVALID_BOXES,
+        masks=cfg.MODEL.MASK_ON,
+        transforms=train_transforms(cfg),
+    )
+    if not len(dataset):
+        raise UserError(
+            f"data set {dataset.name} ({dataset.annotation_file}): no image remains to train on; give one with "
+            "objects, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False if images without any are meant"
+        )
+    return dataset
+
+
+def evaluation_set(cfg: CfgNode, name: str) -> CocoDataset:
+    """Images of data set `name` in their own size."""
+    dataset = CocoDataset(
+        name,
+        invalid_boxes=cfg.DATALOADER.INVALID_BOXES,
+        masks=cfg.MODEL.MASK_ON,  # a mistake shows now, and not when mask AP is computed
+        transforms=test_transforms(cfg),
+    )
+    dataset.masks = False  # checked, but not decoded
+    return dataset
+
+
+def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
+    """The names of the categories of data set `name` in the order of their ids; None if it is not on this machine."""
+    file, _ = resolve_dataset(name)
+    if not must_exist and not file.is_file():
+        return None
+    return [category["name"] for category in read_categories(file)]
+
+
+def batch_sampler(
+    cfg: CfgNode, datasets: Sequence[CocoDataset], *, rank: int, world_size: int, start: int
+) -> TrainingBatchSampler:
+    """Which images of `datasets`, one after the other, form the batches of this rank."""
+    return TrainingBatchSampler(
+        [size for dataset in datasets for size in dataset.sizes],
+        cfg.SOLVER.IMS_PER_BATCH // world_size,
+        seed=cfg.SEED,
+        rank=rank,
+        world_size=world_size,
+        start=start,
+        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+    )
