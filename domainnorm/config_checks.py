@@ -16,7 +16,6 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_larg
 _CHOICES = {
     "MODEL.DEVICE": ("auto", "cuda", "cpu"),
     "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN", "Classifier"),
-    "MODEL.BACKBONE.NAME": BACKBONES,
     "MODEL.BACKBONE.NORM": NORMS,
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RETINANET.NORM": NORMS,
@@ -34,6 +33,7 @@ _CHOICES = {
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("norm", "value"),
     "SOLVER.AVERAGE_WEIGHTS": ("", "EMA", "SWA"),
+    "SOLVER.WEIGHT_DECAY_NORM_TARGET": (0.0, 1.0),
     "TEST.RECOMPUTE.METHOD": ("pooled", "mean_of_variances", "exact"),
 }
 
@@ -68,7 +68,7 @@ _SHARES = (
     *("MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RPN.IOU_THRESHOLDS", "MODEL.RPN.POSITIVE_FRACTION"),
     *("MODEL.RPN.NMS_THRESH", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "INPUT.RANDOM_FLIP", "SOLVER.MOMENTUM"),
-    *("SOLVER.WARMUP_FACTOR", "SOLVER.AVERAGE_WEIGHTS_DECAY", "MODEL.NORM.BRN.MOMENTUM"),
+    *("TEST.EXAMPLE_WEIGHTS", "SOLVER.WARMUP_FACTOR", "SOLVER.AVERAGE_WEIGHTS_DECAY", "MODEL.NORM.BRN.MOMENTUM"),
 )
 _LENGTHS = {
     "MODEL.PIXEL_MEAN": 3,
@@ -102,9 +102,10 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
     Raises:
         UserError: naming the key, what it got and what it takes.
     """
-    for key, choices in _CHOICES.items():
+    of_detectors = {} if cfg.MODEL.META_ARCHITECTURE == "Classifier" else {"MODEL.BACKBONE.NAME": BACKBONES}
+    for key, choices in (_CHOICES | of_detectors).items():
         if _get(cfg, key) not in choices:
-            nearest = difflib.get_close_matches(str(_get(cfg, key)), choices, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(str(_get(cfg, key)), [str(c) for c in choices], n=1, cutoff=0.0)[0]
             raise UserError(f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}")
     _check_numbers(cfg)
     for name in cfg.TEST.STATISTICS:
@@ -117,6 +118,17 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
     if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
         raise UserError(
             f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
+        )
+    weights, validation = cfg.TEST.EXAMPLE_WEIGHTS, cfg.TEST.EXAMPLE_WEIGHT_DATASET
+    if (len(weights) > 1) != bool(validation):
+        remedy = "name a data set to choose on" if not validation else "give several weights to choose from"
+        raise UserError(
+            f"TEST.EXAMPLE_WEIGHT_DATASET {validation!r} contradicts TEST.EXAMPLE_WEIGHTS {weights}: {remedy}"
+        )
+    if validation and validation in cfg.DATASETS.TEST:
+        raise UserError(
+            f"TEST.EXAMPLE_WEIGHT_DATASET {validation!r} is one of DATASETS.TEST: what is chosen on a data set cannot "
+            "be tested on it; name another one"
         )
     for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
         if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:

@@ -39,11 +39,14 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     return _exchange(model, lambda layer: _converted(layer, name, options))
 
 
-def convert_groupnorm(model: nn.Module) -> nn.Module:
+def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
     """Exchange every `nn.GroupNorm` of `model` for a `GroupedBatchNorm` of one example a group; returns the model.
 
     It is the same function, with `example_weight` 1, but for population statistics that it also gathers: with those,
     trained or recomputed, other example weights can be chosen (*Four Things*, §3.1, Fig. 2).
+
+    Args:
+        **options: of `DomainBatchNorm`, such as `num_domains`.
 
     Raises:
         TypeError: a GroupNorm of an unknown kind, with a forward pass of its own; nothing was changed.
@@ -53,10 +56,10 @@ def convert_groupnorm(model: nn.Module) -> nn.Module:
         if not isinstance(layer, nn.GroupNorm):
             return None
         _check_kind(layer, (nn.GroupNorm,))
-        options: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
+        given: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
         if layer.affine:
-            options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        new = GroupedBatchNorm(layer.num_channels, layer.num_groups, 1, **options)
+            given |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        new = GroupedBatchNorm(layer.num_channels, layer.num_groups, 1, **given | options)
         new.example_weight = 1.0
         return new
 
@@ -199,17 +202,17 @@ def refuse_torch_batch_norm(model: nn.Module) -> None:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """After the block, every module's mode, every layer's statistics and every buffer are what they were before."""
+    """After the block, every mode, every layer's statistics and example weight and every buffer are as before it."""
     modes = [(module, module.training) for module in model.modules()]
-    statistics = [(m, m.statistics) for m in model.modules() if isinstance(m, DomainBatchNorm)]
+    choices = [(m, m.statistics, m.example_weight) for m in model.modules() if isinstance(m, DomainBatchNorm)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for layer, choice in statistics:
-            layer.statistics = choice
+        for layer, statistics, weight in choices:
+            layer.statistics, layer.example_weight = statistics, weight
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -9,7 +9,8 @@ PACKAGE = Path(dn.__file__).parent
 LOWER = {
     "errors": set(),
     "config_checks": {"errors"},
-    "config": {"errors", "config_checks"},
+    "config_values": {"errors"},
+    "config": {"errors", "config_checks", "config_values"},
     "distributed": {"errors"},
     "output": {"errors"},
     "moments": {"distributed"},
@@ -26,7 +27,8 @@ LOWER = {
     "data": {"errors", "distributed", "output"},
     "modeling": {"errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
     "evaluation": {
-        *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling")
+        *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        "example_weight",
     },
     "engine": {
         *("errors", "config", "distributed", "output", "layers", "convert", "population", "data", "modeling"),

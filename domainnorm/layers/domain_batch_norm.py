@@ -295,6 +295,10 @@ class DomainBatchNorm(nn.Module):
                 state_dict[key] = own
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
+    def grouping(self) -> str:
+        """How what is normalized together differs from BatchNorm, as options; "" where it does not."""
+        return ""
+
     def extra_repr(self) -> str:
         text = f"{self.num_features}"
         if self.num_domains > 1:
@@ -303,6 +307,8 @@ class DomainBatchNorm(nn.Module):
                 f"population_statistics={self.population_statistics!r}"
             )
         text += f", affine={self.affine!r}, eps={self.eps}, momentum={self.momentum}"
+        if self.grouping():
+            text += f", {self.grouping()}"
         if self.sync:
             text += ", sync=True"
         if self.example_weight:
