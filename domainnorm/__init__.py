@@ -2,6 +2,7 @@
 
 from .config import load_config
 from .convert import convert_batchnorm, convert_groupnorm, set_statistics
+from .domains import add_domain, name_domains, use_domain
 from .engine import train
 from .errors import UserError
 from .evaluation import evaluate
@@ -36,6 +37,7 @@ __all__ = [
     "RoIShuffle",
     "SeqNorm",
     "UserError",
+    "add_domain",
     "build_model",
     "choose_example_weight",
     "convert_batchnorm",
@@ -45,9 +47,11 @@ __all__ = [
     "get_norm",
     "load_config",
     "merge_population_statistics",
+    "name_domains",
     "recompute_population_statistics",
     "set_example_weight",
     "set_statistics",
     "train",
+    "use_domain",
     "virtual_batch",
 ]

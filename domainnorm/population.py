@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ def recompute_population_statistics(
     *,
     live: int | None = None,
     folder: str | Path | None = None,
+    as_in_inference: Sequence[nn.Module] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Replace the running statistics of every BatchNorm by those of a population, under the weights as they are.
@@ -56,6 +57,8 @@ def recompute_population_statistics(
             holds a thread until all are done (on a CPU with its OpenMP team: thousands need `OMP_NUM_THREADS=1`).
         live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
         folder: for the others, into memory-mapped files there; None: into host memory.
+        as_in_inference: layers to recompute with the rest of the model in eval mode: for batches of images alone. None:
+            all layers, of a model in training mode.
         progress: whether rank 0 shows a bar with the time that remains.
 
     Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
@@ -75,7 +78,11 @@ def recompute_population_statistics(
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forwards need not be as many on every rank
     with left_as_found(model):
-        if not model.training:
+        if as_in_inference is not None:
+            model.eval()
+            for layer in as_in_inference:
+                layer.train()
+        elif not model.training:
             model.train()
         layers = {name: layer for name, layer in model.named_modules() if _follows_batches(layer)}
         if not layers:

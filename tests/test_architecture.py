@@ -22,6 +22,7 @@ LOWER = {
     "lockstep": {"parking"},
     "estimators": {"moments", "distributed", "layers"},
     "population": {"convert", "moments", "distributed", "layers", "estimators", "lockstep", "parking", "roi_shuffle"},
+    "domains": {"layers", "population"},
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},

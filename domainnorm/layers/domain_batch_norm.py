@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Group, deepcopy_over_group
-from ..moments import Moments, normalize_rows
-from .domains import DomainBatch, Input
+from ..moments import Moments, is_recomputed, normalize_rows
+from .domains import Domain, DomainBatch, Domains, Input
 from .in_step import normalize_in_step
 from .population_statistics import PopulationStatistics, one_of
 from .split import Split
@@ -29,7 +29,8 @@ class DomainBatchNorm(PopulationStatistics):
     - `bn([x_1, …, x_K])`: one tensor per domain, any of them may be empty, sizes may differ; returns a list;
     - `bn(x, domain=k)`: a tensor of domain k;
     - `bn(x, domain=ids)`: a mixed batch, `ids` a LongTensor `(N,)`;
-    - `bn(x)`: only with one domain.
+    - `bn([x_1, …], domain=[d_1, …])`: any number of tensors, each with one of these;
+    - `bn(x)`: only with one domain, or within `dn.use_domain`, for models that cannot say it.
 
     Args:
         num_features: C.
@@ -53,6 +54,8 @@ class DomainBatchNorm(PopulationStatistics):
         example_weight: α in [0, 1]: how much, in inference under population statistics, the sample's own moments
             weigh against them (inference example weighing: *Four Things*, §3.1, Eq. 3).
         frozen: whether the statistics are `"population"` whatever is set.
+        current_domain: the domain of a single tensor for which none is said; see `dn.use_domain`.
+        domain_names: of the K domains; None: they have none. In the state dict, which is loaded by name.
         batch_hook: None, or a function of the layer and its input, called before it normalizes.
 
     In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
@@ -93,6 +96,9 @@ class DomainBatchNorm(PopulationStatistics):
         self.eps = eps
         self.momentum = momentum
         self.sync = sync
+        self.current_domain: Domain | None = None
+        self._used: list[Domain] = []  # current domains of the last forward passes
+        self._recomputed = False  # since then, by activation checkpointing
         self.batch_hook: Callable[[DomainBatchNorm, DomainBatch], None] | None = None
 
         factory = {"device": device, "dtype": dtype}
@@ -106,7 +112,7 @@ class DomainBatchNorm(PopulationStatistics):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def forward(self, x: Input, domain: int | Tensor | None = None) -> Input:
+    def forward(self, x: Input, domain: Domains | None = None) -> Input:
         return normalize_in_step([self], [x], domain)[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
@@ -145,10 +151,31 @@ class DomainBatchNorm(PopulationStatistics):
         """γ and β of each tensor, which is normalized by the moments `of`; `merged` are those of the domains."""
         return [(_of_domain(self.weight, domain), _of_domain(self.bias, domain)) for domain in batch.domains]
 
-    def _batch(self, x: Input, domain: int | Tensor | None) -> DomainBatch:
+    def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
+        if domain is None and self.current_domain is not None and isinstance(x, Tensor):
+            domain = self._current()
         batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._moments)
         batch.elements = [self._elements(tensor) for tensor in batch.tensors]
         return batch
+
+    def _current(self) -> Domain:
+        """The `current_domain`, if activation checkpointing meets the one of the forward pass that it recomputes."""
+        assert self.current_domain is not None
+        if torch.compiler.is_compiling():
+            return self.current_domain
+        if not is_recomputed():
+            if self._recomputed or not self.training:  # what was used before has had its backward pass
+                self._used, self._recomputed = [], False
+            if not any(used is self.current_domain for used in self._used):
+                self._used.append(self.current_domain)
+        elif [id(used) for used in self._used] != [id(self.current_domain)]:
+            raise RuntimeError(
+                "activation checkpointing runs the layer again after use_domain changed its domain: let one domain "
+                "be in use from the forward to the backward pass, or pass domain= to the layer"
+            )
+        else:
+            self._recomputed = True
+        return self.current_domain
 
     def _population(self, batch: DomainBatch) -> list[Tensor]:
         """Normalized by the buffers, in inference with the samples' own moments by `example_weight`."""

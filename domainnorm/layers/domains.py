@@ -12,6 +12,7 @@ from ..moments import Moments, is_recomputed
 
 Input = TypeVar("Input", Tensor, list[Tensor])
 Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of each
+Domains = Domain | Sequence[Domain]  # the latter of each tensor of a list
 
 
 class DomainBatch:
@@ -43,12 +44,12 @@ class DomainBatch:
     @staticmethod
     def of(
         x: Tensor | Sequence[Tensor],
-        domain: Domain | None,
+        domain: Domains | None,
         num_domains: int,
         num_features: int,
         moments: Callable[[Tensor], tuple[Moments, Moments]] | None = None,
     ) -> DomainBatch:
-        """The input of a layer: a list with one tensor per domain, or a tensor and its `domain`.
+        """The input of a layer: a tensor and its `domain`, a list with one tensor per domain, or a list with domains.
 
         Raises:
             ValueError: the domain is not said, or wrong; or the shapes are not `(N, num_features, *)`.
@@ -62,15 +63,22 @@ class DomainBatch:
                         f"{num_domains} tensors, or say domain=k, or domain=ids with one domain per sample"
                     )
                 domain = 0
-            _check_domain(domain, x, num_domains)
+            if not isinstance(domain, (int, Tensor)):
+                raise ValueError(f"a single tensor has one domain, or LongTensor of each sample's: got {domain!r}")
             tensors, domains = [x], [domain]
-        else:
-            if domain is not None:
-                raise ValueError("a list has one tensor per domain; leave domain= out")
+        elif domain is None:
             if len(x) != num_domains:
                 raise ValueError(f"expected a list of num_domains={num_domains} tensors, got {len(x)}")
             tensors, domains = list(x), range(num_domains)
-        for tensor in tensors:
+        else:
+            if isinstance(domain, (int, Tensor)) or len(domain) != len(x) or not len(x):
+                raise ValueError(
+                    f"a list of {len(x)} tensors has one tensor per domain, or a list of {len(x)} domains (each an int "
+                    "or a LongTensor of the samples'): leave domain= out, or give such a list"
+                )
+            tensors, domains = list(x), list(domain)
+        for tensor, of in zip(tensors, domains, strict=True):
+            _check_domain(of, tensor, num_domains)
             if tensor.ndim < 2 or tensor.shape[1] != num_features:
                 raise ValueError(f"expected inputs (N, {num_features}, …), got {tuple(tensor.shape)}")
         return DomainBatch(tensors, domains, num_domains, moments)
@@ -88,25 +96,32 @@ class DomainBatch:
             self._moments = [self._of(x) for x in self.tensors]
         return self._moments
 
-    def by_domain(self) -> Moments:
-        """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
+    def ids(self) -> Tensor:
+        """The domain of each sample of all tensors, one after the other."""
         device = self.tensors[0].device
         ids = [
             d.to(device) if isinstance(d, Tensor) else torch.full(x.shape[:1], d, dtype=torch.long, device=device)
             for x, d in zip(self.tensors, self.domains, strict=True)
         ]
-        own = Moments.cat(self.counted()).merge_by(torch.cat(ids), self.num_domains)
+        return torch.cat(ids)
+
+    def by_domain(self) -> Moments:
+        """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
+        own = Moments.cat(self.counted()).merge_by(self.ids(), self.num_domains)
         return own if self.extra is None else own + self.extra
 
     def cannot_be_single(self, per_domain: bool, ranks: int) -> bool:
         """Whether the shapes of this rank alone rule out a normalization batch of one element, over all ranks."""
         sizes = [len(x) * elements for x, elements in zip(self.tensors, self.elements, strict=True)]
         if any(isinstance(d, Tensor) for d in self.domains):  # the counts are on the device, but come in whole rows
-            return ranks == 1 and self.elements[0] > 1
+            return ranks == 1 and min(self.elements) > 1
         if not per_domain:
             sizes = [sum(sizes)]
-        elif len(sizes) < self.num_domains:
-            sizes.append(0)
+        else:
+            totals = [0] * self.num_domains
+            for domain, size in zip(self.domains, sizes, strict=True):
+                totals[int(domain)] += size
+            sizes = totals
         return min(sizes) > 1 if ranks > 1 else 1 not in sizes
 
 

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..distributed import world_size
 from ..moments import Moments
-from .domains import DomainBatch, Input
+from .domains import DomainBatch, Domains, Input
 
 if TYPE_CHECKING:
     from .domain_batch_norm import DomainBatchNorm
 
 
 def normalize_in_step(
-    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: int | Tensor | None = None
+    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: Domains | None = None
 ) -> list[Input]:
     """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
 

@@ -30,6 +30,7 @@ class PopulationStatistics(nn.Module):
         self.frozen = False
         self.statistics = "auto"
         self.example_weight = 0.0
+        self.domain_names: tuple[str, ...] | None = None
 
     def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
         """Buffers of `width` means and variances a domain."""
@@ -93,8 +94,36 @@ class PopulationStatistics(nn.Module):
         """One EMA step of the variance; `step` broadcasts against the buffer, and is 0 where there is none."""
         self.running_var.lerp_(moments.unbiased_var().to(step.dtype), step)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.domain_names is not None:
+            text = "\n".join(self.domain_names).encode()
+            destination[prefix + "domain_names"] = torch.tensor(list(text), dtype=torch.uint8)
+
+    def _load_names(self, state_dict: Any, prefix: str, errors: list[str]) -> None:
+        """Names of the checkpoint become this layer's or, if it has its own, its rows are taken by name."""
+        saved = state_dict.pop(prefix + "domain_names", None)
+        if saved is None:
+            return
+        names = tuple(bytes(saved.tolist()).decode().split("\n"))
+        if self.domain_names is None and len(names) == self.num_domains:
+            self.domain_names = names
+        own = self.domain_names or names
+        if missing := [name for name in own if name not in names]:
+            errors.append(
+                f"{prefix}domain_names: the checkpoint has the domains {list(names)}, this layer {list(own)}; "
+                f"{missing[0]!r} has no statistics there: train it, or dn.add_domain after loading"
+            )
+            return
+        rows = torch.tensor([names.index(name) for name in own])
+        for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.ndim == (1 if name == "num_batches_tracked" else 2):
+                state_dict[prefix + name] = value[rows.to(value.device)]
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""
+        self._load_names(state_dict, prefix, errors)
         for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
             key = prefix + name
             if name == "num_batches_tracked":

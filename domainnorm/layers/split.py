@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,8 @@ class Split:
         if self.allow_smaller_batch:
             return
         counts = [len(x) for x in batch.tensors]
-        if not shared and isinstance(ids := batch.domains[0], Tensor) and not torch.compiler.is_compiling():
-            counts = ids.bincount(minlength=batch.num_domains).tolist()
+        if not shared and self._is_mixed(batch) and not torch.compiler.is_compiling():
+            counts = batch.ids().bincount(minlength=batch.num_domains).tolist()
         counts = [max(counts)] if shared else counts
         if small := [count for count in counts if 0 < count < self.least]:
             raise ValueError(
@@ -51,9 +53,9 @@ class Split:
 
     def check_elements(self, batch: DomainBatch, shared: bool) -> None:
         """ValueError if a group has one element, and so no variance."""
-        if any(isinstance(domain, Tensor) for domain in batch.domains):
+        if self._is_mixed(batch):
             # the counts are on the device, but come in whole rows
-            single = batch.elements[0] == 1 and bool((self._merge_mixed(batch, shared).count == 1).any())
+            single = min(batch.elements) == 1 and bool((self._merge_mixed(batch, shared).count == 1).any())
         else:
             sizes: dict[tuple[int, int], int] = {}
             for k, (x, elements) in enumerate(zip(batch.tensors, batch.elements, strict=True)):
@@ -68,14 +70,21 @@ class Split:
                 "use larger groups or a larger input, or statistics='population'"
             )
 
+    def _is_mixed(self, batch: DomainBatch) -> bool:
+        """Whether the samples of a domain are not one tensor of their own."""
+        known = [domain for domain in batch.domains if isinstance(domain, int)]
+        return len(set(known)) < len(batch.domains)
+
     def merge(self, batch: DomainBatch, shared: bool) -> list[Moments]:
         """Of each tensor `(N, C, *)` the moments `(N, C)` of each sample's group.
 
         Args:
             shared: whether the g-th groups of all domains are one normalization batch.
         """
-        if any(isinstance(domain, Tensor) for domain in batch.domains):
-            return [self._merge_mixed(batch, shared)]
+        if self._is_mixed(batch):
+            mixed = self._merge_mixed(batch, shared)
+            last = itertools.accumulate(len(x) for x in batch.tensors)
+            return [mixed[end - len(x) : end] for x, end in zip(batch.tensors, last, strict=True)]
         parts = list(zip(batch.counted(), batch.elements, strict=True))
         ends = [self._lengths(len(counted.mean), elements) for counted, elements in parts]
         groups = [
@@ -99,9 +108,7 @@ class Split:
 
     def _merge_mixed(self, batch: DomainBatch, shared: bool) -> Moments:
         """As if each domain's samples, in order, were a tensor of their own; nothing waits for a GPU."""
-        counted, ids = batch.counted()[0], batch.domains[0]
-        assert isinstance(ids, Tensor)
-        ids = ids.to(counted.mean.device)
+        counted, ids = Moments.cat(batch.counted()), batch.ids()
         member = torch.nn.functional.one_hot(ids, batch.num_domains)  # (N, K)
         place = (member.cumsum(0) * member).sum(1) - 1  # of a sample in its domain
         count = member.sum(0)[ids]  # samples of its domain
@@ -111,7 +118,7 @@ class Split:
             assert self.number is not None
             size, most = (count + self.number - 1) // self.number, self.number
         last = (count - 1) // size
-        if batch.elements[0] == 1:
+        if min(batch.elements) == 1:
             last = last - (((count - 1) % size == 0) & (count > size)).long()
         group = torch.minimum(place // size, last)
         key = group if shared else ids * most + group
