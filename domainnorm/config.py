@@ -65,6 +65,13 @@ _C.MODEL.NORM.BRN.MOMENTUM = 0.01  # of its moving averages, in torch's meaning
 _C.MODEL.NORM.BRN.GROUP_SIZE = 0  # samples of a micro-batch; 0: all of a process
 _C.MODEL.NORM.BRN.SYNC = False  # over all processes
 
+# "" | "dataset": the domains of DATASETS.DOMAINS are those of every norm that follows batches, or is frozen
+_C.MODEL.NORM_DOMAINS = ""
+_C.MODEL.DATASET_NORM = CfgNode()  # its choices, but for RetinaNet's head, which has its own
+_C.MODEL.DATASET_NORM.SGD_STATISTICS = "per_domain"  # "shared" | "per_domain"
+_C.MODEL.DATASET_NORM.POPULATION_STATISTICS = "per_domain"  # "shared" | "per_domain"
+_C.MODEL.DATASET_NORM.AFFINE = "shared"  # "shared" | "per_domain" | "" (no affine)
+
 _C.MODEL.FPN = CfgNode()
 _C.MODEL.FPN.OUT_CHANNELS = 256  # of every pyramid level and of the head
 _C.MODEL.FPN.NORM = ""  # as BACKBONE.NORM
@@ -78,7 +85,8 @@ _C.MODEL.RETINANET = CfgNode()
 _C.MODEL.RETINANET.NUM_CLASSES = 0  # 0: as many as the training set has categories
 _C.MODEL.RETINANET.NUM_CONVS = 4  # in each of the two towers
 _C.MODEL.RETINANET.NORM = ""  # of the towers, as BACKBONE.NORM
-# Table 5 of Rethinking "Batch" in BatchNorm; the domains are the pyramid levels
+_C.MODEL.RETINANET.NORM_DOMAINS = "level"  # "level" | "dataset" | "level_and_dataset": what a domain of the head is
+# Table 5 of Rethinking "Batch" in BatchNorm, whose domains are the pyramid levels
 _C.MODEL.RETINANET.SGD_STATISTICS = "per_domain"  # "shared" | "per_domain"
 _C.MODEL.RETINANET.POPULATION_STATISTICS = "per_domain"  # "shared" | "per_domain"
 _C.MODEL.RETINANET.AFFINE = "shared"  # "shared" | "per_domain" | "" (no affine)
@@ -147,6 +155,8 @@ _C.DATASETS = CfgNode()
 _C.DATASETS.TRAIN = []
 _C.DATASETS.TEST = []  # evaluated one by one
 
+_C.DATASETS.DOMAINS = []  # the domain of each of TRAIN
+
 _C.DATALOADER = CfgNode()
 _C.DATALOADER.NUM_WORKERS = 2  # processes, for each rank; 0 loads in the main process
 _C.DATALOADER.ASPECT_RATIO_GROUPING = True  # a batch holds either wide or tall images
@@ -208,12 +218,16 @@ _C.TEST.RECOMPUTE.IN_CHECKPOINT = False  # at the end of training, also replace 
 # the best on EXAMPLE_WEIGHT_DATASET is taken; [] for none
 _C.TEST.EXAMPLE_WEIGHTS = []
 _C.TEST.EXAMPLE_WEIGHT_DATASET = ""  # a validation set that is none of DATASETS.TEST
+# The domain of an image in inference: "given" by DATASETS.TEST_DOMAINS; "nearest": the one whose statistics are most like
+# its own; "average": all of them, merged
+_C.TEST.DOMAIN = "given"
 _C.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
 _C.TEST.IMS_PER_BATCH = 1  # images loaded together, for each rank; results do not depend on it
 _C.TEST.DETECTIONS_PER_IMAGE = 100  # the best, over all classes
 
 # Every key with a default; of a list, with an element.
 _KNOWN = dict(leaves(_C)) | {
+    "DATASETS.DOMAINS": [""],
     "DATASETS.TEST": [""],
     "DATASETS.TRAIN": [""],
     "SOLVER.FREEZE_NORM_LAYERS": [""],

@@ -22,6 +22,12 @@ _CHOICES = {
     "MODEL.RETINANET.SGD_STATISTICS": ("shared", "per_domain"),
     "MODEL.RETINANET.POPULATION_STATISTICS": ("shared", "per_domain"),
     "MODEL.RETINANET.AFFINE": ("shared", "per_domain", ""),
+    "MODEL.RETINANET.NORM_DOMAINS": ("level", "dataset", "level_and_dataset"),
+    "MODEL.NORM_DOMAINS": ("", "dataset"),
+    "MODEL.DATASET_NORM.SGD_STATISTICS": ("shared", "per_domain"),
+    "MODEL.DATASET_NORM.POPULATION_STATISTICS": ("shared", "per_domain"),
+    "MODEL.DATASET_NORM.AFFINE": ("shared", "per_domain", ""),
+    "TEST.DOMAIN": ("given", "nearest", "average"),
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou"),
     "MODEL.ROI_BOX_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
@@ -115,6 +121,11 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
     _check_model(cfg.MODEL, defaults.MODEL)
     _check_batches(cfg)
     _check_solver(cfg)
+    if cfg.MODEL.NORM_DOMAINS and not cfg.DATASETS.DOMAINS:
+        raise UserError(
+            f"MODEL.NORM_DOMAINS {cfg.MODEL.NORM_DOMAINS!r} contradicts DATASETS.DOMAINS []: name the domain of "
+            "each of DATASETS.TRAIN"
+        )
     if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
         raise UserError(
             f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
@@ -153,6 +164,23 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
         raise UserError(
             f"MODEL.NORM.BRN.GROUP_SIZE {model.NORM.BRN.GROUP_SIZE} contradicts MODEL.NORM.BRN.SYNC True: "
             "micro-batches are of one process; leave one of them out"
+        )
+    if not model.NORM_DOMAINS:
+        for name in ("DATASET_NORM.SGD_STATISTICS", "DATASET_NORM.POPULATION_STATISTICS", "DATASET_NORM.AFFINE"):
+            if _get(model, name) != _get(defaults, name):
+                raise UserError(
+                    f"MODEL.{name} {_get(model, name)!r} contradicts MODEL.NORM_DOMAINS '': no norm has data sets for "
+                    "domains; set NORM_DOMAINS to 'dataset', or leave it out"
+                )
+        if head.NORM_DOMAINS != "level":
+            raise UserError(
+                f"MODEL.RETINANET.NORM_DOMAINS {head.NORM_DOMAINS!r} contradicts MODEL.NORM_DOMAINS '': set that to "
+                "'dataset', or leave both out"
+            )
+    elif model.ROI_HEADS.SHUFFLE and (model.ROI_BOX_HEAD.NORM or model.ROI_MASK_HEAD.NORM):
+        raise UserError(
+            "MODEL.ROI_HEADS.SHUFFLE True contradicts MODEL.NORM_DOMAINS 'dataset': shuffled RoIs leave their data set "
+            "behind; choose one of them"
         )
     # What chooses a batch must not be without effect.
     for key, architectures in _ONLY_OF.items():

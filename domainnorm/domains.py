@@ -28,10 +28,15 @@ class use_domain:
 
     def __init__(self, model: nn.Module, domain: int | str | Tensor | None) -> None:
         layers = _with_domains(model)
-        chosen = [_index(name, layer, domain) for name, layer in layers.items()]
-        self._before = [(layer, layer.current_domain) for layer in layers.values()]
-        for layer, value in zip(layers.values(), chosen, strict=True):
-            layer.current_domain = value
+        if not layers:
+            raise ValueError(
+                "the model has no norm with several domains: dn.convert_batchnorm(model, 'DomainBatchNorm', "
+                "num_domains=…)"
+            )
+        index = _index(layers, domain)
+        self._before = [(layer, layer.current_domain) for layer in layers]
+        for layer in layers:
+            layer.current_domain = index
 
     def __enter__(self) -> None:
         pass
@@ -43,15 +48,27 @@ class use_domain:
             layer.current_domain = before
 
 
+def use_domains_of(model: nn.Module, targets: Sequence[dict[str, Any]] | None) -> None:
+    """`use_domain` of each target's `domain`, if the model has norms for which it must be said."""
+    if layers := _with_domains(model):
+        if targets is None or any("domain" not in target for target in targets):
+            raise ValueError("norms of the model have data sets for domains: each target needs its 'domain'")
+        ids = torch.stack([target["domain"] for target in targets])
+        for layer in layers:
+            layer.current_domain = ids
+
+
 def name_domains(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """Call the domains of every norm with as many domains so, for `use_domain` and state dicts; returns the model.
 
     Raises:
-        ValueError: names that are not different strings, or no layer has that many domains; nothing was changed.
+        ValueError: names that are not different strings of one line, or no layer has that many domains; nothing was
+            changed.
     """
     if not names or len(set(names)) < len(names) or any(not name or "\n" in name for name in names):
         raise ValueError(f"expected different names of one line, got {list(names)}")
-    layers = [layer for layer in _with_domains(model).values() if layer.num_domains == len(names)]
+    norms = (module for module in model.modules() if isinstance(module, DomainBatchNorm))
+    layers = [layer for layer in norms if _number(layer) == len(names)]
     if not layers:
         raise ValueError(f"expected names for as many domains as a norm of the model has, got {len(names)} names")
     for layer in layers:
@@ -59,23 +76,23 @@ def name_domains(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return model
 
 
-def _with_domains(model: nn.Module) -> dict[str, DomainBatchNorm]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.num_domains > 1}
-    if not found:
-        raise ValueError(
-            "the model has no norm with several domains: dn.convert_batchnorm(model, 'DomainBatchNorm', num_domains=…)"
-        )
-    return found
+def _number(layer: DomainBatchNorm) -> int:
+    """Of domains that can be named and chosen."""
+    return layer.num_domains // layer.domains_per_name
 
 
-def _index(name: str, layer: DomainBatchNorm, domain: int | str | Tensor | None) -> int | Tensor | None:
+def _with_domains(model: nn.Module) -> list[DomainBatchNorm]:
+    return [m for m in model.modules() if isinstance(m, DomainBatchNorm) and _number(m) > 1]
+
+
+def _index(layers: Sequence[DomainBatchNorm], domain: int | str | Tensor | None) -> int | Tensor | None:
     if isinstance(domain, str):
-        if domain not in (layer.domain_names or ()):
-            raise ValueError(f"{name or 'the model'} has the domains {layer.domain_names}, got {domain!r}")
-        assert layer.domain_names is not None
-        return layer.domain_names.index(domain)
-    if isinstance(domain, int) and not 0 <= domain < layer.num_domains:
-        raise ValueError(f"{name or 'the model'}: domains are 0 to {layer.num_domains - 1}, got {domain}")
+        names = next((layer.domain_names for layer in layers if layer.domain_names), ())
+        if domain not in names:
+            raise ValueError(f"the domains are {list(names) or 'without names'}, got {domain!r}")
+        return names.index(domain)
+    if isinstance(domain, int) and not 0 <= domain < min(map(_number, layers)):
+        raise ValueError(f"domains are 0 to {min(map(_number, layers)) - 1}, got {domain}")
     return domain
 
 
@@ -91,41 +108,42 @@ def add_domain(
 ) -> nn.Module:
     """Give every norm of a trained model one domain more, with statistics of new, unlabelled data; returns the model.
 
-    Of norms with one domain, and of those whose domains have names; others, such as those of pyramid levels, and frozen
-    ones stay. What the other domains compute stays the same to the bit. The model runs in eval mode, as for
+    Frozen norms stay; of a norm for pyramid levels every level gets one. What the other domains compute stays the same
+    to the bit. The model runs in eval mode, as for
     predictions, with the minibatch statistics of its norms (*Rethinking "Batch"*, §5.1, Table 4); then it is used with
     `dn.use_domain(model, name)`, and is trained on as any other.
 
     Args:
         batches: whatever `model(batch)` takes in eval mode. A detector that takes its images one by one needs batches
             of one image, and `method="exact"` then makes one population of them.
-        name: of the new domain. The only domain of a norm so far is called "0".
+        name: of the new domain. Those without names so far are called "0", "1", …
         like: the domain whose affine, where each has its own, the new one begins with.
         num_samples, method, progress: of `dn.recompute_population_statistics`.
 
+    Whatever is raised, the model is left as it was.
+
     Raises:
-        ValueError: no norm to extend, a name that is taken, or no batches; the model is left as it was.
+        ValueError: no norm to extend, a name that is taken, or no batches.
     """
-    layers = {
-        key: layer
-        for key, layer in model.named_modules()
-        if isinstance(layer, DomainBatchNorm) and not layer.frozen and (layer.num_domains == 1 or layer.domain_names)
-    }
+    layers = [m for m in model.modules() if isinstance(m, DomainBatchNorm) and not m.frozen]
     if not layers:
-        raise ValueError("the model has no norm with one domain, or with named ones, to which one could be added")
-    for key, layer in layers.items():
-        if name in (layer.domain_names or ("0",)):
-            raise ValueError(f"{key or 'the model'} has a domain {name!r} already: {layer.domain_names or ('0',)}")
-    sources = {key: _index(key, layer, like) for key, layer in layers.items()}
-    before = {layer: dict(vars(layer)) for layer in layers.values()}
-    for layer in before:
-        before[layer] |= {part: dict(before[layer][part]) for part in ("_parameters", "_buffers")}
+        raise ValueError("the model has no norm of this library that follows its batches")
+    for layer in layers:
+        names = layer.domain_names or tuple(str(k) for k in range(_number(layer)))
+        if name in names:
+            raise ValueError(f"there is a domain {name!r} already: {list(names)}")
+    source = _index(layers, like)
+    if not isinstance(source, int):
+        raise ValueError(f"like= takes a domain that the model has, got {like!r}")
+    before = {layer: dict(vars(layer)) for layer in layers}
+    for state in before.values():
+        state |= {part: dict(state[part]) for part in ("_parameters", "_buffers")}
     try:
-        for key, layer in layers.items():
-            _extend(layer, name, sources[key])
+        for layer in layers:
+            _extend(layer, name, source)
         with use_domain(model, name):
             recompute_population_statistics(
-                model, batches, num_samples, method, as_in_inference=list(layers.values()), progress=progress
+                model, batches, num_samples, method, as_in_inference=layers, progress=progress
             )
     except BaseException:
         for layer, state in before.items():
@@ -136,17 +154,21 @@ def add_domain(
 
 
 @torch.no_grad()
-def _extend(layer: DomainBatchNorm, name: str, source: Any) -> None:
-    """One row more in what each domain has of its own: a copy of row `source`."""
-    single = layer.num_domains == 1
-    layer.domain_names = (*(layer.domain_names or ("0",)), name)
-    layer.num_domains += 1
-    kept = ("running_mean", "running_var", "num_batches_tracked")
-    for key in kept if layer.population_statistics == "per_domain" else ():
-        value = layer.get_buffer(key)
+def _extend(layer: DomainBatchNorm, name: str, source: int) -> None:
+    """A copy of row `source` (or of the rows of that name) at the end of what each domain has of its own."""
+    names = layer.domain_names or tuple(str(k) for k in range(_number(layer)))
+    per, single = layer.domains_per_name, layer.num_domains == 1
+    layer.domain_names = (*names, name)
+    layer.num_domains += per
+
+    def longer(value: Tensor) -> Tensor:
         rows = value[None] if single else value
-        setattr(layer, key, torch.cat([rows, rows[source : source + 1]]))
-    for key in ("weight", "bias") if layer.affine == "per_domain" else ():
-        value = layer.get_parameter(key)
-        rows = value[None] if single else value
-        setattr(layer, key, nn.Parameter(torch.cat([rows, rows[source : source + 1]]), value.requires_grad))
+        return torch.cat([rows, rows[source * per : (source + 1) * per]])
+
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        if layer.population_statistics == "per_domain":
+            setattr(layer, key, longer(layer.get_buffer(key)))
+    for key in ("weight", "bias"):
+        if layer.affine == "per_domain":
+            value = layer.get_parameter(key)
+            setattr(layer, key, nn.Parameter(longer(value), value.requires_grad))

@@ -26,7 +26,7 @@ LOWER = {
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},
-    "modeling": {"errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
+    "modeling": {"domains", "errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
     "evaluation": {
         *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
         "example_weight",

@@ -99,6 +99,11 @@ def num_classes(cfg: CfgNode) -> int:
     return number or len(_kind(cfg).class_names(names[0], must_exist=True))
 
 
+def domain_names(cfg: CfgNode) -> list[str]:
+    """The domains of the training sets, in order of first appearance."""
+    return list(dict.fromkeys(cfg.DATASETS.DOMAINS))
+
+
 def _kind(cfg: CfgNode) -> ModuleType:
     """The module that opens the data sets of the architecture and says what forms a batch."""
     return classification_sets if cfg.MODEL.META_ARCHITECTURE == "Classifier" else detection_sets

@@ -38,8 +38,12 @@ def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
         shuffled = cfg.MODEL.ROI_HEADS.SHUFFLE and world_size() > 1
         owner = f"a random share of those of {images * world_size()} images" if shuffled else f"of {images} images"
         text = f"up to {most} RoIs, {owner}, x {head.POOLER_RESOLUTION} x {head.POOLER_RESOLUTION}"
-    if layer.num_domains > 1:
-        text += " of each level" if layer.sgd_statistics == "per_domain" else f" of all {layer.num_domains} levels"
+    levels, sets = layer.domains_per_name, layer.num_domains // layer.domains_per_name
+    if name.startswith("head.") and cfg.MODEL.RETINANET.NORM_DOMAINS == "dataset":
+        text += " x levels"
+    kinds = [f"{n} {kind}" for n, kind in ((levels, "levels"), (sets, "domains")) if n > 1]
+    if kinds:
+        text += f" of {'each' if layer.sgd_statistics == 'per_domain' else 'all'} of {' x '.join(kinds)}"
     if layer.grouping():
         text = f"{type(layer).__name__} ({layer.grouping()}) of {text}"
     return text + (f" x {ranks} processes" if layer.sync else ", of one process")

@@ -55,7 +55,9 @@ class DomainBatchNorm(PopulationStatistics):
             weigh against them (inference example weighing: *Four Things*, §3.1, Eq. 3).
         frozen: whether the statistics are `"population"` whatever is set.
         current_domain: the domain of a single tensor for which none is said; see `dn.use_domain`.
-        domain_names: of the K domains; None: they have none. In the state dict, which is loaded by name.
+        domain_names: of the domains; None: they have none. In the state dict, which is loaded by name.
+        domains_per_name: how many of the K domains each name (and each `current_domain`) stands for, one after the
+            other: the pyramid levels of a data set.
         batch_hook: None, or a function of the layer and its input, called before it normalizes.
 
     In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
@@ -152,15 +154,21 @@ class DomainBatchNorm(PopulationStatistics):
         return [(_of_domain(self.weight, domain), _of_domain(self.bias, domain)) for domain in batch.domains]
 
     def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
-        if domain is None and self.current_domain is not None and isinstance(x, Tensor):
-            domain = self._current()
+        if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
+            domain = self.domain_in_use()
         batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._moments)
         batch.elements = [self._elements(tensor) for tensor in batch.tensors]
         return batch
 
-    def _current(self) -> Domain:
-        """The `current_domain`, if activation checkpointing meets the one of the forward pass that it recomputes."""
-        assert self.current_domain is not None
+    def domain_in_use(self) -> Domain:
+        """The `current_domain`.
+
+        Raises:
+            ValueError: there is none.
+            RuntimeError: activation checkpointing meets another one than in the forward pass that it recomputes.
+        """
+        if self.current_domain is None:
+            raise ValueError(f"{type(self).__name__}: dn.use_domain has not said which of the domains this is")
         if torch.compiler.is_compiling():
             return self.current_domain
         if not is_recomputed():

@@ -31,6 +31,7 @@ class PopulationStatistics(nn.Module):
         self.statistics = "auto"
         self.example_weight = 0.0
         self.domain_names: tuple[str, ...] | None = None
+        self.domains_per_name = 1
 
     def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
         """Buffers of `width` means and variances a domain."""
@@ -106,7 +107,8 @@ class PopulationStatistics(nn.Module):
         if saved is None:
             return
         names = tuple(bytes(saved.tolist()).decode().split("\n"))
-        if self.domain_names is None and len(names) == self.num_domains:
+        per = self.domains_per_name
+        if self.domain_names is None and len(names) * per == self.num_domains:
             self.domain_names = names
         own = self.domain_names or names
         if missing := [name for name in own if name not in names]:
@@ -115,7 +117,7 @@ class PopulationStatistics(nn.Module):
                 f"{missing[0]!r} has no statistics there: train it, or dn.add_domain after loading"
             )
             return
-        rows = torch.tensor([names.index(name) for name in own])
+        rows = torch.tensor([names.index(name) * per + k for name in own for k in range(per)])
         for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
             value = state_dict.get(prefix + name)
             if value is not None and value.ndim == (1 if name == "num_batches_tracked" else 2):

@@ -9,13 +9,14 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from ..data import num_classes
+from ..data import domain_names, num_classes
 from ..distributed import get_device
+from ..domains import name_domains
 from ..errors import UserError
 from .backbone import build_backbone
 from .classifier import build_classifier
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
-from .norm import norm_options, roi_norm_options
+from .norm import own_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
 from .weights import initialize
 
@@ -32,10 +33,16 @@ def build_model(cfg: CfgNode) -> nn.Module:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.
     """
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        return build_classifier(cfg).to(get_device(cfg.MODEL.DEVICE))
+        return _name_domains(cfg, build_classifier(cfg)).to(get_device(cfg.MODEL.DEVICE))
     model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
+    _name_domains(cfg, model)
     initialize(model, cfg.MODEL.WEIGHTS)
     return model.to(get_device(cfg.MODEL.DEVICE))
+
+
+def _name_domains(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """Where data sets are the domains of norms, they have their names."""
+    return name_domains(model, domain_names(cfg)) if cfg.MODEL.NORM_DOMAINS else model
 
 
 def _build_retinanet(cfg: CfgNode) -> RetinaNet:
@@ -50,7 +57,9 @@ def _build_retinanet(cfg: CfgNode) -> RetinaNet:
         num_levels=NUM_LEVELS,
         num_convs=options.NUM_CONVS,
         norm=options.NORM,
-        norm_options=norm_options(cfg, options.NORM),
+        norm_options=own_options(cfg, options.NORM),
+        norm_domains=options.NORM_DOMAINS,
+        num_datasets=max(len(domain_names(cfg)), 1),
         sgd_statistics=options.SGD_STATISTICS,
         population_statistics=options.POPULATION_STATISTICS,
         affine=options.AFFINE or None,

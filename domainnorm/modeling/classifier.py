@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..convert import convert_batchnorm
 from ..data import num_classes
+from ..domains import use_domains_of
 from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..layers.replace import replace_layers
@@ -40,11 +41,15 @@ class Classifier(nn.Module):
     image_std: Tensor
 
     def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """Images `(3, H, W)` of one size, in [0, 1], and targets with `labels` `()` -> losses, in eval logits."""
+        """Images `(3, H, W)` of one size, in [0, 1], and targets with `labels` `()` -> losses, in eval logits.
+
+        Where data sets are the domains of norms, targets have `domain`; in inference `dn.use_domain` says it.
+        """
         x = (torch.stack(list(images)) - self.image_mean) / self.image_std
         if self.training:
             if targets is None:
                 raise ValueError("a classifier in training mode takes targets, got none: call eval() for predictions")
+            use_domains_of(self, targets)
             labels = torch.stack([target["labels"] for target in targets])
             return {"loss_cls": F.cross_entropy(self.body(x).float(), labels)}
         if any(m.uses_minibatch for m in self.body.modules() if isinstance(m, DomainBatchNorm)):

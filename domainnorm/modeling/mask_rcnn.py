@@ -13,6 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import maskrcnn_inference, project_masks_on_boxes
 
 from ..distributed import all_reduce_sum, world_size
+from ..domains import use_domains_of
 from ..layers import DomainBatchNorm, get_norm
 from ..roi_shuffle import RoIShuffle
 
@@ -128,6 +129,7 @@ class RoIHeads(roi_heads.RoIHeads):
     def _box_predictions(self, features: Any, boxes: list[Tensor], image_shapes: Any) -> tuple[Tensor, Tensor]:
         """Class logits `(R, K)` and box deltas `(R, K, 4)` of all images' boxes."""
         x = self.box_roi_pool(features, boxes, image_shapes)
+        _repeat_domains(self.box_head, boxes)
         predictions = _wide((self.box_shuffle or self.box_branch)(x))
         classes = predictions.shape[1] // 5
         return predictions[:, :classes], predictions[:, classes:].unflatten(1, (classes, 4))
@@ -135,6 +137,7 @@ class RoIHeads(roi_heads.RoIHeads):
     def _mask_logits(self, features: Any, boxes: list[Tensor], image_shapes: Any) -> Tensor:
         """`(R, K, M, M)` of all images' boxes."""
         x = self.mask_roi_pool(features, boxes, image_shapes)
+        _repeat_domains(self.mask_head, boxes)
         return _wide((self.mask_shuffle or self.mask_branch)(x))
 
 
@@ -149,9 +152,11 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         """Images `(3, H, W)` in [0, 1] and targets -> losses in training, in inference a list of detections.
 
         Targets have `boxes` (xyxy), `labels` (from 0) and, for masks, `masks` `(n, H, W)`; detections also `scores`,
-        and their masks are probabilities `(n, 1, H, W)`.
+        and their masks are probabilities `(n, 1, H, W)`. Where data sets are the domains of norms, targets have
+        `domain`; in inference `dn.use_domain` says it.
         """
         if self.training:
+            use_domains_of(self, targets)
             # torchvision counts background as class 0
             return super().forward(
                 images, targets and [target | {"labels": target["labels"] + 1} for target in targets]
@@ -159,6 +164,14 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         # One at a time: neither minibatch statistics nor the padding to a common size may see another image.
         found = [super(GeneralizedRCNN, self).forward([image])[0] for image in images]
         return [detections | {"labels": detections["labels"] - 1} for detections in found]
+
+
+def _repeat_domains(head: nn.Module, boxes: list[Tensor]) -> None:
+    """Where each image has a domain, it becomes that of its RoIs."""
+    for layer in head.modules():
+        if isinstance(layer, DomainBatchNorm) and isinstance(layer.current_domain, Tensor):
+            counts = torch.tensor([len(of_image) for of_image in boxes], device=layer.current_domain.device)
+            layer.current_domain = layer.current_domain.repeat_interleave(counts)
 
 
 def box_head(

@@ -5,10 +5,25 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from ..config import iteration_of
+from ..data import domain_names
 
 
 def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
-    """What `MODEL.NORM` says of the norm `name`, as options of `get_norm`."""
+    """What `MODEL.NORM` and `MODEL.NORM_DOMAINS` say of the norm `name`, as options of `get_norm`."""
+    options = own_options(cfg, name)
+    if cfg.MODEL.NORM_DOMAINS and name not in ("", "GN"):
+        choices = cfg.MODEL.DATASET_NORM
+        options |= {
+            "num_domains": len(domain_names(cfg)),
+            "sgd_statistics": choices.SGD_STATISTICS,
+            "population_statistics": choices.POPULATION_STATISTICS,
+            "affine": choices.AFFINE or None,
+        }
+    return options
+
+
+def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
+    """What `MODEL.NORM` says of the norm `name`."""
     node = cfg.MODEL.NORM
     if name == "GN":
         return {"num_groups": node.GN.NUM_GROUPS}

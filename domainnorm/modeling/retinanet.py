@@ -14,6 +14,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ..distributed import all_reduce_sum, world_size
+from ..domains import use_domains_of
 from ..layers import DomainBatchNorm, get_norm, normalize_in_step
 
 
@@ -30,9 +31,12 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         in_channels: of every level.
         num_anchors: per location.
         num_classes: without background; labels are 0 to `num_classes - 1`.
-        num_levels: of the pyramid: the number of domains.
+        num_levels: of the pyramid.
         num_convs: in each tower.
         norm: as `get_norm`, with its `norm_options`.
+        norm_domains: what a domain of the norm is: a `"level"` of the pyramid; one of `num_datasets` data sets
+            (`"dataset"`), which `dn.use_domain` says; or a `"level_and_dataset"`, the levels of each data set one after
+            the other.
         sgd_statistics, population_statistics, affine: of `DomainBatchNorm`, where `norm` is one.
         prior_prob: of foreground, at the first step.
         focal_alpha, focal_gamma: of the focal loss.
@@ -49,6 +53,8 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         num_convs: int = 4,
         norm: str = "",
         norm_options: Mapping[str, Any] | None = None,
+        norm_domains: str = "level",
+        num_datasets: int = 1,
         sgd_statistics: str = "per_domain",
         population_statistics: str = "per_domain",
         affine: str | None = "shared",
@@ -59,13 +65,16 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         smooth_l1_beta: float = 0.1,
     ) -> None:
         super().__init__(in_channels, num_anchors, num_classes)
+        self.norm_domains = norm_domains
+        self.num_levels = num_levels
+        sets = 1 if norm_domains == "level" else num_datasets
         norm_layer = None
         if norm:
             norm_layer = partial(
                 get_norm,
                 norm,
                 **(norm_options or {}),
-                num_domains=num_levels,
+                num_domains=sets if norm_domains == "dataset" else num_levels * sets,
                 sgd_statistics=sgd_statistics,
                 population_statistics=population_statistics,
                 affine=affine,
@@ -80,6 +89,9 @@ class RetinaNetHead(retinanet.RetinaNetHead):
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
         nn.init.constant_(self.classification_head.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
+        for layer in self.modules():
+            if isinstance(layer, DomainBatchNorm) and norm_domains != "dataset":
+                layer.domains_per_name = num_levels
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.box_loss = box_loss
@@ -96,11 +108,28 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         cls, box = self.classification_head, self.regression_head
         towers = [features, features]
         for blocks in zip(cls.conv, box.conv, strict=True):
-            towers = _blocks_in_step(blocks, towers)
+            towers = self._blocks_in_step(blocks, towers)
         return {
             "cls_logits": _flatten([cls.cls_logits(x) for x in towers[0]], cls.num_classes),
             "bbox_regression": _flatten([box.bbox_reg(x) for x in towers[1]], 4),
         }
+
+    def _blocks_in_step(self, blocks: tuple[nn.Sequential, ...], inputs: list[list[Tensor]]) -> list[list[Tensor]]:
+        """One block (convolution, norm, activation) of each tower, applied to the levels of each."""
+        for layers in zip(*blocks, strict=True):
+            if isinstance(layers[0], DomainBatchNorm):
+                inputs = normalize_in_step(layers, inputs, self._domains(layers[0], len(inputs[0])))
+            else:
+                inputs = [[layer(x) for x in levels] for layer, levels in zip(layers, inputs, strict=True)]
+        return inputs
+
+    def _domains(self, layer: DomainBatchNorm, num_levels: int) -> list[Any] | None:
+        """The domains of each level's samples, where they are not just the levels."""
+        if self.norm_domains == "dataset":
+            return [layer.domain_in_use() if layer.num_domains > 1 else 0] * num_levels
+        if layer.num_domains == self.num_levels:
+            return None
+        return [layer.domain_in_use() * self.num_levels + level for level in range(num_levels)]
 
     def _uses_minibatch(self) -> bool:
         return any(m.uses_minibatch for m in self.modules() if isinstance(m, DomainBatchNorm))
@@ -159,21 +188,15 @@ class RetinaNet(TorchvisionRetinaNet):
         super().__init__(backbone, num_classes, _skip_resize=True, **options)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections."""
+        """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections.
+
+        Where data sets are the domains of norms, targets have `domain`; in inference `dn.use_domain` says it.
+        """
         if self.training:
+            use_domains_of(self, targets)
             return super().forward(images, targets)
         # One at a time: neither minibatch statistics nor the padding to a common size may see another image.
         return [super(RetinaNet, self).forward([image])[0] for image in images]
-
-
-def _blocks_in_step(blocks: tuple[nn.Sequential, ...], inputs: list[list[Tensor]]) -> list[list[Tensor]]:
-    """One block (convolution, norm, activation) of each tower, applied to the levels of each."""
-    for layers in zip(*blocks, strict=True):
-        if isinstance(layers[0], DomainBatchNorm):
-            inputs = normalize_in_step(layers, inputs)
-        else:
-            inputs = [[layer(x) for x in levels] for layer, levels in zip(layers, inputs, strict=True)]
-    return inputs
 
 
 def _flatten(levels: list[Tensor], columns: int) -> Tensor:
