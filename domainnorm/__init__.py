@@ -2,7 +2,7 @@
 
 from .config import load_config
 from .convert import convert_batchnorm, convert_groupnorm, set_statistics
-from .domains import add_domain, name_domains, use_domain
+from .domains import add_domain, merge_domains, name_domains, nearest_domain, use_domain
 from .engine import train
 from .errors import UserError
 from .evaluation import evaluate
@@ -46,8 +46,10 @@ __all__ = [
     "fuse",
     "get_norm",
     "load_config",
+    "merge_domains",
     "merge_population_statistics",
     "name_domains",
+    "nearest_domain",
     "recompute_population_statistics",
     "set_example_weight",
     "set_statistics",

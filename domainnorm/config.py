@@ -218,7 +218,7 @@ _C.TEST.RECOMPUTE.IN_CHECKPOINT = False  # at the end of training, also replace 
 # the best on EXAMPLE_WEIGHT_DATASET is taken; [] for none
 _C.TEST.EXAMPLE_WEIGHTS = []
 _C.TEST.EXAMPLE_WEIGHT_DATASET = ""  # a validation set that is none of DATASETS.TEST
-# The domain of an image in inference: "given" by DATASETS.TEST_DOMAINS; "nearest": the one whose statistics are most like
+# The domain of an image in inference: "given" by DATASETS.TEST_DOMAINS; "nearest": that whose statistics are most like
 # its own; "average": all of them, merged
 _C.TEST.DOMAIN = "given"
 _C.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training

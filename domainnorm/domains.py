@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import DomainBatchNorm
+from .layers.domains import DomainBatch
+from .moments import Moments
 from .population import recompute_population_statistics
 
 
@@ -172,3 +174,68 @@ def _extend(layer: DomainBatchNorm, name: str, source: int) -> None:
         if layer.affine == "per_domain":
             value = layer.get_parameter(key)
             setattr(layer, key, nn.Parameter(longer(value), value.requires_grad))
+
+
+def merge_domains(model: nn.Module) -> nn.Module:
+    """Make all domains that names stand for one, in place: for data of no known domain; returns the model.
+
+    The population statistics become the moments of the union of the domains, each weighing the same (a level's stay
+    apart), and an affine of each domain their mean.
+    """
+    for layer in _with_domains(model):
+        number = _number(layer)
+        layer.num_domains, layer.domain_names, layer.current_domain = layer.domains_per_name, None, None
+        own = (layer.domains_per_name,) if layer.domains_per_name > 1 else ()
+
+        def parts(value: Tensor, number: int = number) -> Tensor:
+            return value.detach().unflatten(0, (number, -1))  # (D, L, C)
+
+        if layer.population_statistics == "per_domain":
+            mean, var = parts(layer.running_mean), parts(layer.running_var)
+            merged = Moments(torch.ones_like(mean[..., :1]), mean, var).merge(0)
+            layer.running_mean, layer.running_var = (v.view(*own, -1).clone() for v in (merged.mean, merged.var))
+            layer.num_batches_tracked = parts(layer.num_batches_tracked).sum(0).view(own)
+        for key in ("weight", "bias") if layer.affine == "per_domain" else ():
+            value = layer.get_parameter(key)
+            setattr(layer, key, nn.Parameter(parts(value).mean(0).view(*own, -1), value.requires_grad))
+    return model
+
+
+@torch.no_grad()
+def nearest_domain(model: nn.Module, *inputs: Any) -> int:
+    """The domain whose population statistics are most like those of `inputs`, at the first norm that they reach.
+
+    By the symmetrized Kullback-Leibler divergence of normal distributions, the mean over channels. The model, in eval
+    mode, runs as `model(*inputs)` up to that norm, and stays as it was.
+
+    Raises:
+        ValueError: no norm that is reached has statistics for several domains.
+    """
+    layers = [layer for layer in _with_domains(model) if layer.population_statistics == "per_domain"]
+    try:
+        with use_domain(model, 0):
+            for layer in layers:
+                layer.batch_hook = _stop
+            model(*inputs)
+    except _Reached as reached:
+        layer, batch = reached.args
+    else:
+        raise ValueError("no norm that the input reaches has population statistics for several domains")
+    finally:
+        for one in layers:
+            one.batch_hook = None
+    per = layer.domains_per_name
+    own = batch.by_domain()[:per]  # (L, C): it is domain 0 for now
+    mean, var = (v.unflatten(0, (-1, per)).to(own.mean.dtype) for v in (layer.running_mean, layer.running_var))
+    here, there = own.var + layer.eps, var + layer.eps  # (L, C), (D, L, C)
+    gap = (own.mean - mean).square()
+    divergence = here / there + there / here - 2 + gap / here + gap / there
+    return int(torch.where(own.count > 0, divergence, 0).sum((1, 2)).argmin())
+
+
+class _Reached(Exception):
+    """Ends a forward pass: at this layer, with this batch."""
+
+
+def _stop(layer: DomainBatchNorm, batch: DomainBatch) -> None:
+    raise _Reached(layer, batch)

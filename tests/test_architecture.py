@@ -22,14 +22,14 @@ LOWER = {
     "lockstep": {"parking"},
     "estimators": {"moments", "distributed", "layers"},
     "population": {"convert", "moments", "distributed", "layers", "estimators", "lockstep", "parking", "roi_shuffle"},
-    "domains": {"layers", "population"},
+    "domains": {"layers", "moments", "population"},
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},
     "modeling": {"domains", "errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
     "evaluation": {
         *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
-        "example_weight",
+        *("domains", "example_weight"),
     },
     "engine": {
         *("errors", "config", "distributed", "output", "layers", "convert", "population", "data", "modeling"),

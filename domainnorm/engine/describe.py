@@ -41,9 +41,10 @@ def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
     levels, sets = layer.domains_per_name, layer.num_domains // layer.domains_per_name
     if name.startswith("head.") and cfg.MODEL.RETINANET.NORM_DOMAINS == "dataset":
         text += " x levels"
-    kinds = [f"{n} {kind}" for n, kind in ((levels, "levels"), (sets, "domains")) if n > 1]
+    each = layer.sgd_statistics == "per_domain"
+    kinds = [kind if each else f"{n} {kind}s" for n, kind in ((levels, "level"), (sets, "domain")) if n > 1]
     if kinds:
-        text += f" of {'each' if layer.sgd_statistics == 'per_domain' else 'all'} of {' x '.join(kinds)}"
+        text += f" of {'each' if each else 'all'} {' and '.join(kinds)}"
     if layer.grouping():
         text = f"{type(layer).__name__} ({layer.grouping()}) of {text}"
     return text + (f" x {ranks} processes" if layer.sync else ", of one process")

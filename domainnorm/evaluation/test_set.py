@@ -10,6 +10,7 @@ from ..distributed import gather_objects, get_device, rank, world_size
 from ..output import write_json
 from .classification import accuracy, predict_classes
 from .coco import evaluate_coco, predict
+from .in_domain import in_domain
 
 Scores = dict[str, dict[str, float]]  # of each kind ("bbox", "segm" or "classification") its metrics
 
@@ -23,8 +24,9 @@ class TestSet:
 
     __test__ = False  # pytest
 
-    def __init__(self, cfg: CfgNode, name: str) -> None:
+    def __init__(self, cfg: CfgNode, name: str, domain: str = "") -> None:
         self.cfg = cfg
+        self.domain = domain
         self.device = get_device(cfg.MODEL.DEVICE)
         self.loader = test_loader(cfg, name, rank=rank(), world_size=world_size())
         self.classes = cfg.MODEL.META_ARCHITECTURE == "Classifier"
@@ -32,6 +34,7 @@ class TestSet:
 
     def scores(self, model: nn.Module, folder: Path | None = None) -> Scores:
         """Of `model` in the mode it is in, the same on every rank; the predictions go to `folder`."""
+        model = in_domain(self.cfg, model, self.domain)
         if self.classes:
             predictions = predict_classes(model, self.loader, self.device)
         else:
