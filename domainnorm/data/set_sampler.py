@@ -129,8 +129,11 @@ class _Choices:
         orders = [
             b * self.block - first + np.random.default_rng([*self.key, b]).permutation(self.block) for b in blocks
         ]
-        places = np.concatenate(orders)[start - first : stop - first]
-        return chosen[places], numbers[places]
+        shuffled = chosen[np.concatenate(orders)]
+        # Equal choices keep their order: an image comes again after all others of its set, and not earlier.
+        in_order = np.empty_like(numbers)
+        in_order[np.argsort(shuffled, kind="stable")] = numbers[np.argsort(chosen, kind="stable")]
+        return shuffled[start - first : stop - first], in_order[start - first : stop - first]
 
 
 def spread(shares: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
