@@ -154,13 +154,22 @@ _C.DATASETS = CfgNode()
 # with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte"
 _C.DATASETS.TRAIN = []
 _C.DATASETS.TEST = []  # evaluated one by one
-
-_C.DATASETS.DOMAINS = []  # the domain of each of TRAIN
+_C.DATASETS.DOMAINS = []  # the name of the domain of each of TRAIN, several may have one; []: no domains
+_C.DATASETS.TEST_DOMAINS = []  # of each of TEST, "" for unknown; []: those of TRAIN where a set is one of them
+# Categories of the model: "equal" (all data sets have the same) | "union" (those of TRAIN, merged by name; a set of
+# TEST may have some of them)
+_C.DATASETS.LABELS = "equal"
+_C.DATASETS.RENAME = []  # categories, such as "rbc=RBC", before they are compared; those of one name become one
 
 _C.DATALOADER = CfgNode()
 _C.DATALOADER.NUM_WORKERS = 2  # processes, for each rank; 0 loads in the main process
 _C.DATALOADER.ASPECT_RATIO_GROUPING = True  # a batch holds either wide or tall images
 _C.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # train without the images that have no object
+# How often images of each of TRAIN come, relative to each other, such as [2, 1]; []: as many as a set has
+_C.DATALOADER.RATIOS = []
+# Domains of a normalization batch, which is the share of one rank and one of ACCUMULATE: "mixed" |
+# "one_domain_per_rank" (each has one, ranks exchange them) | "one_domain_per_batch" (all of an SGD step have the same)
+_C.DATALOADER.COMPOSITION = "mixed"
 _C.DATALOADER.INVALID_BOXES = "error"  # "error" | "skip": boxes outside the image or of no area
 # What a classifier's normalization batch is made of: "iid" | "few_classes" (CLASSES_PER_BATCH random ones, as many
 # images of each) | "few_classes_in_rounds" (the same images, each so many in turn hold each class once) |
@@ -227,8 +236,11 @@ _C.TEST.DETECTIONS_PER_IMAGE = 100  # the best, over all classes
 
 # Every key with a default; of a list, with an element.
 _KNOWN = dict(leaves(_C)) | {
+    "DATALOADER.RATIOS": [0.0],
     "DATASETS.DOMAINS": [""],
+    "DATASETS.RENAME": [""],
     "DATASETS.TEST": [""],
+    "DATASETS.TEST_DOMAINS": [""],
     "DATASETS.TRAIN": [""],
     "SOLVER.FREEZE_NORM_LAYERS": [""],
     "SOLVER.STEPS": [0],

@@ -32,6 +32,8 @@ _CHOICES = {
     "MODEL.ROI_BOX_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
     "INPUT.CROP": ("random_resized", "padded", "none"),
+    "DATASETS.LABELS": ("equal", "union"),
+    "DATALOADER.COMPOSITION": ("mixed", "one_domain_per_rank", "one_domain_per_batch"),
     "DATALOADER.INVALID_BOXES": ("error", "skip"),
     "DATALOADER.BATCHES": ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
@@ -58,7 +60,7 @@ _POSITIVE = (
     *("TEST.RECOMPUTE.NUM_SAMPLES", "MODEL.NORM.GN.NUM_GROUPS", "MODEL.NORM.GHOSTBN.GROUP_SIZE"),
     *("MODEL.NORM.SEQNORM.CHANNEL_GROUPS", "MODEL.NORM.SEQNORM.BATCH_GROUPS", "MODEL.NORM.BGN.NUM_GROUPS"),
     *("MODEL.NORM.GBGN.CHANNEL_GROUPS", "MODEL.NORM.GBGN.EXAMPLES_PER_GROUP"),
-    "INPUT.CROP_SIZE",
+    *("INPUT.CROP_SIZE", "DATALOADER.RATIOS"),
 )
 _NOT_NEGATIVE = (
     *("SEED", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"),
@@ -119,6 +121,7 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
             raise UserError(f"TEST.STATISTICS takes any of {list(STATISTICS)}, got {name!r}")
 
     _check_model(cfg.MODEL, defaults.MODEL)
+    _check_data_sets(cfg.DATASETS)
     _check_batches(cfg)
     _check_solver(cfg)
     if cfg.MODEL.NORM_DOMAINS and not cfg.DATASETS.DOMAINS:
@@ -206,6 +209,36 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
             )
 
 
+def _check_data_sets(sets: CfgNode) -> None:
+    for key, of in (("DOMAINS", "TRAIN"), ("TEST_DOMAINS", "TEST")):
+        if sets[key] and len(sets[key]) != len(sets[of]):
+            raise UserError(
+                f"DATASETS.{key} {sets[key]} contradicts DATASETS.{of} {sets[of]}: it takes one for each of these "
+                f"{len(sets[of])}, or []"
+            )
+    for domain in sets.DOMAINS:
+        if not domain.strip() or "\n" in domain:
+            raise UserError(f"DATASETS.DOMAINS takes names of one line, got {domain!r}")
+    for domain in sets.TEST_DOMAINS:
+        if not sets.DOMAINS:
+            raise UserError(
+                f"DATASETS.TEST_DOMAINS {sets.TEST_DOMAINS} contradicts DATASETS.DOMAINS []: name the domains of "
+                "DATASETS.TRAIN, or leave it out"
+            )
+        if domain and domain not in sets.DOMAINS:
+            nearest = difflib.get_close_matches(domain, sets.DOMAINS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"DATASETS.TEST_DOMAINS takes any of DATASETS.DOMAINS {sets.DOMAINS}, or '' for unknown, got "
+                f"{domain!r}; nearest: {nearest!r}"
+            )
+    renamed = [[name.strip() for name in entry.split("=")] for entry in sets.RENAME]
+    for entry, names in zip(sets.RENAME, renamed, strict=True):
+        if len(names) != 2 or not all(names):
+            raise UserError(f"DATASETS.RENAME takes entries such as 'old=new', got {entry!r}")
+        if sum(other[0] == names[0] for other in renamed) > 1:
+            raise UserError(f"DATASETS.RENAME has several new names for {names[0]!r}: {sets.RENAME}")
+
+
 def _check_batches(cfg: CfgNode) -> None:
     batches, classes = cfg.DATALOADER.BATCHES, cfg.DATALOADER.CLASSES_PER_BATCH
     if batches != "iid" and cfg.MODEL.META_ARCHITECTURE != "Classifier":
@@ -213,6 +246,23 @@ def _check_batches(cfg: CfgNode) -> None:
             f"DATALOADER.BATCHES {batches!r} contradicts MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}: an "
             "image there has no one class; leave BATCHES out, or choose Classifier"
         )
+    ratios, composition = cfg.DATALOADER.RATIOS, cfg.DATALOADER.COMPOSITION
+    if ratios and len(ratios) != len(cfg.DATASETS.TRAIN):
+        raise UserError(
+            f"DATALOADER.RATIOS {ratios} contradicts DATASETS.TRAIN {cfg.DATASETS.TRAIN}: it takes one for each of "
+            f"these {len(cfg.DATASETS.TRAIN)}, or []"
+        )
+    if composition != "mixed" and not cfg.DATASETS.DOMAINS:
+        raise UserError(
+            f"DATALOADER.COMPOSITION {composition!r} contradicts DATASETS.DOMAINS []: name the domains of "
+            "DATASETS.TRAIN, or set it to mixed"
+        )
+    for key, value in (("RATIOS", ratios), ("COMPOSITION", composition)):
+        if batches != "iid" and value not in ([], "mixed"):
+            raise UserError(
+                f"DATALOADER.{key} {value!r} contradicts DATALOADER.BATCHES {batches!r}, which takes all data sets as "
+                "one: leave one of them out"
+            )
     if batches.startswith("few_classes") != bool(classes):
         remedy = "leave it out, or set BATCHES to few_classes" if classes else "say how many classes a batch holds"
         raise UserError(f"DATALOADER.CLASSES_PER_BATCH {classes} contradicts DATALOADER.BATCHES {batches!r}: {remedy}")

@@ -1,7 +1,9 @@
+from .classes import num_classes
 from .classification import ClassificationDataset
 from .coco import CocoDataset, resolve_dataset
+from .domains import domain_names
 from .image import read_image
-from .loader import EvaluationLoader, domain_names, num_classes, test_loader, train_loader
+from .loader import EvaluationLoader, one_set_loader, test_loader, train_loader
 
 __all__ = [
     "ClassificationDataset",
@@ -9,6 +11,7 @@ __all__ = [
     "EvaluationLoader",
     "domain_names",
     "num_classes",
+    "one_set_loader",
     "read_image",
     "resolve_dataset",
     "test_loader",

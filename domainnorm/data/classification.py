@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
             content = _open(name, paths)
             self.class_names, self.images, labels = content.class_names, content.images, content.labels
         self.labels = torch.from_numpy(labels)
+
+    def relabel(self, class_names: list[str], renamed: Mapping[str, str]) -> None:
+        """Make labels positions in `class_names`, which has all classes by their names after `renamed`. Once."""
+        lookup = torch.tensor([class_names.index(renamed.get(name, name)) for name in self.class_names])
+        self.labels = lookup[self.labels]
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return len(self.labels)

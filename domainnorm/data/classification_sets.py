@@ -33,6 +33,11 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     return read_class_names(name)
 
 
+def wide_images(cfg: CfgNode, dataset: ClassificationDataset) -> np.ndarray:
+    """Of which images a batch may hold no others, bool (n,): none, they are square."""
+    return np.zeros(len(dataset), dtype=bool)
+
+
 def batch_sampler(
     cfg: CfgNode, datasets: Sequence[ClassificationDataset], *, rank: int, world_size: int, start: int
 ) -> Sampler[list[tuple[int, int]]]:

@@ -2,7 +2,8 @@
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
     Attributes:
         annotation_file, image_folder: paths.
         categories: the file's, sorted by id; label k is the k-th.
-        category_ids, class_names: of each label.
+        category_ids, class_names: of each label; after `relabel` the id is None if the set has no such category.
         image_ids, sizes: id and (height, width) of each image kept, in the order of the file.
 
     Raises:
@@ -61,14 +62,31 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         self.categories, records = read_annotations(self.annotation_file, invalid_boxes=invalid_boxes, masks=masks)
         self.records = [record for record in records if keep_empty or len(record.boxes)]
         self._check_files()
-        self.category_ids: list[int] = [int(category["id"]) for category in self.categories]
+        self.category_ids: list[int | None] = [int(category["id"]) for category in self.categories]
         self.class_names: list[str] = [category["name"] for category in self.categories]
         self.image_ids = [record.image_id for record in self.records]
         self.sizes = [record.size for record in self.records]
+        self._merged: dict[int, int] = {}  # the id of a category whose name an earlier one has too -> the earlier one's
+
+    def relabel(self, class_names: list[str], renamed: Mapping[str, str]) -> None:
+        """Make labels positions in `class_names`, which has all categories by their names after `renamed`. Once.
+
+        Categories of one name become one, in the ground truth too: the first of them.
+        """
+        labels: list[int] = []
+        ids: dict[str, int] = {}
+        for category in self.categories:
+            name = renamed.get(category["name"], category["name"])
+            labels.append(class_names.index(name))
+            self._merged[int(category["id"])] = ids.setdefault(name, int(category["id"]))
+        lookup = np.array(labels, dtype=np.int64)
+        self.records = [replace(record, labels=lookup[record.labels]) for record in self.records]
+        self.category_ids = [ids.get(name) for name in class_names]
+        self.class_names = class_names
 
     def ground_truth(self) -> dict[str, Any]:
         """The contents of the annotation file to evaluate against: without the boxes that were dropped as invalid,
-        and with those that reached outside their image clipped.
+        and with those that reached outside their image clipped; of categories as `relabel` left them.
         """
         data = read_json(self.annotation_file)
         kept = {
@@ -78,6 +96,7 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         }
         annotations = []
         for entry in data["annotations"]:
+            entry["category_id"] = self._merged.get(entry["category_id"], entry["category_id"])
             box = kept.get(int(entry["id"]))
             if box is not None:
                 x0, y0, x1, y1 = box.tolist()
@@ -86,7 +105,10 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
                     entry["bbox"] = clipped
             if box is not None or entry.get("iscrowd", 0):
                 annotations.append(entry)
-        return data | {"annotations": annotations}
+        categories = [
+            entry for entry in data["categories"] if self._merged.get(entry["id"], entry["id"]) == entry["id"]
+        ]
+        return data | {"annotations": annotations, "categories": categories}
 
     def __len__(self) -> int:
         return len(self.records)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from fvcore.common.config import CfgNode
 
 from ..errors import UserError
@@ -49,6 +50,12 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     if not must_exist and not file.is_file():
         return None
     return [category["name"] for category in read_categories(file)]
+
+
+def wide_images(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
+    """Of which images a batch may hold no others: bool (n,)."""
+    group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    return np.array([group and width > height for height, width in dataset.sizes])
 
 
 def batch_sampler(

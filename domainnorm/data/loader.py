@@ -1,21 +1,19 @@
 """Batches for training and evaluation, on this rank."""
 
 from collections.abc import Generator, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..errors import UserError
-from . import classification_sets, detection_sets
-from .classification import ClassificationDataset
-from .coco import CocoDataset
+from .classes import AnySet, kind, label_other_set, label_training_sets
+from .domains import WithDomain, domain_of, training_domains
 from .sampler import evaluation_indices
+from .set_sampler import SetBatchSampler
 
 Sample = tuple[torch.Tensor, dict[str, Any]]
-AnySet = CocoDataset | ClassificationDataset
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
@@ -23,22 +21,69 @@ def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: i
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
 
     Images are float32 (3, H, W) in [0, 1], a detector's of different sizes; targets are those of `CocoDataset`, with
-    masks if `MODEL.MASK_ON`, or of `ClassificationDataset`, as plain tensors. Which image comes when, and how it is
-    augmented, depends on `SEED` and the position only: not on the number of workers, nor on whether the run began at
-    `start_iteration` or came there. Closing the generator ends the workers.
+    masks if `MODEL.MASK_ON`, or of `ClassificationDataset`, as plain tensors; with `DATASETS.DOMAINS` they have
+    `domain`, int64 (), the position in `domain_names(cfg)`. Which image comes when, and how it is augmented, depends on
+    `SEED` and the position only: not on the number of workers, nor on whether the run began at `start_iteration` or
+    came there. Closing the generator ends the workers.
 
     Raises:
         UserError: here, for the config and the annotations; from the iterator, for an image.
     """
+    _check_share(cfg, world_size)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {kind(cfg).EXAMPLES}")
+    datasets = [kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
+    label_training_sets(cfg, datasets)
+    place = {"rank": rank, "world_size": world_size, "start": start_iteration}
+    composed = cfg.DATALOADER.RATIOS or cfg.DATALOADER.COMPOSITION != "mixed"
+    sampler = _by_ratios(cfg, datasets, **place) if composed else kind(cfg).batch_sampler(cfg, datasets, **place)
+    return _training_batches(cfg, datasets, training_domains(cfg), sampler)
+
+
+def one_set_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Generator[Batch, None, None]:
+    """Batches as `train_loader`'s, of data set `name` instead of the training sets: without ratios and composition.
+
+    With `DATASETS.DOMAINS` its domain is the one that it is trained or tested as, else -1.
+
+    Raises:
+        UserError: as `train_loader`; the data set's classes do not fit those of training.
+    """
+    _check_share(cfg, world_size)
+    dataset = kind(cfg).training_set(cfg, name)
+    label_other_set(cfg, dataset, "TEST.RECOMPUTE.DATASET")
+    sampler = kind(cfg).batch_sampler(cfg, [dataset], rank=rank, world_size=world_size, start=0)
+    return _training_batches(cfg, [dataset], [domain_of(cfg, name)], sampler)
+
+
+def _check_share(cfg: CfgNode, world_size: int) -> None:
     total, ways = cfg.SOLVER.IMS_PER_BATCH, world_size * cfg.SOLVER.ACCUMULATE
     if total % ways:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {total} cannot be shared equally by {world_size} processes with "
             f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; use a multiple of {ways}"
         )
-    datasets = _training_sets(cfg)
-    sampler = _kind(cfg).batch_sampler(cfg, datasets, rank=rank, world_size=world_size, start=start_iteration)
-    return _batches(_loader(_Seeded(ConcatDataset(datasets)), sampler, cfg.DATALOADER.NUM_WORKERS))
+
+
+def _by_ratios(cfg: CfgNode, datasets: list[AnySet], **place: int) -> SetBatchSampler:
+    return SetBatchSampler(
+        [kind(cfg).wide_images(cfg, dataset) for dataset in datasets],
+        cfg.SOLVER.IMS_PER_BATCH // (place["world_size"] * cfg.SOLVER.ACCUMULATE),
+        ratios=cfg.DATALOADER.RATIOS or [len(dataset) for dataset in datasets],
+        domains=training_domains(cfg),
+        composition=cfg.DATALOADER.COMPOSITION,
+        parts=cfg.SOLVER.ACCUMULATE,
+        seed=cfg.SEED,
+        **place,
+    )
+
+
+def _training_batches(
+    cfg: CfgNode, datasets: list[AnySet], domains: list[int], sampler: Sampler[list[tuple[int, int]]]
+) -> Generator[Batch, None, None]:
+    samples: list[Any] = list(datasets)
+    if cfg.DATASETS.DOMAINS:
+        samples = [WithDomain(dataset, domain) for dataset, domain in zip(datasets, domains, strict=True)]
+    return _batches(_loader(_Seeded(ConcatDataset(samples)), sampler, cfg.DATALOADER.NUM_WORKERS))
 
 
 class EvaluationLoader:
@@ -47,13 +92,17 @@ class EvaluationLoader:
     Attributes:
         dataset: the whole `CocoDataset` or `ClassificationDataset`.
         indices: this rank's part of it; may be empty.
+        domain: what its targets say; None: nothing.
     """
 
-    def __init__(self, dataset: Any, indices: range, batch_size: int, num_workers: int) -> None:
+    def __init__(
+        self, dataset: Any, indices: range, batch_size: int, num_workers: int, domain: int | None = None
+    ) -> None:
         self.dataset = dataset
         self.indices = indices
         self.batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
         self.num_workers = num_workers
+        self.domain = domain
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -61,83 +110,25 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         workers = min(self.num_workers, len(self.batches))
-        return _batches(_loader(_Caught(self.dataset), self.batches, workers))
+        samples = self.dataset if self.domain is None else WithDomain(self.dataset, self.domain)
+        return _batches(_loader(_Caught(samples), self.batches, workers))
 
 
 def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> EvaluationLoader:
     """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch.
 
     A detector's images are in their own size, a classifier's square. Targets have no masks: evaluation takes them from
-    the annotation file.
+    the annotation file. With `DATASETS.DOMAINS` they have `domain`, int64 (), -1 if it is unknown.
 
     Raises:
-        UserError: here, for the annotations, also if `MODEL.MASK_ON` and they have no masks, and for classes that are
-            not those of training; when iterated, for an image.
+        UserError: here, for the annotations, also if `MODEL.MASK_ON` and they have no masks, and for classes that do
+            not fit those of training; when iterated, for an image.
     """
-    dataset = _kind(cfg).evaluation_set(cfg, name)
-    _check_number_of_classes(cfg, dataset)
-    trained = _kind(cfg).class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
-    if trained not in (None, dataset.class_names):
-        raise UserError(
-            f"DATASETS.TEST: {name} has the categories {dataset.class_names}, the model is trained on {trained}; "
-            "they must be equal, in the same order"
-        )
+    dataset = kind(cfg).evaluation_set(cfg, name)
+    label_other_set(cfg, dataset, "DATASETS.TEST")
     indices = evaluation_indices(len(dataset), rank, world_size)
-    return EvaluationLoader(dataset, indices, cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS)
-
-
-def num_classes(cfg: CfgNode) -> int:
-    """What the config says or, where it says 0, the number of classes of its first training (else test) set.
-
-    Raises:
-        UserError: 0 and no data set, or it is missing or broken.
-    """
-    key, number = _classes_option(cfg)
-    names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
-    if not number and not names:
-        raise UserError(f"DATASETS.TRAIN and DATASETS.TEST are empty; name a data set, or set {key}")
-    return number or len(_kind(cfg).class_names(names[0], must_exist=True))
-
-
-def domain_names(cfg: CfgNode) -> list[str]:
-    """The domains of the training sets, in order of first appearance."""
-    return list(dict.fromkeys(cfg.DATASETS.DOMAINS))
-
-
-def _kind(cfg: CfgNode) -> ModuleType:
-    """The module that opens the data sets of the architecture and says what forms a batch."""
-    return classification_sets if cfg.MODEL.META_ARCHITECTURE == "Classifier" else detection_sets
-
-
-def _classes_option(cfg: CfgNode) -> tuple[str, int]:
-    """The key that gives the architecture its number of classes, and the number; 0: the data set's."""
-    node = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS", "Classifier": "CLASSIFIER"}[
-        cfg.MODEL.META_ARCHITECTURE
-    ]
-    return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
-
-
-def _training_sets(cfg: CfgNode) -> list[AnySet]:
-    if not cfg.DATASETS.TRAIN:
-        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {_kind(cfg).EXAMPLES}")
-    datasets = [_kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
-    for dataset in datasets:
-        _check_number_of_classes(cfg, dataset)
-        if dataset.class_names != datasets[0].class_names:
-            raise UserError(
-                f"DATASETS.TRAIN: {datasets[0].name} has the categories {datasets[0].class_names}, {dataset.name} has "
-                f"{dataset.class_names}; they must be equal, in the same order, to train on both"
-            )
-    return datasets
-
-
-def _check_number_of_classes(cfg: CfgNode, dataset: AnySet) -> None:
-    key, classes = _classes_option(cfg)
-    if classes and len(dataset.class_names) > classes:
-        raise UserError(
-            f"{key} {classes} contradicts data set {dataset.name}, which has {len(dataset.class_names)} categories; "
-            "raise it, or set it to 0 to take the data set's number"
-        )
+    domain = domain_of(cfg, name) if cfg.DATASETS.DOMAINS else None
+    return EvaluationLoader(dataset, indices, cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS, domain)
 
 
 def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader[Any]:

@@ -31,7 +31,8 @@ def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[st
     model gave it: batch sizes, order and ranks leave no trace.
 
     Args:
-        loader: of `(images, targets)`, its `dataset.category_ids` the COCO id of each label.
+        loader: of `(images, targets)`, its `dataset.category_ids` the COCO id of each label, or None: predictions of it
+            are left out.
     """
     found: list[dict[str, Any]] = []
     for images, targets in tqdm(loader, desc="evaluation", file=sys.stdout, disable=True if rank() else None):
@@ -79,14 +80,17 @@ def evaluate_coco(
     }
 
 
-def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
-    labels, scores = output["labels"].tolist(), output["scores"].tolist()
+def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
+    labels = output["labels"].tolist()
     if max(labels, default=0) >= len(category_ids):
         raise UserError(
             f"the model predicts class {max(labels)}, counted from 0, but the data set has {len(category_ids)} "
             "categories: name the data set the model was trained for in DATASETS.TEST"
         )
+    if None in category_ids:
+        kept = [row for row, label in enumerate(labels) if category_ids[label] is not None]
+        output, labels = {key: value[kept] for key, value in output.items()}, [labels[row] for row in kept]
+    boxes, scores = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist(), output["scores"].tolist()
     results = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for box, label, score in zip(boxes, labels, scores, strict=True)

@@ -8,7 +8,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..data import train_loader
+from ..data import one_set_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..layers import DomainBatchNorm
 from ..population import recompute_population_statistics
@@ -29,12 +29,13 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE, 1
-    cfg.DATASETS.TRAIN = [options.DATASET] if options.DATASET else cfg.DATASETS.TRAIN
+    ranks = {"rank": rank(), "world_size": world_size()}
+    loader = one_set_loader(cfg, options.DATASET, **ranks) if options.DATASET else train_loader(cfg, **ranks)
     device = get_device(cfg.MODEL.DEVICE)
     step = _Step(model, device)
     step.training = model.training  # of its parts, each keeps its own
     with (
-        closing(train_loader(cfg, rank=rank(), world_size=world_size())) as batches,
+        closing(loader) as batches,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         recompute_population_statistics(step, batches, options.NUM_SAMPLES, options.METHOD)
