@@ -147,7 +147,7 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
                     f"MODEL.RETINANET.{name} {head[name]!r} contradicts MODEL.RETINANET.NORM {head.NORM!r}: "
                     f"it is a choice of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave {name} out"
                 )
-    if model.NORM.BRN.R_MAX < 1:
+    if not model.NORM.BRN.R_MAX >= 1:  # nan too
         raise UserError(f"MODEL.NORM.BRN.R_MAX takes a number from 1 on, got {model.NORM.BRN.R_MAX}")
     if model.NORM.BRN.SYNC and model.NORM.BRN.GROUP_SIZE:
         raise UserError(

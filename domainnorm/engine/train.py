@@ -59,7 +59,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     start = checkpoint["iteration"] if checkpoint else 0
     ranks = {"rank": rank(), "world_size": world_size()}
     batches = train_loader(cfg, **ranks, start_iteration=start)
-    for name in (*cfg.DATASETS.TEST, *filter(None, [cfg.TEST.RECOMPUTE.DATASET])):
+    for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.RECOMPUTE.DATASET, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
         test_loader(cfg, name, **ranks)
     _seed(cfg.SEED)  # the same weights on every rank
     model = build_model(cfg).train()
