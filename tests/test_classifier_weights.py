@@ -221,3 +221,17 @@ def test_decay_alone_leads_to_its_target(optimizer):
 def test_a_target_without_decay_is_a_contradiction():
     with pytest.raises(dn.UserError, match="WEIGHT_DECAY_NORM_TARGET"):
         dn.load_config(None, ["SOLVER.WEIGHT_DECAY_NORM_TARGET", 1.0])
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["SGD", pytest.param("AdamW", marks=pytest.mark.xfail(strict=True, reason="it moves"))]
+)
+def test_a_step_that_is_skipped_for_its_overflow_changes_nothing(optimizer):
+    """As by SOLVER.AMP in float16."""
+    words = ["SOLVER.WEIGHT_DECAY_NORM", 0.5, "SOLVER.WEIGHT_DECAY_NORM_TARGET", 1.0, "SOLVER.OPTIMIZER", optimizer]
+    layer = DomainBatchNorm(2)
+    stepper, scaler = build_optimizer(dn.load_config(None, words), nn.Sequential(layer)), torch.amp.GradScaler("cpu")
+    scaler.scale((layer.weight * float("inf")).sum() + layer.bias.sum()).backward()
+    scaler.unscale_(stepper)
+    scaler.step(stepper)
+    assert torch.equal(layer.weight, torch.ones(2)) and torch.equal(layer.bias, torch.zeros(2))
