@@ -178,10 +178,8 @@ def test_what_every_conversion_keeps(name, options):
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(8, momentum=0.3), nn.SyncBatchNorm(8), dn.DomainBatchNorm(8, 3)])
 @each_norm
-def test_a_class_and_its_name_in_a_config_make_the_same_layer(name, layer, request):
+def test_a_class_and_its_name_in_a_config_make_the_same_layer(name, layer):
     long, options = NAMES[name]
-    if name == "BRN" or (name == "GBGN" and isinstance(layer, nn.SyncBatchNorm)):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the name of a class is taken for DomainBatchNorm's"))
     one, other = (dn.convert_batchnorm(nn.Sequential(layer), n, **options)[0] for n in (name, long))
     assert type(one).__name__ == long and repr(one) == repr(other)
 

@@ -60,7 +60,6 @@ def test_fused_without_activation_and_in_fused_models_for_deployment():
     close(dn.fuse(dn.convert_batchnorm(active, "BN"))(images()), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="the activation is called with the list")
 def test_a_list_of_domains_has_its_activation_too():
     model = dn.convert_batchnorm(fused(), "BN", num_domains=2).double()
     xs = [images(seed=k).repeat(1, 3, 1, 1)[:, :8] for k in range(2)]
@@ -69,7 +68,6 @@ def test_a_list_of_domains_has_its_activation_too():
         close(y, one(xs[k]))
 
 
-@pytest.mark.xfail(strict=True, reason="freeze_batchnorm drops the fused activation")
 @pytest.mark.parametrize("first", ["BN", None])
 def test_frozen_layers_keep_their_activation(first):
     """`SOLVER.FREEZE_NORM_AT` must not change what a model of timm computes."""
