@@ -270,11 +270,6 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
     return cfg
 
 
-def iteration_of(cfg: CfgNode, when: float) -> int:
-    """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
-    return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
-
-
 def save_config(cfg: CfgNode, file: str | Path) -> None:
     """Write `cfg` as YAML that `load_config` reads back to an equal config."""
     Path(file).write_text(cfg.dump(), encoding="utf-8")

@@ -6,6 +6,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from .config_values import iteration_of
 from .errors import UserError
 
 BATCH_NORMS = ("BN", "SyncBN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN")
@@ -133,6 +134,11 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
         raise UserError(
             f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
         )
+    if cfg.TEST.EXAMPLE_WEIGHTS and set(cfg.TEST.STATISTICS) == {"minibatch"}:
+        raise UserError(
+            f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS} contradicts TEST.STATISTICS ['minibatch']: the weights "
+            "are against population statistics; add population or recomputed"
+        )
     weights, validation = cfg.TEST.EXAMPLE_WEIGHTS, cfg.TEST.EXAMPLE_WEIGHT_DATASET
     if (len(weights) > 1) != bool(validation):
         remedy = "name a data set to choose on" if not validation else "give several weights to choose from"
@@ -161,8 +167,13 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
                     f"MODEL.RETINANET.{name} {head[name]!r} contradicts MODEL.RETINANET.NORM {head.NORM!r}: "
                     f"it is a choice of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave {name} out"
                 )
-    if model.NORM.BRN.R_MAX < 1:
+    if not model.NORM.BRN.R_MAX >= 1:  # nan too
         raise UserError(f"MODEL.NORM.BRN.R_MAX takes a number from 1 on, got {model.NORM.BRN.R_MAX}")
+    if model.META_ARCHITECTURE == "Classifier" and model.BACKBONE.FREEZE_AT not in (0, defaults.BACKBONE.FREEZE_AT):
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT {model.BACKBONE.FREEZE_AT} contradicts MODEL.META_ARCHITECTURE 'Classifier', "
+            "all of whose layers are trained: leave it out"
+        )
     if model.NORM.BRN.SYNC and model.NORM.BRN.GROUP_SIZE:
         raise UserError(
             f"MODEL.NORM.BRN.GROUP_SIZE {model.NORM.BRN.GROUP_SIZE} contradicts MODEL.NORM.BRN.SYNC True: "
@@ -269,7 +280,19 @@ def _check_batches(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
-    solver = cfg.SOLVER
+    solver, renorm = cfg.SOLVER, cfg.MODEL.NORM.BRN
+    begin = iteration_of(cfg, renorm.BN_UNTIL)
+    for name in ("R_MAX_AT", "D_MAX_AT"):
+        if begin and begin >= iteration_of(cfg, renorm[name]):
+            raise UserError(
+                f"MODEL.NORM.BRN.{name} {renorm[name]:g} contradicts MODEL.NORM.BRN.BN_UNTIL {renorm.BN_UNTIL:g}: of "
+                f"{solver.MAX_ITER} iterations, the limits grow from the second to the first; make BN_UNTIL smaller"
+            )
+    if solver.WEIGHT_DECAY_NORM_TARGET and not solver.WEIGHT_DECAY_NORM:
+        raise UserError(
+            f"SOLVER.WEIGHT_DECAY_NORM_TARGET {solver.WEIGHT_DECAY_NORM_TARGET:g} contradicts SOLVER.WEIGHT_DECAY_NORM "
+            "0, by which nothing decays: set that too, or leave it out"
+        )
     if solver.LR_SCHEDULER == "cosine" and solver.STEPS:
         raise UserError(
             f"SOLVER.STEPS {solver.STEPS} contradicts SOLVER.LR_SCHEDULER 'cosine': "

@@ -83,3 +83,8 @@ def _type_name(default: Any) -> str:
     return (
         f"a list such as {default}" if isinstance(default, list) else f"{type(default).__name__} (such as {default!r})"
     )
+
+
+def iteration_of(cfg: CfgNode, when: float) -> int:
+    """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
+    return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)

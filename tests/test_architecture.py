@@ -8,7 +8,7 @@ import domainnorm as dn
 PACKAGE = Path(dn.__file__).parent
 LOWER = {
     "errors": set(),
-    "config_checks": {"errors"},
+    "config_checks": {"errors", "config_values"},
     "config_values": {"errors"},
     "config": {"errors", "config_checks", "config_values"},
     "distributed": {"errors"},
@@ -26,13 +26,26 @@ LOWER = {
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},
-    "modeling": {"domains", "errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
+    "modeling": {
+        *("domains", "errors", "config_values", "distributed", "moments", "layers", "convert", "roi_shuffle", "data")
+    },
     "evaluation": {
         *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
         *("domains", "example_weight"),
     },
     "engine": {
-        *("errors", "config", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        *(
+            "errors",
+            "config",
+            "config_values",
+            "distributed",
+            "output",
+            "layers",
+            "convert",
+            "population",
+            "data",
+            "modeling",
+        ),
         "evaluation",
     },
 }

@@ -13,7 +13,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
-from ..config import iteration_of
+from ..config_values import iteration_of
 from ..layers import is_norm
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 @torch.no_grad()
 def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Decay to what is not 0, beside the optimizer's own to 0: SGD's through the gradient, AdamW's apart from it."""
+    # Of a step that overflows, the loss scaler tells a fused optimizer, which then leaves the parameters as they are.
+    overflow = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
         pull = group["weight_decay"] * group.get("decay_target", 0.0)
         for parameter in group["params"] if pull else ():
@@ -70,7 +72,7 @@ def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if isinstance(optimizer, torch.optim.SGD):
                 parameter.grad.sub_(pull)
             else:
-                parameter.add_(group["lr"] * pull)
+                parameter.add_(group["lr"] * pull * (1 if overflow is None else 1 - overflow.to(parameter.device)))
 
 
 def learning_rate(cfg: CfgNode, iteration: int) -> float:

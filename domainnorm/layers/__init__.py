@@ -1,6 +1,6 @@
 from .batch_group import BatchGroupNorm
 from .batch_renorm import BatchRenorm
-from .build import LAYERS, get_norm, is_norm
+from .build import LAYERS, get_norm, is_norm, norm_name
 from .domain_batch_norm import DomainBatchNorm
 from .frozen import FrozenBatchNorm, freeze_batchnorm
 from .ghost import GhostBatchNorm
@@ -22,5 +22,6 @@ __all__ = [
     "freeze_batchnorm",
     "get_norm",
     "is_norm",
+    "norm_name",
     "normalize_in_step",
 ]

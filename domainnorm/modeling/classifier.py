@@ -78,14 +78,32 @@ def build_classifier(cfg: CfgNode) -> Classifier:
     if state and not whole:
         load_weights(body, _with_own_last_layer(body, state), cfg.MODEL.WEIGHTS)
     if norm:
-        body = convert_batchnorm(body, norm, **norm_options(cfg, norm))
+        try:
+            body = convert_batchnorm(body, norm, **norm_options(cfg, norm))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"MODEL.BACKBONE.NORM {norm!r} of {name}: {error}") from error
     else:
         batch_norm = nn.modules.batchnorm._BatchNorm
         body = replace_layers(body, lambda _, m: nn.Identity() if isinstance(m, batch_norm) else m)
     model = Classifier(body, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD))
     if whole:
-        load_weights(model, state, cfg.MODEL.WEIGHTS)
+        load_weights(model, _with_own_last_layer(model, state), cfg.MODEL.WEIGHTS)
+    _try_image(cfg, model)
     return model
+
+
+@torch.no_grad()
+def _try_image(cfg: CfgNode, model: Classifier) -> None:
+    """UserError now, and not in the first step, if the body does not take images of this size."""
+    side = cfg.INPUT.CROP_SIZE
+    try:
+        model.eval()([torch.zeros(3, side, side)])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} with NORM {cfg.MODEL.BACKBONE.NORM!r} does not take images "
+            f"of INPUT.CROP_SIZE {side}: {' '.join(str(error).split())}"
+        ) from error
+    model.train()
 
 
 def _body(name: str, classes: int) -> nn.Module:
@@ -110,7 +128,9 @@ def _body(name: str, classes: int) -> nn.Module:
             f"MODEL.BACKBONE.NAME {name}: a classifier takes a name of torchvision.models, cifar_resnet18, "
             f"cifar_resnet20 (any 6n + 2), or timm/NAME; {_nearest(name, names)}"
         )
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
+    # without the heads that only training has
+    plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **plain)
 
 
 def _nearest(name: str, names: list[str]) -> str:
