@@ -216,17 +216,18 @@ def refuse_torch_batch_norm(model: nn.Module) -> None:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """After the block, every mode, every layer's statistics and example weight and every buffer are as before it."""
+    """After the block, every mode, every layer's choices and every buffer are as before it."""
     modes = [(module, module.training) for module in model.modules()]
-    choices = [(m, m.statistics, m.example_weight) for m in model.modules() if isinstance(m, DomainBatchNorm)]
+    layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    choices = [(layer, layer.statistics, layer.example_weight, layer.current_domain) for layer in layers]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for layer, statistics, weight in choices:
-            layer.statistics, layer.example_weight = statistics, weight
+        for layer, statistics, weight, domain in choices:
+            layer.statistics, layer.example_weight, layer.current_domain = statistics, weight, domain
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

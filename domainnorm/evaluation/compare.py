@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..output import output_folder, write_json
 from ..population import merge_population_statistics
 from .recompute import recompute
-from .test_set import TestSet
+from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
 
 
@@ -33,7 +33,8 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     Returns:
         On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, of a
         classifier `{statistics: {"classification": {"top1": …, …}}}`; in percent, nan where there is nothing to find.
-        With `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
+        With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
+        `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
         samples' own moments. With several test sets `{statistics: {data set: {"bbox": …}}}`. The same goes, with null
         for nan, to `OUTPUT_DIR/results.json`, and the predictions to
         `OUTPUT_DIR/inference/<statistics>[/<data set>]/coco_instances_results.json` (`classification_results.json`).
@@ -73,10 +74,13 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 
 def _on_each(cfg: CfgNode, model: nn.Module, tests: dict[str, TestSet], name: str) -> dict[str, Any]:
     folder = output_folder(cfg.OUTPUT_DIR) / "inference" / name
-    return {
+    found = {
         data_set: test.scores(model, folder / (_file_name(data_set) if len(tests) > 1 else ""))
         for data_set, test in tests.items()
     }
+    if len(tests) > 1 and cfg.DATASETS.DOMAINS:
+        found["overall"] = overall_scores(list(tests.values()))
+    return found
 
 
 def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:

@@ -1,15 +1,19 @@
 """A data set of the config to evaluate on, and what a model scores there."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data import test_loader
+from ..data import domain_names, test_loader
 from ..distributed import gather_objects, get_device, rank, world_size
+from ..errors import UserError
 from ..output import write_json
 from .classification import accuracy, predict_classes
-from .coco import evaluate_coco, predict
+from .coco import evaluate_coco
+from .coco import predict as predict_boxes
 from .in_domain import in_domain
 
 Scores = dict[str, dict[str, float]]  # of each kind ("bbox", "segm" or "classification") its metrics
@@ -24,29 +28,64 @@ class TestSet:
 
     __test__ = False  # pytest
 
-    def __init__(self, cfg: CfgNode, name: str, domain: str = "") -> None:
+    def __init__(self, cfg: CfgNode, name: str) -> None:
         self.cfg = cfg
-        self.domain = domain
         self.device = get_device(cfg.MODEL.DEVICE)
         self.loader = test_loader(cfg, name, rank=rank(), world_size=world_size())
         self.classes = cfg.MODEL.META_ARCHITECTURE == "Classifier"
         self.truth = {} if self.classes or rank() else self.loader.dataset.ground_truth()
+        self.predictions: list[dict[str, Any]] = []  # those scored last
+        index = self.loader.domain
+        self.domain = domain_names(cfg)[index] if index is not None and index >= 0 else ""
+        if cfg.MODEL.NORM_DOMAINS and cfg.TEST.DOMAIN == "given" and not self.domain:
+            raise UserError(
+                f"TEST.DOMAIN 'given': the domain of {name} is not known; name it in DATASETS.TEST_DOMAINS, or set "
+                "TEST.DOMAIN to nearest or average"
+            )
 
     def scores(self, model: nn.Module, folder: Path | None = None) -> Scores:
         """Of `model` in the mode it is in, the same on every rank; the predictions go to `folder`."""
         model = in_domain(self.cfg, model, self.domain)
-        if self.classes:
-            predictions = predict_classes(model, self.loader, self.device)
-        else:
-            predictions = predict(model, self.loader, self.device)
-        found: Scores = {}
-        if rank() == 0:
-            if folder is not None:
-                name = "classification_results.json" if self.classes else "coco_instances_results.json"
-                write_json(folder / name, predictions)
-            if self.classes:
-                found = {"classification": accuracy(predictions)}
+        predict = predict_classes if self.classes else predict_boxes
+        self.predictions = predict(model, self.loader, self.device)
+        if rank() == 0 and folder is not None:
+            name = "classification_results.json" if self.classes else "coco_instances_results.json"
+            write_json(folder / name, self.predictions)
+        return gather_objects(_score(self.cfg, self.predictions, self.truth) if rank() == 0 else {})[0]
+
+
+def overall_scores(tests: Sequence[TestSet]) -> Scores:
+    """Of what was predicted last for the images of all `tests`, as if they were one set; the same on every rank."""
+    found: Scores = {}
+    if rank() == 0:
+        predictions: list[dict[str, Any]] = []
+        truth: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+        for test in tests:
+            if test.classes:
+                predictions += test.predictions
             else:
-                kinds = ("bbox", "segm") if self.cfg.MODEL.MASK_ON else ("bbox",)
-                found = {kind: evaluate_coco(predictions, self.truth, kind) for kind in kinds}
-        return gather_objects(found)[0]
+                _append(truth, predictions, test)
+        found = _score(tests[0].cfg, predictions, truth)
+    return gather_objects(found)[0]
+
+
+def _append(truth: dict[str, Any], predictions: list[dict[str, Any]], test: TestSet) -> None:
+    """With image ids that no other set has, and the model's labels, from 1, for category ids."""
+    dataset = test.loader.dataset
+    labels = {id_: label for label, id_ in enumerate(dataset.category_ids, start=1) if id_ is not None}
+    truth["categories"] = [{"id": k, "name": name} for k, name in enumerate(dataset.class_names, start=1)]
+    first = len(truth["images"])
+    ids = {image["id"]: first + k for k, image in enumerate(test.truth["images"])}
+    truth["images"] += [image | {"id": ids[image["id"]]} for image in test.truth["images"]]
+    for source, target in ((test.truth["annotations"], truth["annotations"]), (test.predictions, predictions)):
+        target += [
+            entry | {"image_id": ids[entry["image_id"]], "category_id": labels[entry["category_id"]]}
+            for entry in source
+            if entry["category_id"] in labels
+        ]
+
+
+def _score(cfg: CfgNode, predictions: list[dict[str, Any]], truth: dict[str, Any]) -> Scores:
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
+        return {"classification": accuracy(predictions)}
+    return {kind: evaluate_coco(predictions, truth, kind) for kind in ("bbox", "segm")[: 1 + cfg.MODEL.MASK_ON]}
