@@ -23,22 +23,27 @@ from .layers.replace import replace_layers
 from .moments import Moments
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_TORCH = {kind.__name__: kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
 
 
 def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     """Exchange every BatchNorm of `model`, torch's or this library's, for another norm; returns the model.
 
-    γ and β stay the very same Parameters, so an optimizer goes on with its state; population statistics, eps, momentum
+    γ and β stay the very same Parameters, so an optimizer goes on with its state, but where `affine="per_domain"` gives
+    each domain its own, for which an optimizer is made afterwards; population statistics, eps, momentum
     (but for `BatchRenorm`, which has its own), mode, device and dtype are kept, and so are the dropout and activation
     that timm fuses into its `BatchNormAct2d`. Statistics of other channels are merged, or repeated, to those of a BGN's
     pieces. Those of `SeqNorm` are of group-normalized features: they begin anew, to be trained or recomputed.
     Frozen layers stay; hooks of users on the old layers do not.
 
+    The way back: `"BatchNorm1d"`, `"BatchNorm2d"`, `"BatchNorm3d"` or `"SyncBatchNorm"` makes torch's own layers of
+    those with one domain whose inference is one affine of each channel, frozen ones too: they follow `train()` again.
+    Of torch's layers it exchanges those that are, or become, a SyncBatchNorm.
+
     Args:
         model: any module; a norm layer itself is left untouched, and its copy returned.
         name: of a class of this library, such as `"GhostBatchNorm"`, or of a config, such as `"GhostBN"`; see
-            `get_norm`, also for channels that a number of groups does not divide.
+            `get_norm`, also for channels that a number of groups does not divide. Or of a class of torch.
         **options: of the layer.
 
     Raises:
@@ -94,11 +99,15 @@ def _exchange(model: nn.Module, converted: Any) -> nn.Module:
 
 def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Module | None:
     """The layer `name` with the hyperparameters and statistics of `layer`; None if that is no BatchNorm to convert."""
-    if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or getattr(layer, "frozen", False):
+    if not isinstance(layer, (DomainBatchNorm, _BatchNorm)):
         return None
-    _check_kind(layer, _TORCH)
+    if name not in _TORCH and getattr(layer, "frozen", False):
+        return None
+    _check_kind(layer, tuple(_TORCH.values()))
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         raise ValueError("a lazy BatchNorm does not know its channels yet: run the model once before converting it")
+    if name in _TORCH:
+        return _torch_layer(layer, _TORCH[name], options)
     name = norm_name(name)
     kind: Any = LAYERS[name]
     given: dict[str, Any] = {"eps": layer.eps}
@@ -107,9 +116,7 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
         given |= {key: getattr(layer, key) for key in keys}
     else:
         given["affine"] = "shared" if layer.affine else None
-    known = next((v for v in (layer.weight, layer.running_mean) if v is not None), None)
-    if known is not None:
-        given |= {"device": known.device, "dtype": known.dtype}
+    given |= _factory(layer)
     if kind is not BatchRenorm:
         given["momentum"] = layer.momentum
     if not issubclass(kind, (nn.GroupNorm, GhostBatchNorm)) and "group_size" not in options and name != "SyncBN":
@@ -134,6 +141,50 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
         if isinstance(layer, DomainBatchNorm):
             new.statistics, new.example_weight = layer.statistics, layer.example_weight
     return new
+
+
+def _torch_layer(layer: Any, kind: Any, options: dict[str, Any]) -> nn.Module | None:
+    """Torch's layer `kind` with the hyperparameters and statistics of `layer`; None if that is torch's and stays."""
+    ours = isinstance(layer, DomainBatchNorm)
+    if not ours and not isinstance(layer, nn.SyncBatchNorm) and kind is not nn.SyncBatchNorm:
+        return None
+    given: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum, "affine": layer.weight is not None}
+    given |= {"track_running_stats": layer.running_mean is not None} | _factory(layer) | options
+    if ours:
+        _check_is_torchs(layer, given["track_running_stats"])
+    if kind is nn.SyncBatchNorm:
+        group = layer.sync if ours else getattr(layer, "process_group", None)
+        given.setdefault("process_group", None if isinstance(group, bool) else group)
+    new = kind(layer.num_features, **given)
+    if new.track_running_stats:
+        for key, value in layer.named_buffers(recurse=False):
+            setattr(new, key, value.clone())
+    return new
+
+
+def _check_is_torchs(layer: DomainBatchNorm, tracks: bool) -> None:
+    """ValueError if torch's BatchNorms, which may track running statistics, infer otherwise."""
+    if not layer.per_channel:
+        raise ValueError(f"{type(layer).__name__} is no affine of each channel in inference, as torch's layers are")
+    if layer.num_domains > 1:
+        raise ValueError(
+            f"torch's layers have one domain, this one {layer.num_domains}: dn.merge_domains(model) makes one of those "
+            "that dn.use_domain chooses from"
+        )
+    if layer.statistics == "minibatch" and tracks:
+        raise ValueError(
+            "minibatch statistics in inference are torch's track_running_stats=False: pass that, or call "
+            "dn.set_statistics(model, 'auto') before"
+        )
+    if layer.example_weight:
+        raise ValueError(
+            f"torch's layers have no example_weight, this one {layer.example_weight}: dn.set_example_weight(model, 0)"
+        )
+
+
+def _factory(layer: Any) -> dict[str, Any]:
+    known = next((v for v in (layer.weight, layer.running_mean) if v is not None), None)
+    return {} if known is None else {"device": known.device, "dtype": known.dtype}
 
 
 def _check_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

@@ -4,13 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from .domain_batch_norm import DomainBatchNorm
-
 
 def has_activation(layer: nn.Module) -> bool:
     """Whether it is one of timm's, or took over from one."""
-    known = isinstance(layer, DomainBatchNorm) or type(layer).__module__.startswith("timm.")
-    return known and set(layer._modules) == {"drop", "act"}
+    timms = type(layer).__module__.startswith("timm.") and set(layer._modules) == {"drop", "act"}
+    return timms or _activated in layer._forward_hooks.values()
 
 
 def keep_activation(new: nn.Module, layer: nn.Module) -> None:
