@@ -140,7 +140,7 @@ def test_rois_have_the_domain_of_their_image(sets, tmp_path):
         **tiny.MASK_RCNN | {"DATASETS__TRAIN": sets, "DATASETS__DOMAINS": NAMES, "MODEL__NORM_DOMAINS": "dataset"},
     )
     model = dn.build_model(cfg).train()
-    images, targets = rcnn_batch(2)
+    images, targets = rcnn_batch(2, 2)
     for k, target in enumerate(targets):
         target["domain"] = torch.tensor(k)
     losses = model(images, targets)
