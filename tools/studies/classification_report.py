@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from classification_runs import WEIGHTS, Run
+from classification_runs import SWEEP, Run
 
 SIZES = {"images": 3000, "epochs": 3, "validation": 2000, "test": 5000, "rate": 0.2, "seeds": 3}
 # On the committed run, of these sizes; written by hand.
@@ -48,7 +48,7 @@ class Measured:
     def sweep(self, name: str, index: int) -> list[str]:
         """Of each α the test accuracy (index 0) or cross-entropy (1)."""
         of_seeds = self.values("α", name, "sweep")
-        of_weights = [[sweep[k][index] for sweep in of_seeds] for k in range(len(WEIGHTS))]
+        of_weights = [[sweep[k][index] for sweep in of_seeds] for k in range(len(SWEEP))]
         return [spread(values, digits=2 if index == 0 else 3) for values in of_weights]
 
 
@@ -153,7 +153,7 @@ def _ghost_size(of: Measured) -> list[str]:
 
 
 def _alpha(of: Measured) -> list[str]:
-    head = ["α", *(f"{weight:g}" for weight in WEIGHTS)]
+    head = ["α", *(f"{weight:g}" for weight in SWEEP)]
     lines = [
         f"Batch 128: {_passes(of, times=3)}, batch 8: {_passes(of)}. GN is weighed against recomputed statistics.",
         "",
@@ -223,7 +223,7 @@ def _figure(of: Measured, file: Path) -> None:
     right.set(xscale="log", xlabel="ghost size at batch 128", xticks=[*map(int, sizes)], xticklabels=[*sizes])
     for name in of.sections["α"]:
         sweeps = of.values("α", name, "sweep")
-        _errors(low, [(weight, [s[k][0] for s in sweeps]) for k, weight in enumerate(WEIGHTS)], name)
+        _errors(low, [(weight, [s[k][0] for s in sweeps]) for k, weight in enumerate(SWEEP)], name)
     low.set(xlabel="α", ylim=(max(low.get_ylim()[0], 60), None))
     rows = {label: of.values("few classes", f"{name}/2 classes × 16", m) for label, (name, m) in few_rows(of).items()}
     rows = {"BN, i.i.d. minibatches": of.values("few classes", "BN/i.i.d.")} | rows

@@ -18,7 +18,8 @@ from domainnorm.data.arrays import read_idx_pair
 from domainnorm.data.class_sampler import ClassBatchSampler
 from domainnorm.layers import freeze_batchnorm
 
-WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # the α that are tried
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # the α of which validation chooses one
+SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9, 0.97, 1.0)  # those of the section on α
 Split = tuple[Tensor, Tensor]  # images (N, 1, H, W), labels (N,)
 
 
@@ -154,14 +155,14 @@ def measure(run: Run, model: nn.Module, data: dict[str, Split], trained: Split, 
         dn.convert_groupnorm(model)
         recompute()
     if sweep:
-        result["sweep"] = [score(dn.set_example_weight(model, w), data["test"]) for w in WEIGHTS]
+        result["sweep"] = [score(dn.set_example_weight(model, w), data["test"]) for w in SWEEP]
     if run.norm == "GN":
         return result
     scores = dn.choose_example_weight(model, lambda m: score(m, data["val"])[0], WEIGHTS)
     chosen = max(scores, key=lambda w: scores[w])
     result |= {"validation": scores[0.0], "α": chosen, "with α": score(model, data["test"])[0]}
     dn.set_example_weight(model, 0.0)
-    if run.norm == "BN" and run.pattern[0] != "iid":
+    if run.norm == "BN" and run.pattern[0] != "iid" and not run.freeze:
         dn.set_statistics(model, "minibatch")
         for name, pattern in (("equal minibatches", run.pattern), ("random minibatches", ("iid", 0))):
             made = minibatches(data["test"][1], run.batch, pattern, seed=0)
