@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from classification_comments import COMMENTS
 from classification_runs import SWEEP, Run
 
 SIZES = {"images": 3000, "epochs": 3, "validation": 2000, "test": 5000, "rate": 0.2, "seeds": 3}
-# On the committed run, of these sizes; written by hand.
-COMMENTS: dict[str, str] = {}
 EMA, ALPHA, RECOMPUTED = "EMA", "with α", "recomputed"
 
 
@@ -80,7 +79,7 @@ def report(results: dict[str, Any], sections: dict[str, dict[str, Run]], folder:
         f"Seeds 0 to {results['seeds'] - 1} are of weights and order; the images are the same. Cells: test accuracy",
         "in %, mean ± standard deviation over the seeds, under the EMA of training unless said otherwise.",
         "*α*: example weighing with the α of best validation accuracy. *Recomputed*: population statistics by",
-        "`dn.recompute_population_statistics` from the training images, i.i.d. batches of 128.",
+        "`dn.recompute_population_statistics` from the training images, in i.i.d. batches of 130.",
         *("", "![accuracies](classification.png)", ""),
     ]
     parts = {
