@@ -22,5 +22,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"], "studies": ["matplotlib"]},
+    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy", "timm"], "studies": ["matplotlib"]},
 )

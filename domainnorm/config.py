@@ -4,15 +4,14 @@ Names follow detectron2 where it has one. `load_config` is the only way in: it m
 command-line overrides and refuses unknown keys, wrong types and keys that contradict each other.
 """
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from .config_checks import check
+from .config_values import leaves, read_yaml, set_value
 from .errors import UserError
 
 _C = CfgNode()
@@ -30,11 +29,12 @@ _C.MODEL.PIXEL_MEAN = [0.485, 0.456, 0.406]  # RGB, of images in [0, 1]
 _C.MODEL.PIXEL_STD = [0.229, 0.224, 0.225]  # RGB, of images in [0, 1]
 
 _C.MODEL.BACKBONE = CfgNode()
-# resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large or mobilenet_v3_small
+# resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large or mobilenet_v3_small. Of a Classifier also any other name
+# of torchvision.models, cifar_resnet18, cifar_resnet20 (any 6n + 2), or timm/NAME
 _C.MODEL.BACKBONE.NAME = "resnet50"
 # "", BN, SyncBN, GN, FrozenBN, GhostBN, SeqNorm, BGN, GBGN or BRN; their options are in MODEL.NORM
 _C.MODEL.BACKBONE.NORM = "FrozenBN"
-_C.MODEL.BACKBONE.FREEZE_AT = 2  # 0: train all; 1: freeze the stem; k: also the k-1 stages after it
+_C.MODEL.BACKBONE.FREEZE_AT = 2  # of detectors; 0: train all; 1: freeze the stem; k: also the k-1 stages after it
 
 # Options of the norms, wherever one of them is chosen. Numbers of channel groups become their greatest common divisor
 # with the channels of a layer.
@@ -175,6 +175,7 @@ _C.SOLVER.WARMUP_ITERS = 1000  # linear, from BASE_LR * WARMUP_FACTOR
 _C.SOLVER.WARMUP_FACTOR = 0.001  # of BASE_LR, at the first step
 _C.SOLVER.WEIGHT_DECAY = 1e-4  # of all weights but those below
 _C.SOLVER.WEIGHT_DECAY_NORM = 0.0  # of γ and β in norm layers
+_C.SOLVER.WEIGHT_DECAY_NORM_TARGET = 0.0  # what γ decays to, 0 or 1 (Four Things, 3.3); β always to 0
 _C.SOLVER.WEIGHT_DECAY_BIAS = 1e-4  # of all other biases
 # Iteration, or below 1 share of MAX_ITER, from which norm layers keep their statistics (Rethinking, 4.3); 0: never
 _C.SOLVER.FREEZE_NORM_AT = 0.0
@@ -203,12 +204,22 @@ _C.TEST.RECOMPUTE.NUM_SAMPLES = 1000  # images, over all ranks
 _C.TEST.RECOMPUTE.METHOD = "pooled"  # "pooled" | "mean_of_variances" | "exact"
 _C.TEST.RECOMPUTE.DATASET = ""  # "": DATASETS.TRAIN; another one is the target domain (Rethinking, 5.1)
 _C.TEST.RECOMPUTE.IN_CHECKPOINT = False  # at the end of training, also replace the model's own by them
+# α of inference example weighing (Four Things, 3.1): results are given with it too, beside those without. Of several,
+# the best on EXAMPLE_WEIGHT_DATASET is taken; [] for none
+_C.TEST.EXAMPLE_WEIGHTS = []
+_C.TEST.EXAMPLE_WEIGHT_DATASET = ""  # a validation set that is none of DATASETS.TEST
 _C.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
 _C.TEST.IMS_PER_BATCH = 1  # images loaded together, for each rank; results do not depend on it
 _C.TEST.DETECTIONS_PER_IMAGE = 100  # the best, over all classes
 
-# of lists that are empty by default
-_ELEMENTS = {"SOLVER.STEPS": 0, "SOLVER.FREEZE_NORM_LAYERS": "", "DATASETS.TRAIN": "", "DATASETS.TEST": ""}
+# Every key with a default; of a list, with an element.
+_KNOWN = dict(leaves(_C)) | {
+    "DATASETS.TEST": [""],
+    "DATASETS.TRAIN": [""],
+    "SOLVER.FREEZE_NORM_LAYERS": [""],
+    "SOLVER.STEPS": [0],
+    "TEST.EXAMPLE_WEIGHTS": [0.0],
+}
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:
@@ -222,88 +233,17 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
     """
     cfg = _C.clone()
     if file is not None:
-        for key, value in _leaves(_read_yaml(Path(file))):
-            _set(cfg, key, value, source=str(file))
+        for key, value in leaves(read_yaml(Path(file))):
+            set_value(cfg, key, value, _KNOWN, str(file))
     if len(overrides) % 2:
         raise UserError(f"overrides: expected KEY VALUE pairs, got {len(overrides)} words: {list(overrides)}")
     for key, value in zip(overrides[0::2], overrides[1::2], strict=True):
-        _set(cfg, str(key), value, source="overrides")
+        set_value(cfg, str(key), value, _KNOWN, "overrides")
     check(cfg, _C)
     cfg.freeze()
     return cfg
 
 
-def iteration_of(cfg: CfgNode, when: float) -> int:
-    """An iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
-    return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)
-
-
 def save_config(cfg: CfgNode, file: str | Path) -> None:
     """Write `cfg` as YAML that `load_config` reads back to an equal config."""
     Path(file).write_text(cfg.dump(), encoding="utf-8")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"config file {file}: no such file")
-    try:
-        tree = CfgNode.load_yaml_with_base(str(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {file}: not valid YAML: {' '.join(str(error).split())}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"config file {file}: its _BASE_ {error.filename} does not exist") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"config file {file}: expected a mapping of keys to values, got {type(tree).__name__}")
-    return tree
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, key + ".")
-        else:
-            yield key, value
-
-
-_KNOWN = dict(_leaves(_C))
-
-
-def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    if key not in _KNOWN:
-        nearest = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.0)[0]
-        raise UserError(f"{source}: unknown key {key}; the nearest known key is {nearest}")
-    default = _KNOWN[key]
-    decoded = CfgNode._decode_cfg_value(value) if not isinstance(default, str) else value
-    try:
-        coerced = _coerce(decoded, [_ELEMENTS[key]] if key in _ELEMENTS else default)
-    except TypeError:
-        raise UserError(
-            f"{source}: {key} takes {_type_name(default)}, got {value!r} ({type(decoded).__name__})"
-        ) from None
-    *parents, leaf = key.split(".")
-    node = cfg
-    for parent in parents:
-        node = node[parent]
-    node[leaf] = coerced
-
-
-def _coerce(value: Any, default: Any) -> Any:
-    """`value` as the type of `default`; TypeError where that would be a guess."""
-    if isinstance(default, list):
-        if isinstance(value, str):  # a single data set or statistics name is a list of one
-            value = [value]
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        return [_coerce(v, default[0]) for v in value]
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise TypeError
-    return value
-
-
-def _type_name(default: Any) -> str:
-    return (
-        f"a list such as {default}" if isinstance(default, list) else f"{type(default).__name__} (such as {default!r})"
-    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from .config_values import iteration_of
 from .errors import UserError
 
 BATCH_NORMS = ("BN", "SyncBN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN")
@@ -16,7 +17,6 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_larg
 _CHOICES = {
     "MODEL.DEVICE": ("auto", "cuda", "cpu"),
     "MODEL.META_ARCHITECTURE": ("RetinaNet", "GeneralizedRCNN", "Classifier"),
-    "MODEL.BACKBONE.NAME": BACKBONES,
     "MODEL.BACKBONE.NORM": NORMS,
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RETINANET.NORM": NORMS,
@@ -34,6 +34,7 @@ _CHOICES = {
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("norm", "value"),
     "SOLVER.AVERAGE_WEIGHTS": ("", "EMA", "SWA"),
+    "SOLVER.WEIGHT_DECAY_NORM_TARGET": (0.0, 1.0),
     "TEST.RECOMPUTE.METHOD": ("pooled", "mean_of_variances", "exact"),
 }
 
@@ -68,7 +69,7 @@ _SHARES = (
     *("MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RPN.IOU_THRESHOLDS", "MODEL.RPN.POSITIVE_FRACTION"),
     *("MODEL.RPN.NMS_THRESH", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "INPUT.RANDOM_FLIP", "SOLVER.MOMENTUM"),
-    *("SOLVER.WARMUP_FACTOR", "SOLVER.AVERAGE_WEIGHTS_DECAY", "MODEL.NORM.BRN.MOMENTUM"),
+    *("TEST.EXAMPLE_WEIGHTS", "SOLVER.WARMUP_FACTOR", "SOLVER.AVERAGE_WEIGHTS_DECAY", "MODEL.NORM.BRN.MOMENTUM"),
 )
 _LENGTHS = {
     "MODEL.PIXEL_MEAN": 3,
@@ -102,9 +103,10 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
     Raises:
         UserError: naming the key, what it got and what it takes.
     """
-    for key, choices in _CHOICES.items():
+    of_detectors = {} if cfg.MODEL.META_ARCHITECTURE == "Classifier" else {"MODEL.BACKBONE.NAME": BACKBONES}
+    for key, choices in (_CHOICES | of_detectors).items():
         if _get(cfg, key) not in choices:
-            nearest = difflib.get_close_matches(str(_get(cfg, key)), choices, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(str(_get(cfg, key)), [str(c) for c in choices], n=1, cutoff=0.0)[0]
             raise UserError(f"{key} takes one of {list(choices)}, got {_get(cfg, key)!r}; nearest: {nearest!r}")
     _check_numbers(cfg)
     for name in cfg.TEST.STATISTICS:
@@ -117,6 +119,22 @@ def check(cfg: CfgNode, defaults: CfgNode) -> None:
     if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
         raise UserError(
             f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} contradicts DATASETS.TEST []: name a data set to evaluate on"
+        )
+    if cfg.TEST.EXAMPLE_WEIGHTS and set(cfg.TEST.STATISTICS) == {"minibatch"}:
+        raise UserError(
+            f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS} contradicts TEST.STATISTICS ['minibatch']: the weights "
+            "are against population statistics; add population or recomputed"
+        )
+    weights, validation = cfg.TEST.EXAMPLE_WEIGHTS, cfg.TEST.EXAMPLE_WEIGHT_DATASET
+    if (len(weights) > 1) != bool(validation):
+        remedy = "name a data set to choose on" if not validation else "give several weights to choose from"
+        raise UserError(
+            f"TEST.EXAMPLE_WEIGHT_DATASET {validation!r} contradicts TEST.EXAMPLE_WEIGHTS {weights}: {remedy}"
+        )
+    if validation and validation in cfg.DATASETS.TEST:
+        raise UserError(
+            f"TEST.EXAMPLE_WEIGHT_DATASET {validation!r} is one of DATASETS.TEST: what is chosen on a data set cannot "
+            "be tested on it; name another one"
         )
     for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
         if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:
@@ -135,8 +153,13 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
                     f"MODEL.RETINANET.{name} {head[name]!r} contradicts MODEL.RETINANET.NORM {head.NORM!r}: "
                     f"it is a choice of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave {name} out"
                 )
-    if model.NORM.BRN.R_MAX < 1:
+    if not model.NORM.BRN.R_MAX >= 1:  # nan too
         raise UserError(f"MODEL.NORM.BRN.R_MAX takes a number from 1 on, got {model.NORM.BRN.R_MAX}")
+    if model.META_ARCHITECTURE == "Classifier" and model.BACKBONE.FREEZE_AT not in (0, defaults.BACKBONE.FREEZE_AT):
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT {model.BACKBONE.FREEZE_AT} contradicts MODEL.META_ARCHITECTURE 'Classifier', "
+            "all of whose layers are trained: leave it out"
+        )
     if model.NORM.BRN.SYNC and model.NORM.BRN.GROUP_SIZE:
         raise UserError(
             f"MODEL.NORM.BRN.GROUP_SIZE {model.NORM.BRN.GROUP_SIZE} contradicts MODEL.NORM.BRN.SYNC True: "
@@ -179,7 +202,19 @@ def _check_batches(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
-    solver = cfg.SOLVER
+    solver, renorm = cfg.SOLVER, cfg.MODEL.NORM.BRN
+    begin = iteration_of(cfg, renorm.BN_UNTIL)
+    for name in ("R_MAX_AT", "D_MAX_AT"):
+        if begin and begin >= iteration_of(cfg, renorm[name]):
+            raise UserError(
+                f"MODEL.NORM.BRN.{name} {renorm[name]:g} contradicts MODEL.NORM.BRN.BN_UNTIL {renorm.BN_UNTIL:g}: of "
+                f"{solver.MAX_ITER} iterations, the limits grow from the second to the first; make BN_UNTIL smaller"
+            )
+    if solver.WEIGHT_DECAY_NORM_TARGET and not solver.WEIGHT_DECAY_NORM:
+        raise UserError(
+            f"SOLVER.WEIGHT_DECAY_NORM_TARGET {solver.WEIGHT_DECAY_NORM_TARGET:g} contradicts SOLVER.WEIGHT_DECAY_NORM "
+            "0, by which nothing decays: set that too, or leave it out"
+        )
     if solver.LR_SCHEDULER == "cosine" and solver.STEPS:
         raise UserError(
             f"SOLVER.STEPS {solver.STEPS} contradicts SOLVER.LR_SCHEDULER 'cosine': "

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LAYERS, BatchRenorm, DomainBatchNorm, GroupedBatchNorm, SeqNorm, get_norm
+from .layers import (
+    LAYERS,
+    BatchRenorm,
+    DomainBatchNorm,
+    FrozenBatchNorm,
+    GroupedBatchNorm,
+    SeqNorm,
+    get_norm,
+    norm_name,
+)
+from .layers.activation import has_activation, keep_activation
 from .layers.ghost import GhostBatchNorm
 from .layers.replace import replace_layers
 from .moments import Moments
@@ -23,7 +33,7 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     (but for `BatchRenorm`, which has its own), mode, device and dtype are kept, and so are the dropout and activation
     that timm fuses into its `BatchNormAct2d`. Statistics of other channels are merged, or repeated, to those of a BGN's
     pieces. Those of `SeqNorm` are of group-normalized features: they begin anew, to be trained or recomputed.
-    Frozen layers stay.
+    Frozen layers stay; hooks of users on the old layers do not.
 
     Args:
         model: any module; a norm layer itself is left untouched, and its copy returned.
@@ -39,11 +49,14 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     return _exchange(model, lambda layer: _converted(layer, name, options))
 
 
-def convert_groupnorm(model: nn.Module) -> nn.Module:
+def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
     """Exchange every `nn.GroupNorm` of `model` for a `GroupedBatchNorm` of one example a group; returns the model.
 
     It is the same function, with `example_weight` 1, but for population statistics that it also gathers: with those,
     trained or recomputed, other example weights can be chosen (*Four Things*, §3.1, Fig. 2).
+
+    Args:
+        **options: of `DomainBatchNorm`, such as `num_domains`.
 
     Raises:
         TypeError: a GroupNorm of an unknown kind, with a forward pass of its own; nothing was changed.
@@ -53,10 +66,10 @@ def convert_groupnorm(model: nn.Module) -> nn.Module:
         if not isinstance(layer, nn.GroupNorm):
             return None
         _check_kind(layer, (nn.GroupNorm,))
-        options: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
+        given: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
         if layer.affine:
-            options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        new = GroupedBatchNorm(layer.num_channels, layer.num_groups, 1, **options)
+            given |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        new = GroupedBatchNorm(layer.num_channels, layer.num_groups, 1, **given | options)
         new.example_weight = 1.0
         return new
 
@@ -86,7 +99,8 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
     _check_kind(layer, _TORCH)
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         raise ValueError("a lazy BatchNorm does not know its channels yet: run the model once before converting it")
-    kind: Any = LAYERS.get(name, DomainBatchNorm)
+    name = norm_name(name)
+    kind: Any = LAYERS[name]
     given: dict[str, Any] = {"eps": layer.eps}
     if isinstance(layer, DomainBatchNorm):
         keys = ("num_domains", "sgd_statistics", "population_statistics", "affine")
@@ -104,9 +118,15 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
             if isinstance(layer, nn.SyncBatchNorm)
             else (layer.sync if isinstance(layer, DomainBatchNorm) else False)
         )
-    if name == "" or (new := get_norm(name, layer.num_features, **given | options)) is None:
-        raise ValueError(f"expected the name of a norm, got {name!r}")
+    new = get_norm(name, layer.num_features, **given | options)
+    assert new is not None
+    for key in ("weight", "bias"):
+        old, own = getattr(layer, key), getattr(new, key)
+        if old is not None and own is not None and old.shape not in (own.shape, own.shape[1:]):
+            raise ValueError(f"{key} of {len(old)} domains cannot be kept in one: choose affine='per_domain'")
     if isinstance(new, DomainBatchNorm):
+        if layer.running_mean is None and new.frozen:
+            raise ValueError("it keeps no running statistics (track_running_stats=False) that could be frozen")
         if layer.running_mean is None:
             new.statistics = "minibatch"
         elif isinstance(layer, SeqNorm) == isinstance(new, SeqNorm):
@@ -118,27 +138,30 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
 
 def _check_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     """TypeError if a subclass of torch's layers does more than they do, but for timm's fused dropout and activation."""
-    own = type(layer).forward in {kind.forward for kind in kinds}
-    if not own and not isinstance(layer, DomainBatchNorm) and not _has_activation(layer):
+    own = type(layer).forward in {kind.forward for kind in kinds} or type(layer).__module__ == "timm.layers.norm"
+    if not own and not isinstance(layer, DomainBatchNorm) and not has_activation(layer):
         raise TypeError(f"{type(layer).__name__} has a forward pass of its own, which would be lost")
-
-
-def _has_activation(layer: nn.Module) -> bool:
-    """Whether it is one of timm's, whose forward pass ends with `act(drop(x))`."""
-    return set(layer._modules) == {"drop", "act"}
 
 
 def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
     mean, var = layer.running_mean, layer.running_var
+    if mean.ndim > new.running_mean.ndim or (mean.ndim == 2 and len(mean) != len(new.running_mean)):
+        raise ValueError(
+            f"statistics of {len(mean)} domains cannot be kept for {new.num_domains} "
+            f"({new.population_statistics}): choose num_domains={len(mean)}, population_statistics='per_domain'"
+        )
     of, width = Moments(torch.ones_like(mean[..., :1]), mean, var), new.running_mean.shape[-1]
     if mean.shape[-1] % width == 0:
         of = of.merge_channels(width)
     elif width % mean.shape[-1] == 0:
         of = of.repeat_channels(width // mean.shape[-1])
+    elif layer.num_batches_tracked is not None and not layer.num_batches_tracked.any():
+        return  # as it was made: there is nothing to keep
     else:
         raise ValueError(
             f"statistics of {mean.shape[-1]} sets of channels cannot be kept in {width} groups: use a divisor of it"
         )
+    new.running_mean, new.running_var = (v.to(mean.dtype) for v in (new.running_mean, new.running_var))
     state: dict[str, Tensor] = {"running_mean": of.mean, "running_var": of.var}
     if layer.num_batches_tracked is not None:
         state["num_batches_tracked"] = layer.num_batches_tracked
@@ -148,24 +171,18 @@ def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
 def _take_over(new: nn.Module, layer: nn.Module, copy: bool) -> None:
     """Parameters, mode, and what is fused into the layer."""
     for name in ("weight", "bias"):
-        old = getattr(layer, name)
-        if old is None:
+        old, own = getattr(layer, name), getattr(new, name)
+        if old is None or own is None:
+            new.register_parameter(name, None)
             continue
-        own = getattr(new, name)
+        learns = own.requires_grad if isinstance(new, FrozenBatchNorm) else old.requires_grad
         if copy or own.shape != old.shape:
             own.data.copy_(old.data)  # of one domain, for each
-            own.requires_grad_(old.requires_grad)
         else:
             setattr(new, name, old)
+        getattr(new, name).requires_grad_(learns)
     new.train(layer.training)
-    if _has_activation(layer):
-        for name, child in layer._modules.items():
-            new.add_module(name, child)
-        new.register_forward_hook(_activated)
-
-
-def _activated(layer: Any, args: Any, output: Tensor) -> Tensor:
-    return layer.act(layer.drop(output))
+    keep_activation(new, layer)
 
 
 def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
@@ -199,17 +216,17 @@ def refuse_torch_batch_norm(model: nn.Module) -> None:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """After the block, every module's mode, every layer's statistics and every buffer are what they were before."""
+    """After the block, every mode, every layer's statistics and example weight and every buffer are as before it."""
     modes = [(module, module.training) for module in model.modules()]
-    statistics = [(m, m.statistics) for m in model.modules() if isinstance(m, DomainBatchNorm)]
+    choices = [(m, m.statistics, m.example_weight) for m in model.modules() if isinstance(m, DomainBatchNorm)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for layer, choice in statistics:
-            layer.statistics = choice
+        for layer, statistics, weight in choices:
+            layer.statistics, layer.example_weight = statistics, weight
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -1,5 +1,6 @@
 """The output folder: made or refused at once; a file in it is replaced as a whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,3 +43,10 @@ def replace_file(file: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(file: Path, content: Any) -> None:
+    """`content` as JSON, into a folder that is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(file) as stream:
+        json.dump(content, stream)

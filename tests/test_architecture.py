@@ -8,8 +8,9 @@ import domainnorm as dn
 PACKAGE = Path(dn.__file__).parent
 LOWER = {
     "errors": set(),
-    "config_checks": {"errors"},
-    "config": {"errors", "config_checks"},
+    "config_checks": {"errors", "config_values"},
+    "config_values": {"errors"},
+    "config": {"errors", "config_checks", "config_values"},
     "distributed": {"errors"},
     "output": {"errors"},
     "moments": {"distributed"},
@@ -24,12 +25,24 @@ LOWER = {
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
     "data": {"errors", "distributed", "output"},
-    "modeling": {"errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
+    "modeling": {"errors", "config_values", "distributed", "moments", "layers", "convert", "roi_shuffle", "data"},
     "evaluation": {
-        *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling")
+        *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        "example_weight",
     },
     "engine": {
-        *("errors", "config", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        *(
+            "errors",
+            "config",
+            "config_values",
+            "distributed",
+            "output",
+            "layers",
+            "convert",
+            "population",
+            "data",
+            "modeling",
+        ),
         "evaluation",
     },
 }

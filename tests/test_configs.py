@@ -17,20 +17,23 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
 def test_every_config_builds_a_model_and_takes_a_step(file):
     cfg = dn.load_config(file)
-    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    heads = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS", "Classifier": "CLASSIFIER"}
+    head = heads[cfg.MODEL.META_ARCHITECTURE]
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", f"MODEL.{head}.NUM_CLASSES", 3]
     overrides += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
     cfg = dn.load_config(file, overrides)
     model = dn.build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     target = {"boxes": torch.tensor([[8.0, 8, 60, 50]]), "labels": torch.tensor([2])}
+    if head == "CLASSIFIER":
+        target["labels"] = torch.tensor(2)
     target["masks"] = torch.ones(1, 128, 96, dtype=torch.uint8)
     losses = model([torch.rand(3, 128, 96) for _ in range(2)], [target, target])
     sum(losses.values()).backward()
     before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     optimizer.step()
     after = [p for group in optimizer.param_groups for p in group["params"]]
-    assert all(p.isfinite().all() for p in after) and sum(p.numel() for p in after) > 1e6
+    assert all(p.isfinite().all() for p in after) and sum(p.numel() for p in after) > 7e4
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(after) / 2
 
 

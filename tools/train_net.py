@@ -62,6 +62,8 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
         raise UserError(f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint")
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only: MODEL.WEIGHTS is empty; give a checkpoint file, or --resume for the last one")
+    if not cfg.DATASETS.TEST:
+        raise UserError("--eval-only: DATASETS.TEST is empty; name a data set to evaluate on")
     setup_logging()
     model = build_model(cfg)
     if file is not None:

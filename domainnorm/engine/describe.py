@@ -4,7 +4,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..distributed import world_size
-from ..layers import DomainBatchNorm, FrozenBatchNorm
+from ..layers import DomainBatchNorm
 
 
 def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
@@ -25,10 +25,10 @@ def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
 def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
     if isinstance(layer, nn.GroupNorm):
         return "a sample alone, by groups of channels"
-    if isinstance(layer, FrozenBatchNorm):
-        return "population statistics (frozen)"
     assert isinstance(layer, DomainBatchNorm)
     ranks = world_size() if layer.sync else 1
+    if layer.frozen:
+        return "population statistics (frozen)"
     images = cfg.SOLVER.IMS_PER_BATCH // (world_size() * cfg.SOLVER.ACCUMULATE)
     text = f"{images} images x height x width"
     if name.startswith("roi_heads."):
@@ -40,4 +40,6 @@ def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
         text = f"up to {most} RoIs, {owner}, x {head.POOLER_RESOLUTION} x {head.POOLER_RESOLUTION}"
     if layer.num_domains > 1:
         text += " of each level" if layer.sgd_statistics == "per_domain" else f" of all {layer.num_domains} levels"
+    if layer.grouping():
+        text = f"{type(layer).__name__} ({layer.grouping()}) of {text}"
     return text + (f" x {ranks} processes" if layer.sync else ", of one process")

@@ -89,7 +89,9 @@ class TrainingLog:
         if rank() == 0:
             metrics = dict(_leaves(results))
             self._write(iteration, metrics)
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name.endswith("/AP"))
+            shown = "  ".join(
+                f"{name} {value:.2f}" for name, value in metrics.items() if name.endswith(("/AP", "/top1"))
+            )
             logger.info("iteration %d/%d  %s", iteration, self.last, shown)
 
     def close(self) -> None:

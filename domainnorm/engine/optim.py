@@ -13,7 +13,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
-from ..config import iteration_of
+from ..config_values import iteration_of
 from ..layers import is_norm
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters, each once, in groups of their weight decay.
 
     Parameters of norm layers decay by `WEIGHT_DECAY_NORM`, other biases by `WEIGHT_DECAY_BIAS`, the rest by
-    `WEIGHT_DECAY`. A parameter shared by a norm layer and another module counts where it is met first.
+    `WEIGHT_DECAY`. A parameter shared by a norm layer and another module counts where it is met first. γ decays to
+    `WEIGHT_DECAY_NORM_TARGET`.
     """
     solver = cfg.SOLVER
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by decay and what it decays to
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -39,11 +40,39 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
                 decay = solver.WEIGHT_DECAY_BIAS
             else:
                 decay = solver.WEIGHT_DECAY
-            groups.setdefault(decay, []).append(parameter)
-    parameters: list[dict[str, Any]] = [{"params": p, "weight_decay": decay} for decay, p in groups.items()]
+            target = solver.WEIGHT_DECAY_NORM_TARGET if is_norm(module) and name == "weight" and decay else 0.0
+            groups.setdefault((decay, target), []).append(parameter)
+    parameters: list[dict[str, Any]] = [
+        {"params": of_group, "weight_decay": decay, "decay_target": target}
+        for (decay, target), of_group in groups.items()
+    ]
     if solver.OPTIMIZER == "AdamW":
-        return torch.optim.AdamW(parameters, lr=solver.BASE_LR, fused=True)  # on a CPU 5 times as fast as the default
-    return torch.optim.SGD(parameters, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            parameters,
+            lr=solver.BASE_LR,
+            fused=True,  # on a CPU 5 times as fast as the default
+        )
+        optimizer.register_step_post_hook(_pull_to_target)
+        return optimizer
+    optimizer = torch.optim.SGD(parameters, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    optimizer.register_step_pre_hook(_pull_to_target)
+    return optimizer
+
+
+@torch.no_grad()
+def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Decay to what is not 0, beside the optimizer's own to 0: SGD's through the gradient, AdamW's apart from it."""
+    # Of a step that overflows, the loss scaler tells a fused optimizer, which then leaves the parameters as they are.
+    overflow = getattr(optimizer, "found_inf", None)
+    for group in optimizer.param_groups:
+        pull = group["weight_decay"] * group.get("decay_target", 0.0)
+        for parameter in group["params"] if pull else ():
+            if parameter.grad is None:
+                continue
+            if isinstance(optimizer, torch.optim.SGD):
+                parameter.grad.sub_(pull)
+            else:
+                parameter.add_(group["lr"] * pull * (1 if overflow is None else 1 - overflow.to(parameter.device)))
 
 
 def learning_rate(cfg: CfgNode, iteration: int) -> float:

@@ -13,7 +13,8 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import iteration_of, save_config
+from ..config import save_config
+from ..config_values import iteration_of
 from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
@@ -22,9 +23,10 @@ from ..modeling import build_model
 from ..output import output_folder
 from ..population import merge_population_statistics
 from .average import WeightAverage
+from .check import check_model
 from .checkpoint import read_training, restore_training, save_model, save_training
 from .describe import describe_normalization
-from .freeze import check_freeze, freeze_norm
+from .freeze import freeze_norm
 from .log import TrainingLog, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 
@@ -59,11 +61,11 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     start = checkpoint["iteration"] if checkpoint else 0
     ranks = {"rank": rank(), "world_size": world_size()}
     batches = train_loader(cfg, **ranks, start_iteration=start)
-    for name in (*cfg.DATASETS.TEST, *filter(None, [cfg.TEST.RECOMPUTE.DATASET])):
+    for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.RECOMPUTE.DATASET, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
         test_loader(cfg, name, **ranks)
     _seed(cfg.SEED)  # the same weights on every rank
     model = build_model(cfg).train()
-    check_freeze(cfg, model)
+    check_model(cfg, model)
     folder = output_folder(cfg.OUTPUT_DIR)
     setup_logging(folder)
     if rank() == 0:

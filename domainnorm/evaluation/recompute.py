@@ -1,4 +1,4 @@
-"""Population statistics of a detector, recomputed on a data set of the config."""
+"""Population statistics of a model, recomputed on a data set of the config."""
 
 import logging
 from contextlib import closing
@@ -31,7 +31,8 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE, 1
     cfg.DATASETS.TRAIN = [options.DATASET] if options.DATASET else cfg.DATASETS.TRAIN
     device = get_device(cfg.MODEL.DEVICE)
-    step = _Step(model, device).train(model.training)
+    step = _Step(model, device)
+    step.training = model.training  # of its parts, each keeps its own
     with (
         closing(train_loader(cfg, rank=rank(), world_size=world_size())) as batches,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -40,7 +41,7 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
 
 
 class _Step(nn.Module):
-    """A detector as a function of one batch `(images, targets)`."""
+    """A model as a function of one batch `(images, targets)`."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
 from .batch_group import BatchGroupNorm
 from .batch_renorm import BatchRenorm
-from .build import LAYERS, get_norm, is_norm
-from .domain_batch_norm import DomainBatchNorm, normalize_in_step
+from .build import LAYERS, get_norm, is_norm, norm_name
+from .domain_batch_norm import DomainBatchNorm
 from .frozen import FrozenBatchNorm, freeze_batchnorm
 from .ghost import GhostBatchNorm
 from .grouped import GroupedBatchNorm
+from .in_step import normalize_in_step
 from .seq_norm import SeqNorm
 from .sequential import DomainSequential
 
@@ -21,5 +22,6 @@ __all__ = [
     "freeze_batchnorm",
     "get_norm",
     "is_norm",
+    "norm_name",
     "normalize_in_step",
 ]

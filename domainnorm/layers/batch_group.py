@@ -110,8 +110,8 @@ class BatchGroupNorm(DomainBatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *others)
         self.feature_size = None if size is None else tuple(size.tolist())
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_groups={self.num_groups}"
+    def grouping(self) -> str:
+        return f"num_groups={self.num_groups}"
 
 
 def _like(pieces: Tensor, x: Tensor) -> Tensor:

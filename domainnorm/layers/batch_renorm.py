@@ -117,9 +117,11 @@ class BatchRenorm(DomainBatchNorm):
         sigma, new = ((v.to(step.dtype) + self.eps).sqrt() for v in (self.running_var, moments.var))
         self.running_var.copy_(torch.where(step > 0, sigma.lerp(new, step).square() - self.eps, self.running_var))
 
+    def grouping(self) -> str:
+        return "" if self.group_size is None else f"group_size={self.group_size}"
+
     def extra_repr(self) -> str:
-        groups = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}{groups}"
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
 
 
 @torch.library.custom_op("domainnorm::saved", mutates_args=())

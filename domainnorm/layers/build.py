@@ -25,6 +25,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "GBGN": GroupedBatchNorm,
     "BRN": BatchRenorm,
 }
+CHOICES_OF_DOMAINS = ("sgd_statistics", "population_statistics")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "SyncBN": {"sync": True},
     "GN": {"num_groups": 32},
@@ -56,9 +57,7 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     """
     if name == "":
         return None
-    name = _CLASS_NAMES.get(name, name)
-    if name not in LAYERS:
-        raise ValueError(f"norm takes one of {['', *LAYERS]}, got {name!r}")
+    name = norm_name(name)
     options = _DEFAULTS.get(name, {}) | options
     if name == "GhostBN" and options.get("num_groups"):
         options.pop("group_size")
@@ -69,9 +68,23 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     if name == "GN":
         groups = options["num_groups"]
         groups = max(groups // 2, 1) if groups == num_features else groups
-        factory = {key: options[key] for key in ("eps", "device", "dtype") if key in options}
-        return nn.GroupNorm(groups, num_features, affine=options.get("affine", "shared") is not None, **factory)
+        affine = options.get("affine", "shared") is not None
+        without_effect = {"num_groups", "affine", "num_domains", *CHOICES_OF_DOMAINS, "momentum", "sync"}
+        own = {key: value for key, value in options.items() if key not in without_effect}
+        return nn.GroupNorm(groups, num_features, affine=affine, **own)
     return LAYERS[name](num_features, **options)
+
+
+def norm_name(name: str) -> str:
+    """The name in a config of a norm that may be called by its class.
+
+    Raises:
+        ValueError: no such norm.
+    """
+    name = _CLASS_NAMES.get(name, name)
+    if name not in LAYERS:
+        raise ValueError(f"norm takes one of {['', *LAYERS]}, got {name!r}")
+    return name
 
 
 _CLASS_NAMES = {layer.__name__: name for name, layer in reversed(LAYERS.items())}

@@ -1,23 +1,24 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import Group, deepcopy_over_group, world_size
+from ..distributed import Group, deepcopy_over_group
 from ..moments import Moments, normalize_rows
 from .domains import DomainBatch, Input
+from .in_step import normalize_in_step
+from .population_statistics import PopulationStatistics, one_of
 from .split import Split
 
 CHOICES = ("shared", "per_domain")
 Affine = tuple[Tensor | None, Tensor | None]  # γ and β
-STATISTICS = ("auto", "minibatch", "population")
 
 
-class DomainBatchNorm(nn.Module):
+class DomainBatchNorm(PopulationStatistics):
     """Batch normalization over inputs `(N, C, *)` of `num_domains` domains (*Rethinking "Batch"*, §5.2, Table 5).
 
     A domain is a source of features: a pyramid level, a data set. What is shared between domains is three
@@ -81,9 +82,9 @@ class DomainBatchNorm(nn.Module):
             raise ValueError(
                 f"num_features and num_domains take positive numbers, got {num_features} and {num_domains}"
             )
-        _one_of("sgd_statistics", sgd_statistics, CHOICES)
-        _one_of("population_statistics", population_statistics, CHOICES)
-        _one_of("affine", affine, (*CHOICES, None))
+        one_of("sgd_statistics", sgd_statistics, CHOICES)
+        one_of("population_statistics", population_statistics, CHOICES)
+        one_of("affine", affine, (*CHOICES, None))
         self.num_features = num_features
         self.num_domains = num_domains
         self.sgd_statistics = sgd_statistics
@@ -92,9 +93,6 @@ class DomainBatchNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.sync = sync
-        self.frozen = False
-        self.statistics = "auto"
-        self.example_weight = 0.0
         self.batch_hook: Callable[[DomainBatchNorm, DomainBatch], None] | None = None
 
         factory = {"device": device, "dtype": dtype}
@@ -105,54 +103,14 @@ class DomainBatchNorm(nn.Module):
             value = None if affine is None else nn.Parameter(initial(*domains, num_features, **factory))
             self.register_parameter(name, value)
 
-    def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
-        """Buffers of `width` means and variances a domain."""
-        domains = (self.num_domains,) if self.population_statistics == "per_domain" and self.num_domains > 1 else ()
-        self.register_buffer("running_mean", torch.zeros(*domains, width, **factory))
-        self.register_buffer("running_var", torch.ones(*domains, width, **factory))
-        self.register_buffer("num_batches_tracked", torch.zeros(domains, dtype=torch.long, device=factory["device"]))
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-
-    @property
-    def statistics(self) -> str:
-        return "population" if self.frozen else self._statistics
-
-    @statistics.setter
-    def statistics(self, value: str) -> None:
-        _one_of("statistics", value, STATISTICS)
-        self._statistics = value
-
-    @property
-    def example_weight(self) -> float:
-        return self._example_weight
-
-    @example_weight.setter
-    def example_weight(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ValueError(f"example_weight takes a number from 0 to 1, got {value}")
-        self._example_weight = float(value)
-
-    @property
-    def uses_minibatch(self) -> bool:
-        """Whether the next forward normalizes by the statistics of its input."""
-        return self.training if self.statistics == "auto" else self.statistics == "minibatch"
 
     def forward(self, x: Input, domain: int | Tensor | None = None) -> Input:
         return normalize_in_step([self], [x], domain)[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
         return deepcopy_over_group(self, self.sync, memo)
-
-    def reset_running_stats(self) -> None:
-        """Population statistics as at construction: mean 0, variance 1, no step counted."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
 
     # What another layer is made of: which moments its statistics count, and how it normalizes by given ones.
 
@@ -249,51 +207,9 @@ class DomainBatchNorm(nn.Module):
                 "use a larger batch or input, or statistics='population'"
             )
 
-    @torch.no_grad()
-    def _update_population(self, moments: Moments) -> None:
-        """One EMA step for every set of moments that has elements (formulas of Table 5's rows)."""
-        if self.running_mean.ndim == 2:
-            self._ema_step(moments)
-        else:
-            for k in range(len(moments.mean)):  # one step each, in order: a shared BatchNorm called K times
-                self._ema_step(moments[k])
-
-    def _ema_step(self, moments: Moments) -> None:
-        count = moments.count.squeeze(-1)  # () or (K,)
-        self.num_batches_tracked += count > 0
-        if self.momentum is None:
-            step = 1 / self.num_batches_tracked.clamp(min=1).to(count.dtype)
-        else:
-            step = torch.full_like(count, self.momentum)
-        some, several = (torch.where(count >= fewest, step, 0).unsqueeze(-1) for fewest in (1, 2))
-        dtype = self.running_mean.dtype
-        self.running_mean.lerp_(moments.mean.to(dtype), some.to(dtype))
-        self._move_var(moments, several.to(dtype))
-
-    def _move_var(self, moments: Moments, step: Tensor) -> None:
-        """One EMA step of the variance; `step` broadcasts against the buffer, and is 0 where there is none."""
-        self.running_var.lerp_(moments.unbiased_var().to(step.dtype), step)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""
-        for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
-            key = prefix + name
-            if name == "num_batches_tracked":
-                state_dict.setdefault(key, own)  # absent in checkpoints of frozen layers and of torch < 0.4
-            value = state_dict.get(key)
-            if value is None or value.shape == own.shape:
-                continue
-            if own.shape[1:] == value.shape and own.ndim == value.ndim + 1:
-                state_dict[key] = value.expand_as(own).clone()  # each domain its own memory, also with assign=True
-            elif value.shape[1:] == own.shape and value.ndim == own.ndim + 1:
-                choice = "affine" if name in ("weight", "bias") else "population_statistics"
-                errors.append(
-                    f"{key}: the checkpoint has one per domain, {tuple(value.shape)}, this layer one for all, "
-                    f"{tuple(own.shape)}: build it with num_domains={value.shape[0]}, {choice}='per_domain', or select "
-                    "one domain's row before loading"
-                )
-                state_dict[key] = own
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+    def grouping(self) -> str:
+        """How what is normalized together differs from BatchNorm, as options; "" where it does not."""
+        return ""
 
     def extra_repr(self) -> str:
         text = f"{self.num_features}"
@@ -303,6 +219,8 @@ class DomainBatchNorm(nn.Module):
                 f"population_statistics={self.population_statistics!r}"
             )
         text += f", affine={self.affine!r}, eps={self.eps}, momentum={self.momentum}"
+        if self.grouping():
+            text += f", {self.grouping()}"
         if self.sync:
             text += ", sync=True"
         if self.example_weight:
@@ -312,51 +230,6 @@ class DomainBatchNorm(nn.Module):
         return text
 
 
-def normalize_in_step(
-    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: int | Tensor | None = None
-) -> list[Input]:
-    """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
-
-    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
-    equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
-    """
-    first = layers[0]
-    batches = [layer._batch(x, domain) for layer, x in zip(layers, inputs, strict=True)]
-    for layer, batch in zip(layers, batches, strict=True):
-        if layer.batch_hook is not None:
-            layer.batch_hook(layer, batch)
-    if not first.uses_minibatch:
-        outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
-    else:
-        local = [batch.by_domain() for batch in batches]
-        group = None if isinstance(first.sync, bool) else first.sync
-        ranks = world_size(group) if first.sync and first.training else 1
-        if ranks > 1:
-            _check_in_step(batches)
-            widths = [of.mean.shape[1] for of in local]
-            means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
-            merged = Moments(local[0].count, means, variances).merge_ranks(group)
-            halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)
-            local = [Moments(merged.count, mean, var) for mean, var in halves]
-        if first.training:
-            first._check_counts(batches[0], local[0], ranks)
-        outputs = [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
-    return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
-
-
-def _check_in_step(batches: Sequence[DomainBatch]) -> None:
-    """One collective carries one count per domain for all layers."""
-    shapes = [[(x.shape[0], *x.shape[2:]) for x in batch.tensors] for batch in batches]
-    for other in shapes[1:]:
-        if other != shapes[0]:
-            raise ValueError(f"layers in step take inputs of equal N and spatial sizes, got {shapes[0]} and {other}")
-
-
 def _of_domain(value: Any, domain: int | Tensor) -> Any:
     """The row(s) of a `(K, C)` tensor that belong to `domain`; a shared `(C,)` belongs to all."""
     return value if value is None or value.ndim == 1 else value[domain]
-
-
-def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} takes one of {list(choices)}, got {value!r}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activation import keep_activation
 from .domain_batch_norm import DomainBatchNorm
 from .replace import replace_layers
 
@@ -50,9 +51,10 @@ class FrozenBatchNorm(DomainBatchNorm):
             factory |= {"affine": "shared" if layer.affine else None, "momentum": layer.momentum}
         frozen = cls(layer.num_features, train_affine, eps=layer.eps, **factory)
         with torch.no_grad():
-            frozen.load_state_dict(layer.state_dict())
+            frozen.load_state_dict({key: value for key, value in layer.state_dict().items() if "." not in key})
         if isinstance(layer, DomainBatchNorm):
             frozen.example_weight = layer.example_weight
+        keep_activation(frozen, layer)
         return frozen
 
     def to_batch_norm(self, kind: type[nn.Module] = DomainBatchNorm) -> nn.Module:
@@ -72,7 +74,8 @@ class FrozenBatchNorm(DomainBatchNorm):
             options["affine"] = self.affine is not None
         thawed = kind(self.num_features, **options)
         with torch.no_grad():
-            thawed.load_state_dict(self.state_dict())
+            thawed.load_state_dict({key: value for key, value in self.state_dict().items() if "." not in key})
+        keep_activation(thawed, self)
         return thawed
 
 

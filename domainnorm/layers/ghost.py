@@ -51,8 +51,5 @@ class GhostBatchNorm(DomainBatchNorm):
         self.group_size = group_size
         self.num_groups = num_groups
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self._groups()}"
-
-    def _groups(self) -> str:
+    def grouping(self) -> str:
         return f"num_groups={self.num_groups}" if self.group_size is None else f"group_size={self.group_size}"

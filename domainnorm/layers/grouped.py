@@ -54,5 +54,5 @@ class GroupedBatchNorm(GhostBatchNorm):
         width = self.num_features // self.channel_groups
         return of.merge_channels(self.channel_groups).repeat_channels(width)
 
-    def _groups(self) -> str:
+    def grouping(self) -> str:
         return f"channel_groups={self.channel_groups}, examples_per_group={self.examples_per_group}"

@@ -65,7 +65,7 @@ class SeqNorm(GhostBatchNorm):
         mean, var = (v.to(rows.mean.dtype) for v in (mean, var))
         return self._normalize_by(x, rows, Moments(torch.ones_like(mean), mean, var), weight, bias)
 
-    def _groups(self) -> str:
+    def grouping(self) -> str:
         return f"channel_groups={self.channel_groups}, batch_groups={self.batch_groups}"
 
 

@@ -13,6 +13,7 @@ from ..data import num_classes
 from ..distributed import get_device
 from ..errors import UserError
 from .backbone import build_backbone
+from .classifier import build_classifier
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
 from .norm import norm_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
@@ -22,14 +23,16 @@ NUM_LEVELS = 5  # of the pyramid
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """The detector of `cfg`, on this rank's device, with the weights of `MODEL.WEIGHTS`.
+    """The detector or classifier of `cfg`, on this rank's device, with the weights of `MODEL.WEIGHTS`.
 
     In training `model(images, targets)` returns a dict of losses, in inference `model(images)` a list of detections;
-    images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet` and `GeneralizedRCNN`.
+    or logits; images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet`, `GeneralizedRCNN` and `Classifier`.
 
     Raises:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.
     """
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
+        return build_classifier(cfg).to(get_device(cfg.MODEL.DEVICE))
     model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
     initialize(model, cfg.MODEL.WEIGHTS)
     return model.to(get_device(cfg.MODEL.DEVICE))

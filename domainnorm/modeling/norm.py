@@ -4,7 +4,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from ..config import iteration_of
+from ..config_values import iteration_of
 
 
 def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:

@@ -64,29 +64,39 @@ def initialize(model: nn.Module, weights: str) -> None:
     Args:
         model: with its torchvision body at `model.backbone.body`.
         weights: `""`: nothing is loaded. A name of torchvision, such as `ResNet50_Weights.IMAGENET1K_V2`, is
-            downloaded by torchvision. Otherwise a file: a checkpoint of the whole model, or a state dict of the
-            backbone alone (a classifier's last layer is left out).
+            downloaded by torchvision. Otherwise a file: a checkpoint of the whole model, or of a classifier or its
+            state dict (without its last layer).
 
     Raises:
         UserError: no such weights, a broken file, or weights that do not fit; the model is left as it was.
     """
     if not weights:
         return
+    state = read_weights(weights)
+    if any(key.startswith("backbone.") for key in state):
+        load_weights(model, state, weights)
+    else:
+        # of one of our classifiers, or as torchvision names it
+        state = {key.removeprefix("body.").removeprefix("features."): value for key, value in state.items()}
+        body = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+        load_weights(model.get_submodule("backbone.body"), body, weights)
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """The state dict that `MODEL.WEIGHTS` names: weights of torchvision, or those in a file.
+
+    Raises:
+        UserError: no such weights, or a broken file.
+    """
     if re.fullmatch(r"\w+_Weights\.\w+", weights):
         try:
-            state = torchvision.models.get_weight(weights).get_state_dict(check_hash=True)
+            return torchvision.models.get_weight(weights).get_state_dict(check_hash=True)
         except (ValueError, KeyError) as error:  # no such enum, no such member
             raise UserError(f"MODEL.WEIGHTS {weights}: torchvision knows no such weights") from error
         except OSError as error:
             raise UserError(f"MODEL.WEIGHTS {weights}: cannot be downloaded ({error}); give a file instead") from error
-    else:
-        content = read_checkpoint(weights)
-        state = content.get("model", content)
-    if any(key.startswith("backbone.") for key in state):
-        load_weights(model, state, weights)
-    else:
-        body = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
-        load_weights(model.get_submodule("backbone.body"), body, weights)
+    content = read_checkpoint(weights)
+    return content.get("model", content)
 
 
 def _mismatches(message: str, most: int = 3) -> str:

@@ -1,0 +1,44 @@
+"""What only the built model shows to be wrong with a config, before training begins."""
+
+import copy
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ..convert import convert_groupnorm
+from ..distributed import world_size
+from ..errors import UserError
+from ..layers import DomainBatchNorm
+from .freeze import beginnings
+
+
+def check_model(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse what training or the evaluation after it would fail at.
+
+    Raises:
+        UserError: naming the key.
+    """
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, DomainBatchNorm)}
+    for beginning in beginnings(cfg) if cfg.SOLVER.FREEZE_NORM_AT else ():
+        if not any(name.startswith(beginning) for name in norms):
+            parts = ", ".join(name for name, _ in model.named_children())
+            if not beginning:
+                raise UserError(f"SOLVER.FREEZE_NORM_AT {cfg.SOLVER.FREEZE_NORM_AT:g}: the model has no BatchNorm")
+            raise UserError(
+                f"SOLVER.FREEZE_NORM_LAYERS: no BatchNorm has a name that begins with {beginning!r}; "
+                f"the model has {parts}"
+            )
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size() * cfg.SOLVER.ACCUMULATE)
+    for name, layer in norms.items():
+        split = layer.split
+        if split is not None and not split.allow_smaller_batch and not layer.frozen and split.least > images:
+            raise UserError(
+                f"MODEL.NORM: {name} ({type(layer).__name__}, {layer.grouping()}) normalizes groups of {images} "
+                f"images, those of one forward pass (SOLVER.IMS_PER_BATCH over processes and SOLVER.ACCUMULATE): "
+                f"expected {split.least} or more; lower {split.option.upper()} there, or raise IMS_PER_BATCH"
+            )
+    if cfg.TEST.EXAMPLE_WEIGHTS:
+        try:
+            convert_groupnorm(copy.deepcopy(model))
+        except TypeError as error:
+            raise UserError(f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS}: {error}") from error

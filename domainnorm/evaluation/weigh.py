@@ -1,0 +1,61 @@
+"""Inference example weighing of the model of a config (*Four Things*, §3.1)."""
+
+import copy
+import logging
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ..convert import convert_groupnorm
+from ..distributed import rank
+from ..example_weight import choose_example_weight
+from ..layers import DomainBatchNorm
+from ..modeling import NUM_LEVELS, RetinaNet
+from ..output import output_folder, write_json
+from .recompute import recompute
+from .test_set import TestSet
+
+logger = logging.getLogger(__name__)
+
+
+def choose_weight(cfg: CfgNode, model: nn.Module, validation: TestSet | None, name: str) -> nn.Module | None:
+    """`model`, set to population statistics, with the best of `TEST.EXAMPLE_WEIGHTS` on `validation`.
+
+    The best by top-1 accuracy or box AP.
+
+    A model with GroupNorms is copied, and the moving averages that they have not are computed by `TEST.RECOMPUTE`.
+    Every rank calls it; the scores of all weights go to `OUTPUT_DIR/inference/<name>/example_weight.json`. None, with a
+    warning, if the model has no norm.
+    """
+    if not any(isinstance(module, (DomainBatchNorm, nn.GroupNorm)) for module in model.modules()):
+        logger.warning("TEST.EXAMPLE_WEIGHTS are without effect: the model has no norm")
+        return None
+    model = _with_statistics(cfg, model)
+    weights = list(cfg.TEST.EXAMPLE_WEIGHTS)
+
+    def score(model: nn.Module) -> float:
+        if validation is None:
+            return 0.0  # there is one weight
+        scores = validation.scores(model)
+        return scores["classification"]["top1"] if "classification" in scores else scores["bbox"]["AP"]
+
+    scores = choose_example_weight(model, score, weights)
+    chosen = next(m.example_weight for m in model.modules() if isinstance(m, DomainBatchNorm))
+    if rank() == 0:
+        tried = {} if validation is None else {str(weight): value for weight, value in scores.items()}
+        content = {"example_weight": chosen, "scores": tried, "data set": cfg.TEST.EXAMPLE_WEIGHT_DATASET}
+        write_json(output_folder(cfg.OUTPUT_DIR) / "inference" / name / "example_weight.json", content)
+    logger.info("%s: example weight %g of %s", name, chosen, weights)
+    return model
+
+
+def _with_statistics(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """The model itself or, with GroupNorms, a copy in which those have population statistics."""
+    if not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        return model
+    twin = copy.deepcopy(model)
+    if isinstance(twin, RetinaNet):
+        convert_groupnorm(twin.head, num_domains=NUM_LEVELS)
+    convert_groupnorm(twin)
+    recompute(cfg, twin)  # of the new layers only: the others are under population statistics
+    return twin.eval()

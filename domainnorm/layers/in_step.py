@@ -1,0 +1,56 @@
+"""Layers at equal depth of parallel branches, normalized with one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..distributed import world_size
+from ..moments import Moments
+from .domains import DomainBatch, Input
+
+if TYPE_CHECKING:
+    from .domain_batch_norm import DomainBatchNorm
+
+
+def normalize_in_step(
+    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: int | Tensor | None = None
+) -> list[Input]:
+    """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
+
+    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
+    equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
+    """
+    first = layers[0]
+    batches = [layer._batch(x, domain) for layer, x in zip(layers, inputs, strict=True)]
+    for layer, batch in zip(layers, batches, strict=True):
+        if layer.batch_hook is not None:
+            layer.batch_hook(layer, batch)
+    if not first.uses_minibatch:
+        outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
+    else:
+        local = [batch.by_domain() for batch in batches]
+        group = None if isinstance(first.sync, bool) else first.sync
+        ranks = world_size(group) if first.sync and first.training else 1
+        if ranks > 1:
+            _check_in_step(batches)
+            widths = [of.mean.shape[1] for of in local]
+            means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
+            merged = Moments(local[0].count, means, variances).merge_ranks(group)
+            halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)
+            local = [Moments(merged.count, mean, var) for mean, var in halves]
+        if first.training:
+            first._check_counts(batches[0], local[0], ranks)
+        outputs = [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
+    return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
+
+
+def _check_in_step(batches: Sequence[DomainBatch]) -> None:
+    """One collective carries one count per domain for all layers."""
+    shapes = [[(x.shape[0], *x.shape[2:]) for x in batch.tensors] for batch in batches]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(f"layers in step take inputs of equal N and spatial sizes, got {shapes[0]} and {other}")

@@ -1,0 +1,121 @@
+"""The population statistics that a norm keeps, and whether it normalizes by them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moments import Moments
+
+STATISTICS = ("auto", "minibatch", "population")
+
+
+class PopulationStatistics(nn.Module):
+    """Buffers of one domain `(C,)`, or of each `(K, C)`, their EMA, and the choice of what normalizes.
+
+    See `DomainBatchNorm` for the attributes.
+    """
+
+    num_domains: int
+    population_statistics: str
+    eps: float
+    momentum: float | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = False
+        self.statistics = "auto"
+        self.example_weight = 0.0
+
+    def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
+        """Buffers of `width` means and variances a domain."""
+        domains = (self.num_domains,) if self.population_statistics == "per_domain" and self.num_domains > 1 else ()
+        self.register_buffer("running_mean", torch.zeros(*domains, width, **factory))
+        self.register_buffer("running_var", torch.ones(*domains, width, **factory))
+        self.register_buffer("num_batches_tracked", torch.zeros(domains, dtype=torch.long, device=factory["device"]))
+
+    @property
+    def statistics(self) -> str:
+        return "population" if self.frozen else self._statistics
+
+    @statistics.setter
+    def statistics(self, value: str) -> None:
+        one_of("statistics", value, STATISTICS)
+        self._statistics = value
+
+    @property
+    def example_weight(self) -> float:
+        return self._example_weight
+
+    @example_weight.setter
+    def example_weight(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"example_weight takes a number from 0 to 1, got {value}")
+        self._example_weight = float(value)
+
+    @property
+    def uses_minibatch(self) -> bool:
+        """Whether the next forward normalizes by the statistics of its input."""
+        return self.training if self.statistics == "auto" else self.statistics == "minibatch"
+
+    def reset_running_stats(self) -> None:
+        """Population statistics as at construction: mean 0, variance 1, no step counted."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    @torch.no_grad()
+    def _update_population(self, moments: Moments) -> None:
+        """One EMA step for every set of moments that has elements (formulas of Table 5's rows)."""
+        if self.running_mean.ndim == 2:
+            self._ema_step(moments)
+        else:
+            for k in range(len(moments.mean)):  # one step each, in order: a shared BatchNorm called K times
+                self._ema_step(moments[k])
+
+    def _ema_step(self, moments: Moments) -> None:
+        count = moments.count.squeeze(-1)  # () or (K,)
+        self.num_batches_tracked += count > 0
+        if self.momentum is None:
+            step = 1 / self.num_batches_tracked.clamp(min=1).to(count.dtype)
+        else:
+            step = torch.full_like(count, self.momentum)
+        some, several = (torch.where(count >= fewest, step, 0).unsqueeze(-1) for fewest in (1, 2))
+        dtype = self.running_mean.dtype
+        self.running_mean.lerp_(moments.mean.to(dtype), some.to(dtype))
+        self._move_var(moments, several.to(dtype))
+
+    def _move_var(self, moments: Moments, step: Tensor) -> None:
+        """One EMA step of the variance; `step` broadcasts against the buffer, and is 0 where there is none."""
+        self.running_var.lerp_(moments.unbiased_var().to(step.dtype), step)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""
+        for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            key = prefix + name
+            if name == "num_batches_tracked":
+                state_dict.setdefault(key, own)  # absent in checkpoints of frozen layers and of torch < 0.4
+            value = state_dict.get(key)
+            if value is None or value.shape == own.shape:
+                continue
+            if own.shape[1:] == value.shape and own.ndim == value.ndim + 1:
+                state_dict[key] = value.expand_as(own).clone()  # each domain its own memory, also with assign=True
+            elif value.shape[1:] == own.shape and value.ndim == own.ndim + 1:
+                choice = "affine" if name in ("weight", "bias") else "population_statistics"
+                errors.append(
+                    f"{key}: the checkpoint has one per domain, {tuple(value.shape)}, this layer one for all, "
+                    f"{tuple(own.shape)}: build it with num_domains={value.shape[0]}, {choice}='per_domain', or select "
+                    "one domain's row before loading"
+                )
+                state_dict[key] = own
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """ValueError if `value` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} takes one of {list(choices)}, got {value!r}")

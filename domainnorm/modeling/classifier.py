@@ -1,0 +1,142 @@
+"""Classifiers whose backbones have a chosen norm."""
+
+import difflib
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from ..convert import convert_batchnorm
+from ..data import num_classes
+from ..errors import UserError
+from ..layers import DomainBatchNorm
+from ..layers.replace import replace_layers
+from .cifar_resnet import CifarResNet
+from .norm import norm_options
+from .weights import load_weights, read_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Classifier(nn.Module):
+    """An image classifier, in which, under minibatch statistics too, a prediction depends on its own image only.
+
+    Args:
+        body: images `(N, 3, H, W)` -> logits `(N, classes)`; what a detector's backbone can be initialized with.
+        image_mean, image_std: of RGB in [0, 1].
+    """
+
+    def __init__(self, body: nn.Module, image_mean: list[float], image_std: list[float]) -> None:
+        super().__init__()
+        self.body = body
+        for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Images `(3, H, W)` of one size, in [0, 1], and targets with `labels` `()` -> losses, in eval logits."""
+        x = (torch.stack(list(images)) - self.image_mean) / self.image_std
+        if self.training:
+            if targets is None:
+                raise ValueError("a classifier in training mode takes targets, got none: call eval() for predictions")
+            labels = torch.stack([target["labels"] for target in targets])
+            return {"loss_cls": F.cross_entropy(self.body(x).float(), labels)}
+        if any(m.uses_minibatch for m in self.body.modules() if isinstance(m, DomainBatchNorm)):
+            return torch.cat([self.body(image) for image in x.split(1)])
+        return self.body(x)
+
+
+def build_classifier(cfg: CfgNode) -> Classifier:
+    """The classifier of `cfg`, with the weights of `MODEL.WEIGHTS`.
+
+    Weights are a checkpoint of such a classifier, or those of the torchvision or timm model itself, which are loaded
+    before its norms are exchanged; a last layer for another number of classes is left out.
+
+    Raises:
+        UserError: unknown backbone, weights that do not fit, a frozen norm without weights.
+    """
+    name, norm = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NORM
+    if norm == "FrozenBN" and not cfg.MODEL.WEIGHTS:
+        raise UserError(
+            "MODEL.BACKBONE.NORM 'FrozenBN' contradicts MODEL.WEIGHTS '': random statistics would be frozen; choose "
+            "another norm, such as BN, or name weights"
+        )
+    body = _body(name, num_classes(cfg))
+    state = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else {}
+    whole = any(key.startswith("body.") for key in state)
+    if state and not whole:
+        load_weights(body, _with_own_last_layer(body, state), cfg.MODEL.WEIGHTS)
+    if norm:
+        try:
+            body = convert_batchnorm(body, norm, **norm_options(cfg, norm))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"MODEL.BACKBONE.NORM {norm!r} of {name}: {error}") from error
+    else:
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        body = replace_layers(body, lambda _, m: nn.Identity() if isinstance(m, batch_norm) else m)
+    model = Classifier(body, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD))
+    if whole:
+        load_weights(model, _with_own_last_layer(model, state), cfg.MODEL.WEIGHTS)
+    _try_image(cfg, model)
+    return model
+
+
+@torch.no_grad()
+def _try_image(cfg: CfgNode, model: Classifier) -> None:
+    """UserError now, and not in the first step, if the body does not take images of this size."""
+    side = cfg.INPUT.CROP_SIZE
+    try:
+        model.eval()([torch.zeros(3, side, side)])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} with NORM {cfg.MODEL.BACKBONE.NORM!r} does not take images "
+            f"of INPUT.CROP_SIZE {side}: {' '.join(str(error).split())}"
+        ) from error
+    model.train()
+
+
+def _body(name: str, classes: int) -> nn.Module:
+    family, _, rest = name.partition("/")
+    if family == "timm" and rest:
+        try:
+            import timm
+        except ImportError:
+            raise UserError(f"MODEL.BACKBONE.NAME {name}: timm is not installed; pip install timm") from None
+        if not timm.is_model(rest):
+            raise UserError(f"MODEL.BACKBONE.NAME {name}: unknown to timm; {_nearest(rest, timm.list_models())}")
+        return timm.create_model(rest, num_classes=classes)
+    if name.startswith("cifar_resnet") and (depth := name.removeprefix("cifar_resnet")).isdecimal():
+        try:
+            return CifarResNet(int(depth), classes)
+        except ValueError as error:
+            raise UserError(f"MODEL.BACKBONE.NAME {name}: {error}") from error
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        names = [*known, "cifar_resnet18", "cifar_resnet20"]
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: a classifier takes a name of torchvision.models, cifar_resnet18, "
+            f"cifar_resnet20 (any 6n + 2), or timm/NAME; {_nearest(name, names)}"
+        )
+    # without the heads that only training has
+    plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **plain)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    return f"the nearest name is {difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]}"
+
+
+def _with_own_last_layer(body: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the weights that `body` has in its last layer, if that is for another number of classes."""
+    last = [name for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    own = {key: value for key, value in body.state_dict().items() if key.startswith(f"{last}.")}
+    if any(key in state and state[key].shape != value.shape for key, value in own.items()):
+        logger.warning("%s: its last layer is for another number of classes, and is left out", last)
+        return state | own
+    return state

@@ -1,0 +1,367 @@
+"""Classifiers from config to results.json."""
+
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torchvision
+from ranks import run_ranks
+from torch import nn
+
+import domainnorm as dn
+from domainnorm.data import train_loader
+from domainnorm.data.patches import patches_file
+from domainnorm.evaluation.classification import accuracy
+from domainnorm.layers import DomainBatchNorm
+
+train_module = importlib.import_module("domainnorm.engine.train")
+STATISTICS = ["population", "recomputed", "minibatch"]
+
+
+@pytest.fixture(scope="module")
+def sets(_own_cache):
+    return [str(patches_file(name, count)) for name, count in (("patches_train", 48), ("patches_val", 20))]
+
+
+def options(sets, output, **others):
+    chosen = {
+        "OUTPUT_DIR": str(output),
+        "MODEL.META_ARCHITECTURE": "Classifier",
+        "MODEL.DEVICE": "cpu",
+        "MODEL.BACKBONE.NAME": "cifar_resnet8",
+        "MODEL.BACKBONE.NORM": "BN",
+        "MODEL.NORM.GHOSTBN.GROUP_SIZE": 4,
+        "INPUT.CROP": "padded",
+        "INPUT.CROP_SIZE": 32,
+        "DATASETS.TRAIN": sets[:1],
+        "DATALOADER.NUM_WORKERS": 0,
+        "SOLVER.IMS_PER_BATCH": 8,
+        "SOLVER.BASE_LR": 0.05,
+        "SOLVER.MAX_ITER": 4,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "TEST.IMS_PER_BATCH": 7,
+        "TEST.RECOMPUTE.NUM_SAMPLES": 16,
+    }
+    chosen |= {key.replace("__", "."): value for key, value in others.items()}
+    return [word for pair in chosen.items() for word in pair]
+
+
+def config(sets, output, **others):
+    return dn.load_config(None, options(sets, output, **others))
+
+
+def weights_of(file):
+    return torch.load(file, weights_only=True)["model"]
+
+
+def classifier(sets, tmp_path, **others):
+    torch.manual_seed(0)
+    return dn.build_model(config(sets, tmp_path, **others))
+
+
+def patches(sets, count=6):
+    archive = np.load(sets[0])
+    images = torch.from_numpy(archive["images"][:count]).permute(0, 3, 1, 2) / 255
+    return list(images), [{"labels": torch.tensor(label)} for label in archive["labels"][:count]]
+
+
+# ---- training and its results --------------------------------------------------------------------------------------
+
+
+def test_training_writes_the_output_folder(sets, tmp_path):
+    cfg = config(sets, tmp_path, DATASETS__TEST=sets[1:], TEST__STATISTICS=STATISTICS, TEST__EVAL_PERIOD=3)
+    model = dn.train(cfg)
+    assert model.training
+    names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
+    assert names == {
+        *("config.yaml", "log.txt", "metrics.json", "results.json", "inference", "last_checkpoint"),
+        *("model_0000002.pth", "model_final.pth"),
+    }
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == STATISTICS
+    for name, scores in results.items():
+        predictions = json.loads((tmp_path / "inference" / name / "classification_results.json").read_text())
+        assert scores == {"classification": pytest.approx(slow_accuracy(cfg, predictions))}
+    assert results["population"] != results["minibatch"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [3, 4, 4] and lines[1]["loss_cls"] == lines[1]["total_loss"]
+    assert (
+        "population/classification/top1" in lines[0] and "normalization batches" in (tmp_path / "log.txt").read_text()
+    )
+    for name, value in weights_of(tmp_path / "model_final.pth").items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def slow_accuracy(cfg, predictions):
+    """From what the files say of each image, labels read anew."""
+    truth = np.load(cfg.DATASETS.TEST[0])["labels"]
+    assert [p["image_id"] for p in predictions] == list(range(len(truth)))
+    top1 = top5 = 0
+    for p, label in zip(predictions, truth, strict=True):
+        assert p["label"] == label and sorted(p["predicted"]) == [0, 1, 2, 3]
+        top1 += p["predicted"][0] == label
+        top5 += label in p["predicted"][:5]
+    loss = math.fsum(p["loss"] for p in predictions)
+    return {name: value / len(truth) for name, value in (("top1", 100 * top1), ("top5", 100 * top5), ("loss", loss))}
+
+
+def test_predictions_against_the_model_itself(sets, tmp_path):
+    """One image at a time, through the body alone."""
+    cfg = config(sets, tmp_path, DATASETS__TEST=sets[1:])
+    model = classifier(sets, tmp_path)
+    model(*patches(sets))
+    results = dn.evaluate(cfg, model)
+    assert model.training
+    written = json.loads((tmp_path / "inference/population/classification_results.json").read_text())
+    archive, right, losses = np.load(sets[1]), 0, []
+    model.eval()
+    for k, label in enumerate(archive["labels"]):
+        image = torch.from_numpy(archive["images"][k]).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+        with torch.no_grad():
+            logits = model.body(((image - mean) / std)[None])[0]
+        right += int(logits.argmax()) == label
+        losses.append(float(logits.logsumexp(0) - logits[label]))
+        assert written[k]["predicted"] == logits.argsort(descending=True).tolist()
+        assert written[k]["loss"] == pytest.approx(losses[-1], abs=1e-5)
+    expected = {"top1": 100 * right / len(losses), "top5": 100.0, "loss": pytest.approx(np.mean(losses), abs=1e-5)}
+    assert results == {"population": {"classification": expected}}
+
+
+def test_accuracy_by_hand():
+    """Six classes: the fifth likeliest counts in top5, the sixth, which is not listed, does not."""
+    rows = [(0, [0, 1, 2, 3, 4]), (4, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (2, [2, 5, 0, 1, 3])]
+    predictions = [{"label": label, "predicted": p, "loss": 0.5 * k} for k, (label, p) in enumerate(rows)]
+    assert accuracy(predictions) == {"top1": 50.0, "top5": 75.0, "loss": 0.75}
+
+
+@pytest.mark.parametrize("norm", ["BN", "BRN", "BGN"])
+def test_a_resumed_run_equals_one_that_was_not_stopped(sets, tmp_path, norm):
+    choices = {"MODEL__BACKBONE__NORM": norm, "SOLVER__WEIGHT_DECAY_NORM": 0.1, "SOLVER__WEIGHT_DECAY_NORM_TARGET": 1}
+    choices |= {"DATALOADER__BATCHES": "few_classes", "DATALOADER__CLASSES_PER_BATCH": 2}
+    whole = dn.train(config(sets, tmp_path / "whole", **choices))
+    cfg = config(sets, tmp_path / "stopped", **choices)
+    dn.train(cfg)
+    (tmp_path / "stopped/model_final.pth").unlink()
+    (tmp_path / "stopped/last_checkpoint").write_text("model_0000002.pth")
+    resumed = dn.train(cfg, resume=True)
+    for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize(("norm", "optimizer"), [("GN", "SGD"), ("GN", "AdamW"), ("SyncBN", "SGD"), ("", "SGD")])
+def test_two_processes_take_the_step_of_one(sets, tmp_path, norm, optimizer):
+    choices = {"MODEL__BACKBONE__NORM": norm, "SOLVER__MAX_ITER": 3, "DATASETS__TEST": sets[1:]}
+    choices |= {"SOLVER__OPTIMIZER": optimizer, "SOLVER__BASE_LR": 0.02 if optimizer == "SGD" else 1e-3}
+    choices |= {"SOLVER__WEIGHT_DECAY_NORM": 0.1, "SOLVER__WEIGHT_DECAY_NORM_TARGET": 1}
+    run_in_double(0, config(sets, tmp_path / "1", **choices))
+    run_ranks(run_in_double, 2, config(sets, tmp_path / "2", **choices))
+    one, two = (weights_of(tmp_path / n / "model_final.pth") for n in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    one, two = (json.loads((tmp_path / n / "results.json").read_text())["population"]["classification"] for n in "12")
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+def run_in_double(rank, cfg):
+    build = train_module.build_model
+    train_module.build_model = lambda cfg: Double(build(cfg))
+    try:
+        dn.train(cfg)
+    finally:
+        train_module.build_model = build
+
+
+class Double(nn.Module):
+    """The classifier in float64; its images come in float32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, images, targets=None):
+        return self.model([image.double() for image in images], targets)
+
+
+@pytest.mark.parametrize(
+    ("batches", "classes"), [("iid", 0), ("few_classes", 2), ("few_classes_in_rounds", 2), ("class_disjoint_halves", 0)]
+)
+def test_what_batches_are_made_of(sets, tmp_path, batches, classes):
+    choices = {"DATALOADER__BATCHES": batches, "DATALOADER__CLASSES_PER_BATCH": classes, "MODEL__BACKBONE__NORM": "GN"}
+    cfg = config(sets, tmp_path, **choices)
+    assert dn.train(cfg).training
+    seen = []
+    for _, (_, targets) in zip(range(8), train_loader(cfg, rank=0, world_size=1), strict=False):
+        seen.append([int(t["labels"]) for t in targets])
+    if classes:
+        assert all(sorted(map(row.count, set(row))) == [4, 4] for row in seen)
+    elif batches == "iid":
+        assert max(len(set(row)) for row in seen) > 2
+    else:
+        assert all(not set(row[:4]) & set(row[4:]) for row in seen)
+    if batches == "few_classes_in_rounds":
+        assert all(row[i] != row[i + 1] for row in seen for i in range(0, 8, 2))
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["", "GhostBN"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "cifar_resnet8", "cifar_resnet18", "mobilenet_v3_small", "timm/resnet10t", "timm/regnetx_002"]
+)
+def test_backbones(sets, tmp_path, name, norm):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NAME=name, MODEL__BACKBONE__NORM=norm)
+    kinds = {type(m) for m in model.modules() if isinstance(m, (DomainBatchNorm, nn.modules.batchnorm._BatchNorm))}
+    assert kinds == ({dn.GhostBatchNorm} if norm else set())
+    images, targets = patches(sets)
+    losses = model(images, targets)
+    losses["loss_cls"].backward()
+    assert losses.keys() == {"loss_cls"} and losses["loss_cls"].isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert logits.shape == (6, 4) and logits.isfinite().all()
+
+
+def test_the_loss_is_the_cross_entropy_of_normalized_images(sets, tmp_path):
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM="GN", MODEL__PIXEL_MEAN=[0.1, 0.2, 0.3])
+    images, targets = patches(sets)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.229, 0.224, 0.225]))
+    x = (torch.stack(images) - mean) / std
+    logits, labels = model.body(x), [int(t["labels"]) for t in targets]
+    expected = sum(row.logsumexp(0) - row[label] for row, label in zip(logits, labels, strict=True)) / len(labels)
+    torch.testing.assert_close(model(images, targets)["loss_cls"], expected)
+    with pytest.raises(ValueError, match="takes targets"):
+        model(images)
+
+
+@pytest.mark.parametrize("norm", ["BN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN"])
+def test_a_prediction_depends_on_its_own_image_only(sets, tmp_path, norm):
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM=norm, MODEL__NORM__SEQNORM__BATCH_GROUPS=2)
+    images, targets = patches(sets)
+    model(images, targets)
+    model.eval()
+    for statistics, tolerance in (("minibatch", 0), ("population", 1e-5)):
+        dn.set_statistics(model, statistics)
+        with torch.no_grad():
+            together, backwards = model(images), model(images[::-1]).flip(0)
+            alone = torch.cat([model([image]) for image in images])
+        torch.testing.assert_close(together, alone, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(backwards, alone, rtol=tolerance, atol=tolerance)
+
+
+def test_evaluation_does_not_depend_on_how_images_are_loaded(sets, tmp_path):
+    model, found = classifier(sets, tmp_path), []
+    for size in (1, 20):
+        choices = {"TEST__IMS_PER_BATCH": size, "TEST__STATISTICS": STATISTICS, "DATASETS__TEST": sets[1:]}
+        found.append(dn.evaluate(config(sets, tmp_path / str(size), **choices), model))
+    assert found[0] == {
+        k: {"classification": pytest.approx(v["classification"], rel=1e-5)} for k, v in found[1].items()
+    }
+
+
+def train_briefly(sets, folder, **others):
+    dn.train(config(sets, folder, SOLVER__MAX_ITER=1, **others))
+    return str(folder / "model_final.pth")
+
+
+def test_weights_of_a_classifier_load_into_others(sets, tmp_path):
+    """A RetinaNet's backbone; a classifier of more classes, of whose own last layer a warning tells."""
+    file = train_briefly(sets, tmp_path / "a", MODEL__BACKBONE__NAME="resnet18")
+    trained = weights_of(file)
+    data_set = tiny.write_dataset(tmp_path / "set")
+    detector = dn.build_model(
+        tiny.config(data_set, tmp_path, MODEL__WEIGHTS=file, MODEL__BACKBONE__NAME="resnet18")
+    ).state_dict()
+    shared = [name for name in trained if not name.startswith("body.fc.")]
+    assert shared and all(torch.equal(detector[f"backbone.{name}"], trained[name]) for name in shared)
+    same = classifier(sets, tmp_path, MODEL__BACKBONE__NAME="resnet18", MODEL__WEIGHTS=file).state_dict()
+    assert same.keys() == trained.keys() and all(torch.equal(value, trained[name]) for name, value in same.items())
+
+
+def test_a_classifiers_checkpoint_loads_into_one_of_more_classes(sets, tmp_path):
+    file = train_briefly(sets, tmp_path / "a")
+    model = classifier(sets, tmp_path, MODEL__WEIGHTS=file, MODEL__CLASSIFIER__NUM_CLASSES=9)
+    assert model.body.fc.weight.shape == (9, 64)
+    assert torch.equal(model.body.conv1.weight, weights_of(file)["body.conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "timm/resnet10t"])
+def test_weights_of_the_model_itself_with_other_classes(sets, tmp_path, name, caplog):
+    if name.startswith("timm"):
+        theirs = pytest.importorskip("timm").create_model(name.removeprefix("timm/"), num_classes=7)
+    else:
+        theirs = torchvision.models.get_model(name, weights=None, num_classes=7)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    model = classifier(
+        sets,
+        tmp_path,
+        MODEL__BACKBONE__NAME=name,
+        MODEL__WEIGHTS=str(tmp_path / "theirs.pth"),
+        MODEL__BACKBONE__NORM="BRN",
+    )
+    own, expected = model.body.state_dict(), theirs.state_dict()
+    differing = {k for k, value in expected.items() if value.shape != own[k].shape or not torch.equal(value, own[k])}
+    assert len(differing) == 2 and {own[key].shape[0] for key in differing} == {4}
+    assert "last layer is for another number of classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"MODEL__BACKBONE__NAME": "resnet19"}, "NAME resnet19: .*nearest name is resnet1"),
+        ({"MODEL__BACKBONE__NAME": "cifar_resnet9"}, "depth of 18, or 6n"),
+        ({"MODEL__BACKBONE__NAME": "timm/resnet10x"}, "unknown to timm; the nearest name is resnet10t"),
+        ({"MODEL__BACKBONE__NORM": "FrozenBN"}, "NORM 'FrozenBN' contradicts MODEL.WEIGHTS ''"),
+        ({"MODEL__BACKBONE__NORM": "Ghost"}, "BACKBONE.NORM takes one of .*nearest: 'GhostBN'"),
+        ({"MODEL__CLASSIFIER__NUM_CLASSES": 2}, "NUM_CLASSES 2 contradicts data set .*4"),
+        ({"MODEL__WEIGHTS": "nowhere.pth"}, "nowhere.pth: no such file"),
+        ({"MODEL__FPN__NORM": "BN"}, "FPN.NORM 'BN' contradicts MODEL.META_ARCHITECTURE 'Classifier'"),
+        ({"MODEL__ROI_HEADS__SHUFFLE": True}, "SHUFFLE True contradicts MODEL.META_ARCHITECTURE 'Classifier'"),
+        ({"DATASETS__TRAIN": ["nowhere.npz"]}, r"nowhere\.npz"),
+        ({"DATASETS__TRAIN": ["shapes_train"]}, "'shapes_train'.*patches_train"),
+        ({"DATASETS__TEST": ["nowhere.npz"]}, r"nowhere\.npz"),
+        ({"DATALOADER__BATCHES": "few_classes"}, "CLASSES_PER_BATCH 0 contradicts DATALOADER.BATCHES 'few_classes'"),
+        ({"SOLVER__WEIGHT_DECAY_NORM_TARGET": 0.5}, "WEIGHT_DECAY_NORM_TARGET takes one of"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(sets, tmp_path, choices, message):
+    if "timm" in str(choices):
+        pytest.importorskip("timm")
+    with pytest.raises(dn.UserError, match=message) as error:
+        dn.train(config(sets, tmp_path / "out", **choices))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# What is found only when the model runs, or later: a traceback of many lines.
+LATE = [
+    ({"MODEL__BACKBONE__NORM": "GhostBN", "MODEL__NORM__GHOSTBN__GROUP_SIZE": 16}, "GROUP_SIZE"),
+    ({"MODEL__BACKBONE__NORM": "SeqNorm", "MODEL__NORM__SEQNORM__BATCH_GROUPS": 16}, "BATCH_GROUPS"),
+    ({"MODEL__BACKBONE__NORM": "BRN", "MODEL__NORM__BRN__GROUP_SIZE": 16}, "GROUP_SIZE"),
+    (
+        {"MODEL__BACKBONE__NORM": "BGN", "MODEL__NORM__BGN__NUM_GROUPS": 7, "MODEL__NORM__BGN__SPLIT_SPACE": True},
+        "BGN",
+    ),
+    ({"MODEL__BACKBONE__NAME": "alexnet"}, "CROP_SIZE"),
+]
+
+
+def test_a_backbone_with_auxiliary_heads_is_built_without(sets, tmp_path):
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NAME="googlenet", INPUT__CROP_SIZE=64)
+    losses = model([torch.rand(3, 64, 64)] * 2, [{"labels": torch.tensor(1)}] * 2)
+    assert losses["loss_cls"].isfinite() and not any("aux" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(("choices", "name"), LATE)
+def test_mistakes_that_show_in_the_first_step_are_one_line_too(sets, tmp_path, choices, name):
+    with pytest.raises(dn.UserError, match=name):
+        dn.train(config(sets, tmp_path / "out", **choices))
+    assert not (tmp_path / "out").exists()
