@@ -216,7 +216,7 @@ def refuse_torch_batch_norm(model: nn.Module) -> None:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """After the block, every mode, every layer's statistics and example weight and every buffer are as before it."""
+    """After the block, every mode, every layer's choices and every buffer are as before it."""
     modes = [(module, module.training) for module in model.modules()]
     choices = [(m, m.statistics, m.example_weight) for m in model.modules() if isinstance(m, DomainBatchNorm)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
