@@ -77,7 +77,7 @@ def recompute_population_statistics(
     found = model
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forwards need not be as many on every rank
-    with left_as_found(model):
+    with left_as_found(model), _batches_of_any_size(model):
         if as_in_inference is not None:
             model.eval()
             for layer in as_in_inference:
@@ -95,6 +95,20 @@ def recompute_population_statistics(
     for name, estimate in estimates.items():
         write(layers[name], *estimate)
     return found
+
+
+@contextmanager
+def _batches_of_any_size(model: nn.Module) -> Iterator[None]:
+    """Within it, layers that normalize groups of samples take fewer: the last batch often is a short one."""
+    modules = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    splits = [(module.split, module.split.allow_smaller_batch) for module in modules if module.split is not None]
+    try:
+        for split, _ in splits:
+            split.allow_smaller_batch = True
+        yield
+    finally:
+        for split, allowed in splits:
+            split.allow_smaller_batch = allowed
 
 
 def _from_minibatches(

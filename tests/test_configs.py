@@ -28,7 +28,10 @@ def test_every_config_builds_a_model_and_takes_a_step(file):
     if head == "CLASSIFIER":
         target["labels"] = torch.tensor(2)
     target["masks"] = torch.ones(1, 128, 96, dtype=torch.uint8)
-    losses = model([torch.rand(3, 128, 96) for _ in range(2)], [target, target])
+    # Of each domain two images: one element of a 1 x 1 level has no variance.
+    domains = [0, 0, 1, 1] if cfg.MODEL.NORM_DOMAINS else [0, 0]
+    targets = [target | {"domain": torch.tensor(k)} for k in domains]
+    losses = model([torch.rand(3, 128, 96) for _ in targets], targets)
     sum(losses.values()).backward()
     before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     optimizer.step()

@@ -528,3 +528,12 @@ def test_without_gradients_the_buffers_move_all_the_same(name):
         layer(x)
     reference.train(x.detach(), None, None)
     check_buffers(layer, reference)
+
+
+def test_recomputation_takes_a_short_last_batch():
+    layer = dn.GhostBatchNorm(C, group_size=4, dtype=torch.float64)
+    x = random_input(10, C, 3, 3).detach()
+    dn.recompute_population_statistics(layer, x.split(8), progress=False)
+    close(layer.running_mean, x.mean((0, 2, 3)))
+    with pytest.raises(ValueError, match="group_size=4 needs 4 samples"):
+        layer(x[:2])

@@ -56,6 +56,9 @@ def _with_statistics(cfg: CfgNode, model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     if isinstance(twin, RetinaNet):
         convert_groupnorm(twin.head, num_domains=NUM_LEVELS)
+        for layer in twin.head.modules():
+            if isinstance(layer, DomainBatchNorm):
+                layer.domains_per_name = NUM_LEVELS
     convert_groupnorm(twin)
     recompute(cfg, twin)  # of the new layers only: the others are under population statistics
     return twin.eval()

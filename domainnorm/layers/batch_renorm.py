@@ -30,8 +30,9 @@ class BatchRenorm(DomainBatchNorm):
         num_features: C.
         r_max, d_max: a number from the first step; or points `(step, value)` with straight lines between them, such as
             the paper's `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the step
-            (which makes a GPU wait). Steps are training forwards, as `num_batches_tracked` counts them: of each
-            domain, where the domains share it.
+            (which makes a GPU wait). Before the moving averages have found the features, r and d pull towards mean 0
+            and variance 1: begin with 1 and 0 for a few multiples of `1 / momentum` steps. Steps are training
+            forwards, as `num_batches_tracked` counts them: of each domain, where the domains share it.
         momentum: of the EMA (the paper's α).
         group_size: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all.
         allow_smaller_batch: of `GhostBatchNorm`.

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""What the papers on small, ghost and odd minibatches claim, on a small residual CNN and real images.
+
+    tools/studies/classification.py [--data FOLDER] [--out docs/studies] [--images 3000] [--epochs 3] [--seeds 3]
+
+Fashion-MNIST at half resolution, from the folder of Debian's package dataset-fashion-mnist; `--data patches` takes the
+built-in data set. Five sections: batch size, ghost size, example weight α, decay of γ and β, minibatches of few
+classes. Writes classification.json, classification.md and classification.png (`pip install -e '.[studies]'`). Each
+finished run is kept in classification.json at once: the same command goes on with those that are missing.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import classification_report
+import torch
+from classification_runs import Run, measure, read_data, train
+
+DEBIAN = "/usr/share/datasets/fashion-mnist"
+BATCHES = (128, 32, 8, 4, 2)
+GHOST_SIZES = (128, 64, 32, 16, 8, 4, 2)
+RATES = (0.1, 0.2, 0.4, 0.8)
+PAPERS_G = {128: 512, 32: 128, 8: 16, 4: 2, 2: 1}  # of BGN, by batch size
+PATTERNS = {  # of minibatches of 32 images: how they are made, of how many classes
+    "i.i.d.": ("iid", 0),
+    "4 classes × 8": ("few_classes", 4),
+    "2 classes × 16": ("few_classes", 2),
+    "disjoint halves": ("class_disjoint_halves", 0),
+}
+GN = {"num_groups": 8}
+GBGN = {"channel_groups": 8, "examples_per_group": 2}
+
+
+def sections() -> dict[str, dict[str, Run]]:
+    """Of each section, a name for each run; runs of equal fields are trained once."""
+    few = {f"{name}/{kind}": run for kind, pattern in PATTERNS.items() for name, run in remedies(*pattern).items()}
+    swept = {
+        "BN, batch 128": Run("BN", 128, times=3),
+        "BN, batch 8": Run("BN", 8),
+        "GhostBN of 8, batch 128": ghost(128, 8, times=3),
+        "GN, batch 128": Run("GN", 128, GN, times=3),
+        "GBGN, batch 8": Run("GBGN", 8, GBGN),
+    }
+    decay = partial(Run, "BN", 32, part=3, times=5)
+    decays = {
+        "none": decay(decay=(0.0, 0.0)),
+        "5e-4 to 0, as the weights": decay(decay=(5e-4, 0.0)),
+        "5e-4, γ to 1": decay(decay=(5e-4, 1.0)),
+        "1e-2 to 0": decay(decay=(1e-2, 0.0)),
+        "1e-2, γ to 1": decay(decay=(1e-2, 1.0)),
+    }
+    return {
+        "rate": {str(rate): Run("BN", 128, rate=rate) for rate in RATES},
+        "few classes": few,
+        "ghost size": {str(size): ghost(128, size, times=3) for size in GHOST_SIZES},
+        "α": swept,
+        "decay": decays,
+        "batch size": {f"{name}/{size}": run for size in BATCHES for name, run in norms(size).items()},
+    }
+
+
+def ghost(batch: int, size: int, **others: Any) -> Run:
+    """Of one group it is BN."""
+    return Run("BN", batch, **others) if size >= batch else Run("GhostBN", batch, {"group_size": size}, **others)
+
+
+def norms(batch: int) -> dict[str, Run]:
+    """Each norm at a batch size; a BGN of as many groups as channels, 64 or more here, is BN."""
+    g = PAPERS_G[batch]
+    size = max(min(16, batch // 2), 2)
+    return {
+        "BN": Run("BN", batch),
+        "GN": Run("GN", batch, GN),
+        "BGN": Run("BN", batch) if g >= 64 else Run("BGN", batch, {"num_groups": g}),
+        "GBGN": Run("GBGN", batch, GBGN),
+        "GhostBN": ghost(batch, size),
+        "SeqNorm": Run("SeqNorm", batch, {"channel_groups": 8, "batch_groups": batch // size}),
+        "BRN": Run("BRN", batch, {"momentum": min(max(0.1 * batch / 32, 0.01), 0.1)}),
+    }
+
+
+def remedies(kind: str, classes: int) -> dict[str, Run]:
+    """For minibatches of 32 images; all remedies where classes are fewest, as is the leak of labels largest there."""
+    of = partial(Run, batch=32, pattern=(kind, classes), times=3)
+    runs = {"BN": of("BN")}
+    if kind == "class_disjoint_halves":
+        return runs | {"GhostBN, any order": of("GhostBN", options={"group_size": 16})}
+    runs |= {"GN": of("GN", options=GN), "GBGN": of("GBGN", options=GBGN)}
+    runs["BRN, momentum 0.1"] = of("BRN", options={"momentum": 0.1})
+    if kind == "iid":
+        return runs
+    size = {"group_size": classes}
+    runs["GhostBN, any order"] = of("GhostBN", options=size)
+    runs["GhostBN, each class once"] = of("GhostBN", options=size, pattern=(f"{kind}_in_rounds", classes))
+    if classes == 2:
+        runs["BRN, momentum 0.02"] = of("BRN", options={"momentum": 0.02})
+        runs["BN, frozen from half-way on"] = of("BN", freeze=True)
+        runs["BGN"] = of("BGN", options={"num_groups": 4})
+        runs["SeqNorm"] = of("SeqNorm", options={"channel_groups": 8, "batch_groups": 2})
+    return runs
+
+
+def ordered(runs: dict[str, dict[str, Run]], seeds: int) -> Iterator[tuple[int, Run]]:
+    """All of one seed before the next. The effect of decay is small: two more seeds."""
+    for seed in range(seeds + 2):
+        for section, of in runs.items():
+            if seed < {"decay": seeds + 2}.get(section, seeds):
+                yield from ((seed, run) for run in of.values())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Norms in a small classifier, by batch size and kind of minibatch.")
+    parser.add_argument("--data", default=DEBIAN, help="folder of Fashion-MNIST, or 'patches'")
+    parser.add_argument("--out", type=Path, default=Path("docs/studies"))
+    defaults = classification_report.SIZES
+    for name, text in (
+        ("images", "to train on"),
+        ("epochs", "of each run; three times as many, or five, where overfitting is looked for"),
+        ("validation", "images to choose α and the learning rate"),
+        ("test", "images of the reported accuracy"),
+        ("rate", "learning rate for a batch of 128"),
+    ):
+        parser.add_argument(f"--{name}", type=type(defaults[name]), default=defaults[name], help=text)
+    parser.add_argument("--seeds", type=int, default=defaults["seeds"])
+    args = parser.parse_args(argv)
+    options = {name: getattr(args, name) for name in defaults}
+    if args.images < GHOST_SIZES[1]:
+        parser.error(f"--images takes {GHOST_SIZES[1]} or more, the largest group of samples, got {args.images}")
+    patches = args.data == "patches"
+    settings = {"data": "patches" if patches else "Fashion-MNIST"} | {k: v for k, v in options.items() if k != "seeds"}
+    file = args.out / "classification.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"settings": settings, "runs": {}}
+    if results["settings"] != settings:
+        parser.error(f"{file} has runs of other sizes, {results['settings']}: choose another --out, or remove it")
+    given = ["--data patches"] * patches + [f"--{k} {v}" for k, v in options.items() if v != defaults[k]]
+    results["command"] = " ".join(["tools/studies/classification.py", *given])
+    results["machine"] = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    results["seeds"] = args.seeds
+    data = read_data(args.data, args.validation, args.test)
+    runs = sections()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed, run in ordered(runs, args.seeds):
+        key, sweep = run.key(seed), run in runs["α"].values()
+        if key in results["runs"]:
+            continue
+        began = time.monotonic()
+        trained = tuple(part[: args.images // run.part] for part in data["train"])
+        model = train(run, trained, args.epochs, args.rate, seed)
+        result = measure(run, model, data, trained, sweep)
+        results["runs"][key] = result | {"seconds": round(time.monotonic() - began, 1)}
+        classification_report.save(results, file)
+        print(key, results["runs"][key], flush=True)
+    classification_report.report(results, runs, args.out)
+    print((args.out / "classification.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
