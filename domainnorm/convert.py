@@ -140,6 +140,7 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
             _keep_statistics(new, layer)
         if isinstance(layer, DomainBatchNorm):
             new.statistics, new.example_weight = layer.statistics, layer.example_weight
+            new.take_domains(layer)
     return new
 
 

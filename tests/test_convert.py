@@ -8,6 +8,7 @@ from norm_cases import close
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.layers import freeze_batchnorm
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 # Each norm by its name in a config and by its class, with options for a few samples.
@@ -293,3 +294,20 @@ def test_choices_of_our_layers_are_kept():
     for key in ("num_domains", "sgd_statistics", "population_statistics", "affine", "sync", "example_weight"):
         assert getattr(new, key) == getattr(layer, key), key
     assert new.statistics == "population"
+
+
+@pytest.mark.parametrize("change", ["GhostBN", "FrozenBN", "freeze", "thaw"])
+def test_domains_keep_their_names_and_the_one_in_use(change):
+    """Also where a name stands for two pyramid levels."""
+    model = nn.Sequential(dn.DomainBatchNorm(4, 6, affine="per_domain"))
+    model[0].domains_per_name = 2
+    dn.use_domain(dn.name_domains(model, ["a", "b", "c"]), "b")
+    state = copy.deepcopy(model.state_dict())
+    if change == "freeze":
+        freeze_batchnorm(model)
+    elif change == "thaw":
+        model = nn.Sequential(dn.FrozenBatchNorm.from_batch_norm(model[0]).to_batch_norm())
+    else:
+        dn.convert_batchnorm(model, change)
+    assert (model[0].domain_names, model[0].domains_per_name, model[0].current_domain) == (("a", "b", "c"), 2, 1)
+    assert list(model.state_dict()) == list(state)

@@ -101,6 +101,14 @@ def test_torchs_layers_stay_but_synchronized_ones():
     assert {type(m) for m in model} == {nn.SyncBatchNorm} and model[0].weight is weight
 
 
+def test_a_process_group_stays():
+    group = object()
+    layer = dn.DomainBatchNorm(3)
+    layer.sync = group
+    for model in (nn.Sequential(layer), nn.Sequential(nn.SyncBatchNorm(3, process_group=group))):
+        assert dn.convert_batchnorm(model, "SyncBatchNorm")[0].process_group is group
+
+
 def test_one_layer_of_several_names_stays_one():
     shared = dn.DomainBatchNorm(3)
     model = dn.convert_batchnorm(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}), "BatchNorm1d")

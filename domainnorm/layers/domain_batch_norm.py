@@ -160,6 +160,12 @@ class DomainBatchNorm(PopulationStatistics):
         batch.elements = [self._elements(tensor) for tensor in batch.tensors]
         return batch
 
+    def take_domains(self, layer: "DomainBatchNorm") -> None:
+        """The domains of a layer that has as many: their names, and which one is in use."""
+        if self.num_domains == layer.num_domains:
+            self.domain_names, self.domains_per_name = layer.domain_names, layer.domains_per_name
+            self.current_domain = layer.current_domain
+
     def domain_in_use(self) -> Domain:
         """The `current_domain`.
 

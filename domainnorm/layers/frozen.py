@@ -50,6 +50,8 @@ class FrozenBatchNorm(DomainBatchNorm):
         else:
             factory |= {"affine": "shared" if layer.affine else None, "momentum": layer.momentum}
         frozen = cls(layer.num_features, train_affine, eps=layer.eps, **factory)
+        if isinstance(layer, DomainBatchNorm):
+            frozen.take_domains(layer)
         with torch.no_grad():
             frozen.load_state_dict({key: value for key, value in layer.state_dict().items() if "." not in key})
         if isinstance(layer, DomainBatchNorm):
@@ -73,6 +75,8 @@ class FrozenBatchNorm(DomainBatchNorm):
         else:
             options["affine"] = self.affine is not None
         thawed = kind(self.num_features, **options)
+        if isinstance(thawed, DomainBatchNorm):
+            thawed.take_domains(self)
         with torch.no_grad():
             thawed.load_state_dict({key: value for key, value in self.state_dict().items() if "." not in key})
         keep_activation(thawed, self)
