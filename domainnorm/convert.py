@@ -99,9 +99,7 @@ def _exchange(model: nn.Module, converted: Any) -> nn.Module:
 
 def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Module | None:
     """The layer `name` with the hyperparameters and statistics of `layer`; None if that is no BatchNorm to convert."""
-    if not isinstance(layer, (DomainBatchNorm, _BatchNorm)):
-        return None
-    if name not in _TORCH and getattr(layer, "frozen", False):
+    if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or _stays(layer, name):
         return None
     _check_kind(layer, tuple(_TORCH.values()))
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
@@ -144,11 +142,16 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
     return new
 
 
-def _torch_layer(layer: Any, kind: Any, options: dict[str, Any]) -> nn.Module | None:
-    """Torch's layer `kind` with the hyperparameters and statistics of `layer`; None if that is torch's and stays."""
+def _stays(layer: nn.Module, name: str) -> bool:
+    """Whether it is frozen or, on the way back, torch's and not a SyncBatchNorm."""
+    if name in _TORCH:
+        return not isinstance(layer, (DomainBatchNorm, nn.SyncBatchNorm)) and name != "SyncBatchNorm"
+    return getattr(layer, "frozen", False)
+
+
+def _torch_layer(layer: Any, kind: Any, options: dict[str, Any]) -> nn.Module:
+    """Torch's layer `kind` with the hyperparameters and statistics of `layer`."""
     ours = isinstance(layer, DomainBatchNorm)
-    if not ours and not isinstance(layer, nn.SyncBatchNorm) and kind is not nn.SyncBatchNorm:
-        return None
     given: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum, "affine": layer.weight is not None}
     given |= {"track_running_stats": layer.running_mean is not None} | _factory(layer) | options
     if ours:

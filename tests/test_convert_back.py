@@ -92,6 +92,8 @@ def test_dtypes_of_weights_and_of_statistics_stay():
 
 def test_torchs_layers_stay_but_synchronized_ones():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3), dn.DomainBatchNorm(3), nn.BatchNorm3d(3))
+    lazy = nn.LazyBatchNorm2d()
+    assert dn.convert_batchnorm(lazy, "BatchNorm2d") is lazy
     first, last = model[0], model[3]
     dn.convert_batchnorm(model, "BatchNorm2d")
     assert [type(m) for m in model] == [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm3d]
