@@ -1,5 +1,6 @@
 """Detectors and classifiers whose norms have data sets for domains: training, several ranks, resume, evaluation."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from ranks import run_ranks
 from test_mask_rcnn import batch as rcnn_batch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import domainnorm as dn
 from domainnorm.engine.describe import describe_normalization
@@ -242,3 +244,28 @@ def test_classifiers_have_domains_too(tmp_path):
     assert all(layer.num_batches_tracked.tolist() == [1, 1] for layer in norms(model).values())
     with dn.use_domain(model.eval(), "night"):
         assert model([torch.rand(3, 16, 16)]).shape == (1, 3)
+
+
+def test_under_autocast_statistics_stay_float32(sets, tmp_path):
+    amp = {"SOLVER__AMP__ENABLED": True, "SOLVER__MAX_ITER": 2, "DATALOADER__RATIOS": [1, 1]}
+    model = dn.train(config(sets, tmp_path, **amp))
+    for layer in norms(model).values():
+        assert layer.running_mean.dtype == torch.float32 and layer.num_batches_tracked.min() == 2
+
+
+def test_activation_checkpointing_of_the_backbone(sets, tmp_path):
+    torch.manual_seed(0)
+    model = dn.build_model(config(sets, tmp_path)).double().train()
+    twin = copy.deepcopy(model)
+    body = twin.backbone.forward
+    twin.backbone.forward = lambda x: checkpoint(body, x, use_reentrant=False)
+    for step in range(2):
+        images, targets = batch(4, seed=step, domain=[0, 1, 1, 0] if step else [1, 1, 0, 0])
+        images = [image.double() for image in images]
+        for network in (model, twin):
+            network.zero_grad()
+            sum(network(images, targets).values()).backward()
+        for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-9, msg=name)
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
