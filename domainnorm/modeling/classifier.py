@@ -45,7 +45,8 @@ class Classifier(nn.Module):
 
         Where data sets are the domains of norms, targets have `domain`; in inference `dn.use_domain` says it.
         """
-        x = (torch.stack(list(images)) - self.image_mean) / self.image_std
+        images = images if isinstance(images, Tensor) else torch.stack(images)
+        x = (images - self.image_mean) / self.image_std
         if self.training:
             if targets is None:
                 raise ValueError("a classifier in training mode takes targets, got none: call eval() for predictions")
