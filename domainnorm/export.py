@@ -35,7 +35,8 @@ class Exported:
 
     Attributes:
         images: the shape of what it takes, with names such as "N" where any number will do.
-        difference: the largest from the model, over all outputs for batches of the sizes `checked`.
+        difference: the largest from the model, over batches of the sizes `checked`; of an output with numbers above 1,
+            relative to its largest.
         checked: (N, H, W).
     """
 
@@ -56,10 +57,8 @@ class DenseRetinaNet(nn.Module):
         `anchors` `(A, 4)` that it is relative to, in pixels."""
         images = self.model.transform.normalize(images)
         features = list(self.model.backbone(images).values())
-        shapes = [(images.shape[2], images.shape[3])]
-        return self.model.head(features) | {
-            "anchors": self.model.anchor_generator(ImageList(images, shapes), features)[0]
-        }
+        listed = ImageList(images, [(images.shape[2], images.shape[3])])
+        return self.model.head(features) | {"anchors": self.model.anchor_generator(listed, features)[0]}
 
 
 def export_model(
@@ -90,7 +89,7 @@ def export_model(
         domain: the number or name of the only data set for which it predicts, where these are domains of norms.
         statistics: `"population"` or `"minibatch"`: which normalize.
         fused: whether norms are folded into convolutions first, by `dn.fuse`.
-        atol: the largest difference that is allowed.
+        atol: the largest difference that is allowed; see `Exported`.
 
     Raises:
         UserError: the model cannot be exported so, packages are missing, or the outputs differ; `file` is as it was.
@@ -103,20 +102,12 @@ def export_model(
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
         raise UserError(f"{file}: cannot be written: expected a file in a folder that exists and may be written to")
     model = _prepared(model, domain, statistics, fused)
-    per_image = any(m.uses_minibatch for m in model.modules() if isinstance(m, DomainBatchNorm))
-    height, width = size
-    batch = {} if per_image else {0: Dim("N")}
-    spatial: dict[int, Any] = {2: Dim("H"), 3: Dim("W")}
-    choices = [batch | spatial, batch]
+    choices = _dynamic(model, size)
     if isinstance(model, RetinaNet):
-        if min(size) < LEAST_SIDE or height % STRIDE or width % STRIDE:
-            raise UserError(f"size takes multiples of {STRIDE} from {LEAST_SIDE} on for a RetinaNet, got {size}")
-        choices = [
-            batch | {2: STRIDE * Dim("H", min=LEAST_SIDE // STRIDE), 3: STRIDE * Dim("W", min=LEAST_SIDE // STRIDE)}
-        ]
         model = DenseRetinaNet(model)
     if format == "onnx":
         model = model.cpu()
+    height, width = size
     for dims in choices:
         sizes = [(n, height, width) for n in ((2, 1, 3) if 0 in dims else (1,))]
         if 2 in dims:
@@ -139,11 +130,20 @@ def export_model(
             stream.write(content)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from error
-    names = (
-        {0: "N", 2: f"{STRIDE}·H", 3: f"{STRIDE}·W"} if isinstance(model, DenseRetinaNet) else {0: "N", 2: "H", 3: "W"}
-    )
-    shape = (sizes[0][0], 3, height, width)
-    return Exported(tuple(names[k] if k in dims else n for k, n in enumerate(shape)), difference, sizes)
+    sides = [f"{STRIDE}·{name}" if isinstance(model, DenseRetinaNet) else name for name in "HW"]
+    shape = ("N" if 0 in dims else 1, 3, *(sides if 2 in dims else size))
+    return Exported(shape, difference, sizes)
+
+
+def _dynamic(model: nn.Module, size: tuple[int, int]) -> list[dict[int, Any]]:
+    """Which dimensions of the images may be of any size: all that one wishes for, then fewer."""
+    per_image = any(m.uses_minibatch for m in model.modules() if isinstance(m, DomainBatchNorm))
+    batch: dict[int, Any] = {} if per_image else {0: Dim("N")}
+    if not isinstance(model, RetinaNet):
+        return [batch | {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, batch]
+    if min(size) < LEAST_SIDE or any(side % STRIDE for side in size):
+        raise UserError(f"size takes multiples of {STRIDE} from {LEAST_SIDE} on for a RetinaNet, got {size}")
+    return [batch | {k: STRIDE * Dim(name, min=LEAST_SIDE // STRIDE) for k, name in ((2, "H"), (3, "W"))}]
 
 
 def _check_onnx() -> None:
@@ -162,7 +162,7 @@ def _prepared(model: nn.Module, domain: int | str | None, statistics: str, fused
     if statistics not in ("population", "minibatch"):
         raise UserError(f"statistics takes one of ['population', 'minibatch'], got {statistics!r}")
     if fused and statistics == "minibatch":
-        raise UserError("minibatch statistics cannot be fused: they are another image's with every image")
+        raise UserError("minibatch statistics cannot be fused: each image has its own")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     layers = _with_domains(model)
     if layers and domain is None:
@@ -226,4 +226,4 @@ def _named(outputs: Any) -> dict[str, Tensor]:
 def _difference(own: Tensor, other: Tensor) -> Tensor:
     if own.shape != other.shape:
         raise ValueError(f"expected an output of shape {tuple(own.shape)}, got {tuple(other.shape)}")
-    return (own - other).abs().max().float().cpu()
+    return ((own - other).abs().max() / own.abs().max().clamp(min=1)).float().cpu()
