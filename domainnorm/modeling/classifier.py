@@ -10,7 +10,7 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..convert import convert_batchnorm
+from ..convert import convert_batchnorm, left_as_found
 from ..data import num_classes
 from ..domains import use_domains_of
 from ..errors import UserError
@@ -98,13 +98,14 @@ def _try_image(cfg: CfgNode, model: Classifier) -> None:
     """UserError now, and not in the first step, if the body does not take images of this size."""
     side = cfg.INPUT.CROP_SIZE
     try:
-        model.eval()([torch.zeros(3, side, side)])
+        with left_as_found(model):
+            use_domains_of(model, [{"domain": torch.tensor(0)}])
+            model.eval()([torch.zeros(3, side, side)])
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} with NORM {cfg.MODEL.BACKBONE.NORM!r} does not take images "
             f"of INPUT.CROP_SIZE {side}: {' '.join(str(error).split())}"
         ) from error
-    model.train()
 
 
 def _body(name: str, classes: int) -> nn.Module:
