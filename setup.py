@@ -22,5 +22,9 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy", "timm"], "studies": ["matplotlib"]},
+    extras_require={
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "timm", "onnx", "onnxscript", "onnxruntime"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
+        "studies": ["matplotlib"],
+    },
 )

@@ -2,11 +2,12 @@
 
 from .config import load_config
 from .convert import convert_batchnorm, convert_groupnorm, set_statistics
-from .domains import add_domain, merge_domains, name_domains, nearest_domain, use_domain
+from .domains import add_domain, keep_domain, merge_domains, name_domains, nearest_domain, use_domain
 from .engine import train
 from .errors import UserError
 from .evaluation import evaluate
 from .example_weight import choose_example_weight, set_example_weight
+from .export import export_model
 from .fuse import fuse
 from .layers import (
     BatchGroupNorm,
@@ -43,8 +44,10 @@ __all__ = [
     "convert_batchnorm",
     "convert_groupnorm",
     "evaluate",
+    "export_model",
     "fuse",
     "get_norm",
+    "keep_domain",
     "load_config",
     "merge_domains",
     "merge_population_statistics",

@@ -201,6 +201,29 @@ def merge_domains(model: nn.Module) -> nn.Module:
     return model
 
 
+def keep_domain(model: nn.Module, domain: int | str) -> nn.Module:
+    """Leave of the domains that names stand for this one only, in place: for deployment; returns the model.
+
+    Raises:
+        ValueError: none of them is called so, or no norm of the model has several; nothing was changed.
+    """
+    layers = _with_domains(model)
+    if not layers:
+        raise ValueError(f"the model has no norm with several domains, got domain {domain!r}")
+    index = _index(layers, domain)
+    if not isinstance(index, int):
+        raise ValueError(f"domain takes a number from 0 or a name, got {domain!r}")
+    for layer in layers:
+        number = _number(layer)
+        layer.num_domains, layer.domain_names, layer.current_domain = layer.domains_per_name, None, None
+        for key, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            if (layer.affine if key in ("weight", "bias") else layer.population_statistics) == "per_domain":
+                rows = value.detach().unflatten(0, (number, -1))[index]  # (L, C), or (L) of steps
+                kept = (rows if layer.domains_per_name > 1 else rows[0]).clone()
+                setattr(layer, key, nn.Parameter(kept, value.requires_grad) if key in ("weight", "bias") else kept)
+    return model
+
+
 @torch.no_grad()
 def nearest_domain(model: nn.Module, *inputs: Any) -> int:
     """The domain whose population statistics are most like those of `inputs`, at the first norm that they reach.

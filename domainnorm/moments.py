@@ -8,6 +8,7 @@ Moments are float64 for float64 inputs and float32 for all others, also under au
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Moments:
     def rows(x: Tensor) -> Moments:
         """Moments of each row of `x` `(N, C, *)`: mean and variance `(N, C)`, count `(N, 1)`."""
         mean, var = _RowMoments.apply(x)
-        count = mean.new_full((x.shape[0], 1), x.shape[2:].numel())
+        count = mean.new_full((x.shape[0], 1), math.prod(x.shape[2:]))
         return Moments(count, mean, var)
 
     @staticmethod
@@ -170,7 +171,7 @@ class _RowMoments(Function):
     @staticmethod
     def forward(ctx, x):
         wide = x.to(_statistics_dtype(x))
-        if x.ndim == 2 or x.shape[2:].numel() == 0:  # rows of one element, or of none
+        if x.ndim == 2 or math.prod(x.shape[2:]) == 0:  # rows of one element, or of none
             mean = wide.clone() if x.ndim == 2 else wide.new_zeros(x.shape[:2])
             var = torch.zeros_like(mean)
         else:
@@ -182,7 +183,7 @@ class _RowMoments(Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
-        count = max(x.shape[2:].numel(), 1)
+        count = max(math.prod(x.shape[2:]), 1)
         centred = x - _per_row(mean, x)
         grad = torch.addcmul(_per_row(grad_mean / count, x), centred, _per_row(grad_var * (2 / count), x))
         return grad.to(x.dtype)

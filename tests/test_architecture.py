@@ -25,6 +25,7 @@ LOWER = {
     "domains": {"layers", "moments", "population"},
     "virtual_batch": {"convert", "moments", "layers", "lockstep"},
     "fuse": {"layers"},
+    "export": {"convert", "domains", "errors", "fuse", "layers", "modeling", "output"},
     "data": {"errors", "distributed", "output"},
     "modeling": {
         *("domains", "errors", "config_values", "distributed", "moments", "layers", "convert", "roi_shuffle", "data")

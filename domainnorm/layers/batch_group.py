@@ -44,7 +44,7 @@ class BatchGroupNorm(DomainBatchNorm):
 
     def _pieces(self, x: Tensor) -> Tensor:
         """`x` as rows `(N, R, *)` that lie within one channel and one piece, as long as can be."""
-        size, spatial = x.shape[1:].numel(), x.shape[2:].numel()
+        size, spatial = math.prod(x.shape[1:]), math.prod(x.shape[2:])
         if self.num_features % self.num_groups == 0:
             return x
         if size % self.num_groups:
@@ -72,11 +72,11 @@ class BatchGroupNorm(DomainBatchNorm):
         return outputs
 
     def _elements(self, x: Tensor) -> int:
-        return x.shape[1:].numel() // self.num_groups
+        return math.prod(x.shape[1:]) // self.num_groups
 
     def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
         rows = Moments.rows(self._pieces(x))
-        if not x.shape[1:].numel():
+        if not math.prod(x.shape[1:]):
             none = rows.mean.new_zeros(len(x), self.num_groups)
             return rows, Moments(none[:, :1], none, none)
         return rows, rows.merge_channels(self.num_groups)

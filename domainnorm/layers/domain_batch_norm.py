@@ -1,5 +1,6 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -129,7 +130,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     def _elements(self, x: Tensor) -> int:
         """How many numbers a row brings into a normalization batch."""
-        return x.shape[2:].numel()
+        return math.prod(x.shape[2:])
 
     def _normalize_by(
         self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None

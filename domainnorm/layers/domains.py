@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -35,7 +36,7 @@ class DomainBatch:
         self.tensors = tensors
         self.domains = domains
         self.num_domains = num_domains
-        self.elements = [x.shape[2:].numel() for x in tensors]
+        self.elements = [math.prod(x.shape[2:]) for x in tensors]
         self.extra: Moments | None = None
         self.updates = not is_recomputed()
         self._of = moments or _same

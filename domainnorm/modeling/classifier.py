@@ -46,7 +46,8 @@ class Classifier(nn.Module):
 
         Where data sets are the domains of norms, targets have `domain`; in inference `dn.use_domain` says it.
         """
-        x = (torch.stack(list(images)) - self.image_mean) / self.image_std
+        images = images if isinstance(images, Tensor) else torch.stack(images)
+        x = (images - self.image_mean) / self.image_std
         if self.training:
             if targets is None:
                 raise ValueError("a classifier in training mode takes targets, got none: call eval() for predictions")
@@ -106,7 +107,6 @@ def _try_image(cfg: CfgNode, model: Classifier) -> None:
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} with NORM {cfg.MODEL.BACKBONE.NORM!r} does not take images "
             f"of INPUT.CROP_SIZE {side}: {' '.join(str(error).split())}"
         ) from error
-    model.train()
 
 
 def _body(name: str, classes: int) -> nn.Module:

@@ -102,7 +102,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
 
         In inference under minibatch statistics each image is its own normalization batch.
         """
-        if not self.training and features[0].shape[0] > 1 and self._uses_minibatch():
+        if not self.training and self._uses_minibatch() and features[0].shape[0] > 1:
             images = [self([f[i : i + 1] for f in features]) for i in range(features[0].shape[0])]
             return {key: torch.cat([image[key] for image in images]) for key in images[0]}
         cls, box = self.classification_head, self.regression_head
