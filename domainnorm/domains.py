@@ -111,9 +111,8 @@ def add_domain(
     """Give every norm of a trained model one domain more, with statistics of new, unlabelled data; returns the model.
 
     Frozen norms stay; of a norm for pyramid levels every level gets one. What the other domains compute stays the same
-    to the bit. The model runs in eval mode, as for
-    predictions, with the minibatch statistics of its norms (*Rethinking "Batch"*, §5.1, Table 4); then it is used with
-    `dn.use_domain(model, name)`, and is trained on as any other.
+    to the bit. The model runs in eval mode, as for predictions, with the minibatch statistics of its norms (*Rethinking
+    "Batch"*, §5.1, Table 4); then it is used with `dn.use_domain(model, name)`, and is trained on as any other.
 
     Args:
         batches: whatever `model(batch)` takes in eval mode. A detector that takes its images one by one needs batches

@@ -8,7 +8,8 @@ import domainnorm as dn
 PACKAGE = Path(dn.__file__).parent
 LOWER = {
     "errors": set(),
-    "config_checks": {"errors", "config_values"},
+    "config_choices": {"errors"},
+    "config_checks": {"errors", "config_choices", "config_values"},
     "config_values": {"errors"},
     "config": {"errors", "config_checks", "config_values"},
     "distributed": {"errors"},
@@ -31,7 +32,7 @@ LOWER = {
         *("domains", "errors", "config_values", "distributed", "moments", "layers", "convert", "roi_shuffle", "data")
     },
     "evaluation": {
-        *("errors", "config_checks", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        *("errors", "config_choices", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
         *("domains", "example_weight"),
     },
     "engine": {
