@@ -96,7 +96,8 @@ def _check_model(model: CfgNode, defaults: CfgNode) -> None:
         if model.META_ARCHITECTURE not in architectures and get_value(model, key) != get_value(defaults, key):
             raise UserError(
                 f"MODEL.{key} {get_value(model, key)!r} contradicts MODEL.META_ARCHITECTURE "
-                f"{model.META_ARCHITECTURE!r}, which has no use for it: leave {key} out, or choose {' or '.join(architectures)}"
+                f"{model.META_ARCHITECTURE!r}, which has no use for it: leave {key} out, or choose "
+                f"{' or '.join(architectures)}"
             )
     if model.ROI_MASK_HEAD.NORM and not model.MASK_ON:
         raise UserError(
