@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..convert import convert_batchnorm
+from ..convert import convert_batchnorm, left_as_found
 from ..data import num_classes
-from ..domains import use_domain, use_domains_of
+from ..domains import use_domains_of
 from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..layers.replace import replace_layers
@@ -99,9 +98,9 @@ def _try_image(cfg: CfgNode, model: Classifier) -> None:
     """UserError now, and not in the first step, if the body does not take images of this size."""
     side = cfg.INPUT.CROP_SIZE
     try:
-        model.eval()
-        with use_domain(model, 0) if cfg.MODEL.NORM_DOMAINS else nullcontext():
-            model([torch.zeros(3, side, side)])
+        with left_as_found(model):
+            use_domains_of(model, [{"domain": torch.tensor(0)}])
+            model.eval()([torch.zeros(3, side, side)])
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} with NORM {cfg.MODEL.BACKBONE.NORM!r} does not take images "
