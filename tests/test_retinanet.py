@@ -114,9 +114,11 @@ def test_row_4_is_separate_batch_norms_per_level():
         torch.testing.assert_close(head.train()(features())[key], value, atol=1e-10, rtol=0)
 
 
-def count_collectives(rank):
-    head = RetinaNetHead(C, 9, CLASSES, norm="SyncBN").double()
+def count_collectives(rank, norm_domains="level"):
+    head = RetinaNetHead(C, 9, CLASSES, norm="SyncBN", norm_domains=norm_domains, num_datasets=2).double()
     levels = [x.requires_grad_() for x in features(seed=rank)]
+    if norm_domains != "level":  # each rank has images of one data set only
+        dn.use_domain(head, torch.full((len(levels[0]),), rank))
     with Counted() as forward:
         outputs = head(levels)
     with Counted() as backward:
@@ -124,8 +126,9 @@ def count_collectives(rank):
     return list(forward), list(backward)
 
 
-def test_two_towers_of_four_layers_over_five_levels_need_4_and_4_collectives():
-    for forward, backward in run_ranks(count_collectives, 2):
+@pytest.mark.parametrize("domains", ["level", "dataset", "level_and_dataset"])
+def test_two_towers_of_four_layers_over_five_levels_need_4_and_4_collectives(domains):
+    for forward, backward in run_ranks(count_collectives, 2, domains):
         assert forward == ["all_gather_into_tensor"] * 4 and backward == ["all_reduce"] * 4
 
 
