@@ -300,3 +300,13 @@ def test_the_nearest_domain_and_the_average():
     both = dn.Moments(torch.ones(2, 1).double(), model[1].running_mean, model[1].running_var).merge(0)
     close(merged[1].running_var, both.var[0])
     assert merged(images()).shape == (6, 4, 5, 5) and merged[1].num_domains == 1
+
+
+def test_a_new_domain_begins_with_the_affine_of_the_one_it_is_like():
+    model = dn.name_domains(net(affine="per_domain"), ["day", "night"])
+    with torch.no_grad():
+        for layer in (model[1], model[4]):
+            layer.weight.copy_(torch.tensor([[2.0], [3.0]]))
+    dn.add_domain(model, [images()], "dusk", like="night", progress=False)
+    for layer in (model[1], model[4]):
+        assert layer.weight[:, 0].tolist() == [2.0, 3.0, 3.0] and layer.weight.requires_grad
