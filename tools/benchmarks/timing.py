@@ -1,0 +1,49 @@
+"""Candidates timed in turn, so that what the machine does besides harms all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def times(candidates: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round; all run once in a round, in turn.
+
+    Args:
+        repeats: rounds, after one that does not count.
+        seconds: a round runs each candidate as often as fits into this time, once at least.
+
+    On one thread it is that thread's own CPU time, on several the wall clock, on CUDA that of events.
+    """
+    clock = _cuda_seconds if torch.cuda.is_available() else _cpu_seconds
+    once = {name: clock(run, 1) for name, run in candidates.items()}
+    times_a_round = {name: max(1, int(seconds / max(once[name], 1e-9))) for name in candidates}
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            taken[name].append(clock(run, times_a_round[name]))
+    return taken
+
+
+def ratio(taken: Mapping[str, list[float]], of: str, to: str) -> float:
+    """The median over rounds of the time of one candidate divided by that of another."""
+    return statistics.median(a / b for a, b in zip(taken[of], taken[to], strict=True))
+
+
+def _cpu_seconds(run: Callable[[], object], number: int) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    for _ in range(number):
+        run()
+    return (clock() - began) / number
+
+
+def _cuda_seconds(run: Callable[[], object], number: int) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(number):
+        run()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1000 / number
