@@ -14,10 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from benchmarks.table import show
+
+from domainnorm.errors import UserError
+
 COMMANDS = ("shuffle", "collectives")
-# glibc gives tensors above 32 MB back to the system when they are freed, and every new one costs a page fault per 4 kB:
-# more than what is measured. A GPU's allocator keeps them, and so does this; one arena, because gloo's threads allocate,
-# too. It counts from the start of a process.
+# glibc gives tensors above 32 MB back to the system when they are freed, and every new one costs a page fault per 4 kB,
+# more than what is measured. A GPU's allocator keeps them, and so does this, from the start of a process on; one arena,
+# because gloo's threads allocate, too.
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
@@ -36,11 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--json", type=Path, metavar="FILE", help="where the table goes, too")
         module.add_arguments(command)
     args = parser.parse_args(argv)
-
-    import torch
-
-    from benchmarks.table import show
-    from domainnorm.errors import UserError
 
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of processes started here
