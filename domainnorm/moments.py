@@ -9,6 +9,7 @@ Moments are float64 for float64 inputs and float32 for all others, also under au
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .distributed import Group, all_gather_stack, all_reduce_sum
+from .kernels import kernel, plain
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,18 @@ class Moments:
     @staticmethod
     def rows(x: Tensor) -> Moments:
         """Moments of each row of `x` `(N, C, *)`: mean and variance `(N, C)`, count `(N, 1)`."""
-        mean, var = _RowMoments.apply(x)
-        count = mean.new_full((x.shape[0], 1), math.prod(x.shape[2:]))
-        return Moments(count, mean, var)
+        return Rows([x]).moments
 
     @staticmethod
     def cat(parts: list[Moments], dim: int = 0) -> Moments:
         """The sets of all `parts`, side by side along `dim`."""
+        if len(parts) == 1:
+            return parts[0]
         return Moments(*(torch.cat([getattr(p, name) for p in parts], dim) for name in ("count", "mean", "var")))
+
+    def split(self, sizes: list[int]) -> list[Moments]:
+        """The reverse of `cat`: parts of these sizes along dimension 0."""
+        return [Moments(*of) for of in zip(*(v.split(sizes) for v in vars(self).values()), strict=True)]
 
     def merge(self, dim: int) -> Moments:
         """The union of the sets along `dim`, which is kept with size 1."""
@@ -110,37 +116,54 @@ class Moments:
         return self.var * (self.count / (self.count - 1).clamp(min=1)).clamp(min=1)
 
 
-def normalize_rows(
-    x: Tensor, rows: Moments, batch: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """`weight · (x - batch.mean) / sqrt(batch.var + eps) + bias`, row by row, in the dtype of `x`.
+class Rows:
+    """Tensors `(N_i, C, *)` that are read once, for the moments of their rows, and written once, as affines of them.
 
-    Args:
-        x: `(N, C, *)`.
-        rows: the moments of its rows, `(N, C)`; they centre the arithmetic and change nothing else.
-        batch: the moments of each row's normalization batch, broadcasting against `(N, C)`.
-        weight, bias: broadcast against `(N, C)`; or None.
+    Attributes:
+        tensors: with as many channels each.
+        moments: of the rows of all tensors, one tensor after the other: mean and variance `(ΣN, C)`, count `(ΣN, 1)`.
     """
-    scale = (batch.var + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    centre = rows.mean.detach()
-    shift = (centre - batch.mean) * scale
-    if bias is not None:
-        shift = shift + bias
-    return row_affine(x, scale.expand_as(centre), shift, centre)
 
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        # A compiler joins what the two ends of the backward pass do, and sees through no side door.
+        self._deferred = None if torch.compiler.is_compiling() else _Deferred()
+        mean, var, *self._doors = _ReadRows.apply(self._deferred, *tensors)
+        self._written = False
+        counts = [mean.new_full((len(x), 1), math.prod(x.shape[2:])) for x in tensors]
+        self.moments = Moments(torch.cat(counts) if len(counts) > 1 else counts[0], mean, var)
 
-def row_affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
-    """`scale · (x - centre) + shift` with one number per row, in the dtype and memory format of `x`.
+    def normalize(self, batch: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[Tensor]:
+        """`weight · (x - batch.mean) / sqrt(batch.var + eps) + bias`, row by row.
 
-    Args:
-        x: `(N, C, *)`.
-        scale, shift: `(N, C)`.
-        centre: `(N, C)`, a constant to autograd; near the row's mean it keeps the sums of the backward pass exact
-            where `scale · x + shift` would cancel.
-    """
-    return _RowAffine.apply(x, scale, shift, centre)
+        Args:
+            batch: the moments of each row's normalization batch; as `weight` and `bias`, if they are not None, it
+                broadcasts against `(ΣN, C)`.
+        """
+        scale = (batch.var + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight
+        shift = (self.moments.mean.detach() - batch.mean) * scale
+        return self.affine(scale, shift if bias is None else shift + bias)
+
+    def affine(self, scale: Tensor, shift: Tensor) -> list[Tensor]:
+        """`scale · (x - c) + shift`, row by row, in the types and memory formats of the tensors.
+
+        c is the row's mean, but a constant to autograd. Centred, the sums of the backward pass stay exact where those
+        of `scale · x + shift` would cancel.
+
+        Args:
+            scale, shift: broadcast against `(ΣN, C)`.
+
+        Raises:
+            RuntimeError: it is called again.
+        """
+        if self._written:
+            raise RuntimeError("rows are written once: read the tensors again")
+        self._written = True
+        centre = self.moments.mean.detach()
+        scale, shift = (v.expand_as(centre) for v in (scale, shift))
+        return list(_WriteRows.apply(self._deferred, scale, shift, centre, *self.tensors, *self._doors))
 
 
 def is_recomputed() -> bool:
@@ -148,62 +171,79 @@ def is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+@dataclass
+class _Deferred:
+    """Of a backward pass: the scale by which the gradients of the tensors are still to be multiplied.
+
+    `_WriteRows` knows the gradient through the affine, `_ReadRows` the one through the moments. The former leaves it
+    to the latter to write both at once: through a side door, an output of `_ReadRows` that nobody else has, it hands
+    on the gradient that it got, and here the scale.
+    """
+
+    scale: Tensor | None = None
 
 
-def _spatial(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(2, x.ndim))
-
-
-def _per_row(value: Tensor, x: Tensor) -> Tensor:
-    """`(N, C)` as something that broadcasts against `x`."""
-    return value.view(*value.shape, *[1] * (x.ndim - 2))
-
-
-def _sum_rows(x: Tensor) -> Tensor:
-    return x.sum(_spatial(x)) if x.ndim > 2 else x
-
-
-class _RowMoments(Function):
-    """(N, C, *) -> mean, biased variance (N, C)."""
+class _ReadRows(Function):
+    """Tensors -> mean, biased variance (ΣN, C), and with `deferred` the side door of each tensor."""
 
     @staticmethod
-    def forward(ctx, x):
-        wide = x.to(_statistics_dtype(x))
-        if x.ndim == 2 or math.prod(x.shape[2:]) == 0:  # rows of one element, or of none
-            mean = wide.clone() if x.ndim == 2 else wide.new_zeros(x.shape[:2])
-            var = torch.zeros_like(mean)
-        else:
-            mean = wide.mean(_spatial(x))
-            var = (wide - _per_row(mean, x)).square_().mean(_spatial(x))  # two passes: stable at any mean
-        ctx.save_for_backward(x, mean)
-        return mean, var
+    def forward(ctx, deferred, *xs):
+        ctx.set_materialize_grads(False)
+        mean, var = _table([kernel(x).moments(x) for x in xs])
+        ctx.save_for_backward(mean, *xs)
+        ctx.deferred = deferred
+        return mean, var, *(() if deferred is None else (x.view_as(x) for x in xs))
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        x, mean = ctx.saved_tensors
-        count = max(math.prod(x.shape[2:]), 1)
-        centred = x - _per_row(mean, x)
-        grad = torch.addcmul(_per_row(grad_mean / count, x), centred, _per_row(grad_var * (2 / count), x))
-        return grad.to(x.dtype)
+    def backward(ctx, grad_mean, grad_var, *grads):
+        mean, *xs = ctx.saved_tensors
+        scale = None
+        if ctx.deferred is not None:
+            scale, ctx.deferred.scale = ctx.deferred.scale, None
+        grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
+        sizes = [len(x) for x in xs]
+        parts = zip(xs, *(v.split(sizes) for v in (mean, grad_mean, grad_var)), strict=True)
+        scales = [None] * len(xs) if scale is None else scale.split(sizes)
+        inputs = []
+        for k, (x, centre, to_mean, to_var) in enumerate(parts):
+            count = max(math.prod(x.shape[2:]), 1)
+            grad = None if scale is None else grads[k]
+            inputs.append(kernel(x).gradient(grad, x, scales[k], to_var * (2 / count), centre, to_mean / count))
+        return None, *inputs
 
 
-class _RowAffine(Function):
+class _WriteRows(Function):
+    """Scale, shift and centre (ΣN, C), tensors, their side doors -> scale · (x - centre) + shift."""
+
     @staticmethod
-    def forward(ctx, x, scale, shift, centre):
-        ctx.save_for_backward(x, scale, centre)
-        centred = x - _per_row(centre, x)
-        y = torch.addcmul(_per_row(shift, x), centred, _per_row(scale, x))
-        return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11 compiles a .to() without effect to no gradient
+    def forward(ctx, deferred, scale, shift, centre, *xs):
+        xs = xs if deferred is None else xs[: len(xs) // 2]
+        ctx.save_for_backward(scale, centre, *xs)
+        ctx.deferred = deferred
+        sizes = [len(x) for x in xs]
+        parts = zip(xs, *(v.split(sizes) for v in (scale, shift, centre)), strict=True)
+        return tuple(kernel(x).affine(x, *of) for x, *of in parts)
 
     @staticmethod
-    def backward(ctx, grad):
-        x, scale, centre = ctx.saved_tensors
-        wide = grad.to(scale.dtype)
-        grad_scale = _sum_rows((x - _per_row(centre, x)).mul_(wide))
+    def backward(ctx, *grads):
+        scale, centre, *xs = ctx.saved_tensors
+        sizes = [len(x) for x in xs]
+        parts = list(zip(grads, xs, scale.split(sizes), centre.split(sizes), strict=True))
+        grad_shift, grad_scale = _table([kernel(x).sums(grad, x, of) for grad, x, _, of in parts])
         # No gradient for the centre: whoever builds `shift` from it makes y independent of it, to all orders.
-        return (wide * _per_row(scale, x)).to(x.dtype), grad_scale, _sum_rows(wide), None
+        small = (None, grad_scale, grad_shift, None)
+        none = (None,) * len(xs)
+        if ctx.deferred is None:
+            return *small, *(plain.scaled(grad, x, of) for grad, x, of, _ in parts)
+        if torch.is_grad_enabled():  # create_graph=True: what runs later must find this gradient where it belongs
+            return *small, *(plain.scaled(grad, x, of) for grad, x, of, _ in parts), *none
+        ctx.deferred.scale = scale
+        return *small, *none, *grads
+
+
+def _table(parts):
+    """Pairs of `(N_i, C)` of each tensor -> a pair of `(ΣN, C)`."""
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 class _MergeRanks(Function):

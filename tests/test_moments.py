@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domainnorm.moments import Moments, normalize_rows, row_affine
+from domainnorm.moments import Moments, Rows
 
 
 def moments_of(x):
@@ -80,10 +80,11 @@ def test_large_means_cost_no_precision_in_float32(mean, error):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_of_half_types_are_float32(dtype):
     x = (torch.randn(2, 3, 40, 40) + 20).to(dtype)
-    rows = Moments.rows(x)
-    assert rows.mean.dtype == rows.var.dtype == rows.count.dtype == torch.float32
-    torch.testing.assert_close(rows.var, x.float().var((2, 3), correction=0), rtol=1e-5, atol=0)
-    y = normalize_rows(x, rows, rows, None, None, 0.0)
+    rows = Rows([x])
+    of = rows.moments
+    assert of.mean.dtype == of.var.dtype == of.count.dtype == torch.float32
+    torch.testing.assert_close(of.var, x.float().var((2, 3), correction=0), rtol=1e-5, atol=0)
+    (y,) = rows.normalize(of, None, None, 0.0)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float().std((2, 3)), torch.ones(2, 3), atol=1e-2, rtol=0)
 
@@ -91,10 +92,14 @@ def test_statistics_of_half_types_are_float32(dtype):
 @pytest.mark.parametrize("shape", [(3, 2), (3, 2, 4), (2, 2, 3, 2), (0, 2, 3), (2, 2, 0)])
 def test_gradients(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    scale, shift, centre = (torch.randn(shape[:2], dtype=torch.float64) for _ in range(3))
+    scale, shift = (torch.randn(shape[:2], dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda x: (Moments.rows(x).mean, Moments.rows(x).var), x)
-    affine = (x, scale.requires_grad_(), shift.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, a, b: row_affine(x, a, b, centre), affine)
+
+    def affine(x, scale, shift):  # of its own mean, which the shift takes back: a constant there
+        rows = Rows([x])
+        return rows.affine(scale, shift + rows.moments.mean.detach() * scale)[0]
+
+    assert torch.autograd.gradcheck(affine, (x, scale, shift))
     merged = torch.autograd.gradcheck(lambda x: tuple(vars(Moments.rows(x).merge(0)).values())[1:], x)
     assert merged
 
@@ -104,8 +109,8 @@ def test_double_backward():
     weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def normalize(x, weight, bias):
-        rows = Moments.rows(x)
-        return normalize_rows(x, rows, rows.merge(0), weight, bias, 1e-5)
+        rows = Rows([x])
+        return rows.normalize(rows.moments.merge(0), weight, bias, 1e-5)[0]
 
     assert torch.autograd.gradgradcheck(normalize, (x, weight, bias))
     (grad,) = torch.autograd.grad(Moments.rows(x).var.sum(), x, create_graph=True)
@@ -115,7 +120,7 @@ def test_double_backward():
 
 def test_channels_last_stays_channels_last():
     x = torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last)
-    rows = Moments.rows(x)
-    y = normalize_rows(x, rows, rows.merge(0), None, None, 1e-5)
+    rows = Rows([x])
+    (y,) = rows.normalize(rows.moments.merge(0), None, None, 1e-5)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moments import Moments
+from ..moments import Moments, Rows
 from .domain_batch_norm import DomainBatchNorm
 from .domains import DomainBatch
 
@@ -42,11 +42,21 @@ class BatchGroupNorm(DomainBatchNorm):
         super().reset_running_stats()
         self.feature_size = None
 
-    def _pieces(self, x: Tensor) -> Tensor:
-        """`x` as rows `(N, R, *)` that lie within one channel and one piece, as long as can be."""
-        size, spatial = math.prod(x.shape[1:]), math.prod(x.shape[2:])
+    def _pieces(self, tensors: list[Tensor]) -> list[Tensor]:
+        """`tensors` as rows `(N, R, *)` that lie within one channel and one piece, as long as can be."""
         if self.num_features % self.num_groups == 0:
-            return x
+            return tensors
+        expected = self.feature_size
+        for x in tensors:
+            expected = self._check_feature_size(x, expected)
+        spatial = 0 if expected is None else math.prod(expected)
+        length = math.gcd(self.num_features * spatial // self.num_groups, spatial)
+        rows = self.num_features * (spatial // length if length else self.num_groups)
+        return [x.reshape(len(x), rows, length if x.numel() else 0) for x in tensors]
+
+    def _check_feature_size(self, x: Tensor, expected: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """ValueError if `x` cannot be split, or has elements and not the expected size, which is returned."""
+        size = math.prod(x.shape[1:])
         if size % self.num_groups:
             divisors = [d for d in range(1, size + 1) if size % d == 0]
             nearest = sorted(divisors, key=lambda d: abs(d - self.num_groups))[:2]
@@ -54,14 +64,14 @@ class BatchGroupNorm(DomainBatchNorm):
                 f"num_groups takes a divisor of D = {' x '.join(map(str, x.shape[1:]))} = {size}, got G = "
                 f"{self.num_groups}; the nearest are {' and '.join(map(str, sorted(nearest)))}"
             )
-        if self.feature_size not in (None, tuple(x.shape[2:])) and len(x):
+        if not x.numel():
+            return expected
+        if expected not in (None, tuple(x.shape[2:])):
             raise ValueError(
                 f"num_groups={self.num_groups} splits {self.num_features} channels in space, so the layer works at one "
-                f"feature size: expected {self.feature_size}, got {tuple(x.shape[2:])}; use a divisor of "
-                f"{self.num_features}"
+                f"feature size: expected {expected}, got {tuple(x.shape[2:])}; use a divisor of {self.num_features}"
             )
-        length = max(math.gcd(size // self.num_groups, spatial), 1)
-        return x.reshape(len(x), size // length, length)
+        return tuple(x.shape[2:])
 
     def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
         outputs = super()._normalize(batch, merged)
@@ -69,36 +79,34 @@ class BatchGroupNorm(DomainBatchNorm):
             for x in batch.tensors:
                 if x.numel():
                     self.feature_size = tuple(x.shape[2:])
-        return outputs
+        return [_like(y, x) for y, x in zip(outputs, batch.tensors, strict=True)]
+
+    def _population(self, batch: DomainBatch) -> list[Tensor]:
+        return [_like(y, x) for y, x in zip(super()._population(batch), batch.tensors, strict=True)]
 
     def _elements(self, x: Tensor) -> int:
         return math.prod(x.shape[1:]) // self.num_groups
 
-    def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
-        rows = Moments.rows(self._pieces(x))
-        if not math.prod(x.shape[1:]):
-            none = rows.mean.new_zeros(len(x), self.num_groups)
-            return rows, Moments(none[:, :1], none, none)
-        return rows, rows.merge_channels(self.num_groups)
+    def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:
+        rows = Rows(self._pieces(tensors))
+        return rows, rows.moments.merge_channels(self.num_groups)
 
-    def _normalize_by(
-        self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        pieces, weight, bias = self._by_piece(x, weight, bias)
-        of = of.repeat_channels(pieces.shape[1] // self.num_groups)
-        return _like(super()._normalize_by(pieces, rows, of, weight, bias), x)
+    def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        return super()._normalize_by(rows, *self._by_row(rows.moments.mean.shape[1], of, weight, bias))
 
     def _normalize_fixed(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        pieces, weight, bias = self._by_piece(x, weight, bias)
-        of = Moments(torch.ones_like(mean), mean, var).repeat_channels(pieces.shape[1] // self.num_groups)
-        return _like(super()._normalize_fixed(pieces, of.mean, of.var, weight, bias), x)
+        (pieces,) = self._pieces([x])
+        of = Moments(torch.ones_like(mean), mean, var)
+        of, weight, bias = self._by_row(pieces.shape[1], of, weight, bias)
+        return super()._normalize_fixed(pieces, of.mean, of.var, weight, bias)
 
-    def _by_piece(self, x: Tensor, *affine: Tensor | None) -> tuple[Any, ...]:
-        pieces = self._pieces(x)
-        times = pieces.shape[1] // self.num_features
-        return pieces, *(v if v is None or times == 1 else v.repeat_interleave(times, -1) for v in affine)
+    def _by_row(self, rows: int, of: Moments, *affine: Tensor | None) -> tuple[Any, ...]:
+        """Of each of that many rows of a sample, the moments of its piece, γ and β of its channel."""
+        times = rows // self.num_features
+        affine = tuple(v if v is None or times == 1 else v.repeat_interleave(times, -1) for v in affine)
+        return of.repeat_channels(rows // self.num_groups), *affine
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from .domain_batch_norm import Affine, DomainBatchNorm, _of_domain
-from .domains import Domain, DomainBatch
+from .domain_batch_norm import Affine, DomainBatchNorm
+from .domains import DomainBatch
 from .split import Split
 
 RECENT = 64  # forward passes that activation checkpointing may recompute
@@ -72,29 +72,26 @@ class BatchRenorm(DomainBatchNorm):
         # and activation checkpointing computes the forward again.
         self._recent: deque[tuple[Tensor, _Buffers]] = deque(maxlen=RECENT)
 
-    def _affines(self, batch: DomainBatch, merged: Moments, of: list[Moments]) -> list[Affine]:
+    def _affine(self, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
         """γ · r and γ · d + β, in training."""
-        affines = super()._affines(batch, merged, of)
+        weight, bias = super()._affine(batch, merged, of)
         if not self.training:
-            return affines
+            return weight, bias
         towards: _Buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        compiled = torch.compiler.is_compiling()
-        if not compiled:
-            towards = self._remembered(merged.mean.detach(), towards, batch.updates)
-        corrections = [self._correction(d, m, towards) for d, m in zip(batch.domains, of, strict=True)]
-        if compiled:
-            corrections = [(_saved(r), _saved(d)) for r, d in corrections]
-        return [
-            (r if weight is None else weight * r, (d if weight is None else weight * d) + (0 if bias is None else bias))
-            for (weight, bias), (r, d) in zip(affines, corrections, strict=True)
-        ]
+        if torch.compiler.is_compiling():
+            r, d = map(_saved, self._correction(batch, of, towards))
+        else:
+            r, d = self._correction(batch, of, self._remembered(merged.mean.detach(), towards, batch.updates))
+        if weight is not None:
+            r, d = weight * r, weight * d
+        return r, d if bias is None else d + bias
 
     @torch.no_grad()
-    def _correction(self, domain: Domain, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
+    def _correction(self, batch: DomainBatch, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
         """r and d of what is normalized by the moments `of`."""
-        mean, var = (_of_domain(v, domain) for v in towards[:2])
-        steps = towards[2][domain] if towards[2].ndim else towards[2]
-        r_max, d_max = (_at(limit, steps.unsqueeze(-1)).to(of.mean.dtype) for limit in (self.r_max, self.d_max))
+        mean, var = (self._of_rows(v, batch) for v in towards[:2])
+        limits = (_at(limit, towards[2].unsqueeze(-1)) for limit in (self.r_max, self.d_max))
+        r_max, d_max = (self._of_rows(limit, batch).to(of.mean.dtype) for limit in limits)
         sigma = (var.to(of.mean.dtype) + self.eps).sqrt()
         r = (of.var + self.eps).sqrt() / sigma
         d = (of.mean - mean) / sigma

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Group, deepcopy_over_group
-from ..moments import Moments, is_recomputed, normalize_rows
+from ..moments import Moments, Rows, is_recomputed
 from .domains import Domain, DomainBatch, Domains, Input
 from .in_step import normalize_in_step
 from .population_statistics import PopulationStatistics, one_of
@@ -123,20 +123,18 @@ class DomainBatchNorm(PopulationStatistics):
 
     # What another layer is made of: which moments its statistics count, and how it normalizes by given ones.
 
-    def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
-        """The moments of the rows of `x`, and those `(N, …)` that the statistics count."""
-        rows = Moments.rows(x)
-        return rows, rows
+    def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:
+        """The rows of `tensors`, and the moments `(ΣN, …)` that the statistics count of them."""
+        rows = Rows(tensors)
+        return rows, rows.moments
 
     def _elements(self, x: Tensor) -> int:
         """How many numbers a row brings into a normalization batch."""
         return math.prod(x.shape[2:])
 
-    def _normalize_by(
-        self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """`x` normalized by moments like the counted ones, broadcasting against them."""
-        return normalize_rows(x, rows, of, weight, bias, self.eps)
+    def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        """The rows normalized by moments like the counted ones, broadcasting against them; of each tensor."""
+        return rows.normalize(of, weight, bias, self.eps)
 
     def _normalize_fixed(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -150,14 +148,18 @@ class DomainBatchNorm(PopulationStatistics):
         scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
         return (x * scale + shift).to(x.dtype)
 
-    def _affines(self, batch: DomainBatch, merged: Moments, of: list[Moments]) -> list[Affine]:
-        """γ and β of each tensor, which is normalized by the moments `of`; `merged` are those of the domains."""
-        return [(_of_domain(self.weight, domain), _of_domain(self.bias, domain)) for domain in batch.domains]
+    def _affine(self, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
+        """γ and β of all rows, which are normalized by the moments `of`; `merged` are those of the domains."""
+        return self._of_rows(self.weight, batch), self._of_rows(self.bias, batch)
+
+    def _of_rows(self, value: Any, batch: DomainBatch) -> Any:
+        """Of something `(C,)` for all domains, or `(K, C)`, what broadcasts against the rows `(ΣN, C)`."""
+        return value if value is None or value.ndim == 1 else value[batch.ids()]
 
     def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
         if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
             domain = self.domain_in_use()
-        batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._moments)
+        batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read)
         batch.elements = [self._elements(tensor) for tensor in batch.tensors]
         return batch
 
@@ -194,18 +196,14 @@ class DomainBatchNorm(PopulationStatistics):
 
     def _population(self, batch: DomainBatch) -> list[Tensor]:
         """Normalized by the buffers, in inference with the samples' own moments by `example_weight`."""
-        weigh = self.example_weight > 0 and not self.training
-        outputs = []
-        for k, (x, domain) in enumerate(zip(batch.tensors, batch.domains, strict=True)):
-            mean, var, weight, bias = (
-                _of_domain(v, domain) for v in (self.running_mean, self.running_var, self.weight, self.bias)
-            )
-            if weigh:
-                own = batch.counted()[k]
-                outputs.append(self._normalize_by(x, batch.rows()[k], self._weighed(own, mean, var), weight, bias))
-            else:
-                outputs.append(self._normalize_fixed(x, mean, var, weight, bias))
-        return outputs
+        values = (self.running_mean, self.running_var, self.weight, self.bias)
+        if self.example_weight > 0 and not self.training:
+            mean, var, weight, bias = (self._of_rows(v, batch) for v in values)
+            return self._normalize_by(batch.rows, self._weighed(batch.counted, mean, var), weight, bias)
+        return [
+            self._normalize_fixed(x, *(_of_domain(v, domain) for v in values))
+            for x, domain in zip(batch.tensors, batch.domains, strict=True)
+        ]
 
     def _weighed(self, own: Moments, mean: Tensor, var: Tensor) -> Moments:
         """Eq. 3: the union of the sample's own moments and the population's, by the weights α and 1 - α."""
@@ -217,15 +215,11 @@ class DomainBatchNorm(PopulationStatistics):
         """Normalized by the moments of each domain, `merged` `(K, C)`, over all ranks; updates the buffers."""
         shared = self.sgd_statistics == "shared"
         total = merged.merge(0) if shared else merged  # (1, C) or (K, C)
-        if self.split is None:
-            batches = [total[0 if shared else domain] for domain in batch.domains]
+        if self.split is not None:
+            of = self.split.merge(batch, shared)  # (ΣN, C)
         else:
-            batches = self.split.merge(batch, shared)
-        affines = self._affines(batch, merged, batches)
-        outputs = [
-            self._normalize_by(x, rows, of, *affine)
-            for x, rows, of, affine in zip(batch.tensors, batch.rows(), batches, affines, strict=True)
-        ]
+            of = total[0] if len(total.mean) == 1 else total[batch.ids()]
+        outputs = self._normalize_by(batch.rows, of, *self._affine(batch, merged, of))
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs

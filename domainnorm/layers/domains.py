@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..moments import Moments, is_recomputed
+from ..moments import Moments, Rows, is_recomputed
 
 Input = TypeVar("Input", Tensor, list[Tensor])
 Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of each
@@ -30,17 +30,17 @@ class DomainBatch:
         tensors: list[Tensor],
         domains: Sequence[Domain],
         num_domains: int,
-        moments: Callable[[Tensor], tuple[Moments, Moments]] | None = None,
+        read: Callable[[list[Tensor]], tuple[Rows, Moments]] | None = None,
     ) -> None:
-        """`moments`: of a tensor, those of its rows and what of them the statistics count; None: the same."""
+        """`read`: of tensors, their rows and the moments of these that the statistics count; None: just the rows'."""
         self.tensors = tensors
         self.domains = domains
         self.num_domains = num_domains
         self.elements = [math.prod(x.shape[2:]) for x in tensors]
         self.extra: Moments | None = None
         self.updates = not is_recomputed()
-        self._of = moments or _same
-        self._moments: list[tuple[Moments, Moments]] | None = None
+        self._read = read or _as_they_are
+        self._rows: tuple[Rows, Moments] | None = None
 
     @staticmethod
     def of(
@@ -48,7 +48,7 @@ class DomainBatch:
         domain: Domains | None,
         num_domains: int,
         num_features: int,
-        moments: Callable[[Tensor], tuple[Moments, Moments]] | None = None,
+        read: Callable[[list[Tensor]], tuple[Rows, Moments]] | None = None,
     ) -> DomainBatch:
         """The input of a layer: a tensor and its `domain`, a list with one tensor per domain, or a list with domains.
 
@@ -82,20 +82,22 @@ class DomainBatch:
             _check_domain(of, tensor, num_domains)
             if tensor.ndim < 2 or tensor.shape[1] != num_features:
                 raise ValueError(f"expected inputs (N, {num_features}, …), got {tuple(tensor.shape)}")
-        return DomainBatch(tensors, domains, num_domains, moments)
+        return DomainBatch(tensors, domains, num_domains, read)
 
-    def rows(self) -> list[Moments]:
-        """Moments of the rows of each tensor; x is read for them once."""
-        return [rows for rows, _ in self._read()]
+    @property
+    def rows(self) -> Rows:
+        """Of all tensors; they are read once, at the first use."""
+        return self._once()[0]
 
-    def counted(self) -> list[Moments]:
-        """What the statistics count of each tensor's rows: moments `(N, C)`, of each sample."""
-        return [counted for _, counted in self._read()]
+    @property
+    def counted(self) -> Moments:
+        """What the statistics count of the rows: moments `(ΣN, …)`, of each sample."""
+        return self._once()[1]
 
-    def _read(self) -> list[tuple[Moments, Moments]]:
-        if self._moments is None:
-            self._moments = [self._of(x) for x in self.tensors]
-        return self._moments
+    def _once(self) -> tuple[Rows, Moments]:
+        if self._rows is None:
+            self._rows = self._read(self.tensors)
+        return self._rows
 
     def ids(self) -> Tensor:
         """The domain of each sample of all tensors, one after the other."""
@@ -104,11 +106,11 @@ class DomainBatch:
             d.to(device) if isinstance(d, Tensor) else torch.full(x.shape[:1], d, dtype=torch.long, device=device)
             for x, d in zip(self.tensors, self.domains, strict=True)
         ]
-        return torch.cat(ids)
+        return torch.cat(ids) if len(ids) > 1 else ids[0]
 
     def by_domain(self) -> Moments:
         """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
-        own = Moments.cat(self.counted()).merge_by(self.ids(), self.num_domains)
+        own = self.counted.merge(0) if self.num_domains == 1 else self.counted.merge_by(self.ids(), self.num_domains)
         return own if self.extra is None else own + self.extra
 
     def cannot_be_single(self, per_domain: bool, ranks: int) -> bool:
@@ -126,9 +128,9 @@ class DomainBatch:
         return min(sizes) > 1 if ranks > 1 else 1 not in sizes
 
 
-def _same(x: Tensor) -> tuple[Moments, Moments]:
-    rows = Moments.rows(x)
-    return rows, rows
+def _as_they_are(tensors: list[Tensor]) -> tuple[Rows, Moments]:
+    rows = Rows(tensors)
+    return rows, rows.moments
 
 
 def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moments import Moments
+from ..moments import Moments, Rows
 from .ghost import GhostBatchNorm
 from .seq_norm import check_channel_groups
 
@@ -39,10 +39,8 @@ class GroupedBatchNorm(GhostBatchNorm):
     def _elements(self, x: Tensor) -> int:
         return super()._elements(x) * self.num_features // self.channel_groups
 
-    def _normalize_by(
-        self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        return super()._normalize_by(x, rows, self._over_channels(of), weight, bias)
+    def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        return super()._normalize_by(rows, self._over_channels(of), weight, bias)
 
     def _normalize_fixed(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moments import Moments, row_affine
+from ..moments import Moments, Rows
 from .ghost import GhostBatchNorm
 
 
@@ -34,10 +34,11 @@ class SeqNorm(GhostBatchNorm):
         self.channel_groups = channel_groups
         self.batch_groups = batch_groups
 
-    def _moments(self, x: Tensor) -> tuple[Moments, Moments]:
-        rows = Moments.rows(x)
-        centre, scale = self._group_norm(rows)
-        return rows, Moments(rows.count, (rows.mean - centre) * scale, rows.var * scale.square())
+    def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:
+        rows = Rows(tensors)
+        of = rows.moments
+        centre, scale = self._group_norm(of)
+        return rows, Moments(of.count, (of.mean - centre) * scale, of.var * scale.square())
 
     def _group_norm(self, rows: Moments) -> tuple[Tensor, Tensor]:
         """Of each row the mean and the factor that GroupNorm subtracts and multiplies, `(N, C)`."""
@@ -45,25 +46,20 @@ class SeqNorm(GhostBatchNorm):
         group = rows.merge_channels(self.channel_groups).repeat_channels(width)
         return group.mean, (group.var + self.eps).rsqrt()
 
-    def _normalize_by(
-        self, x: Tensor, rows: Moments, of: Moments, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        mean, scale = self._group_norm(rows)
+    def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        mean, scale = self._group_norm(rows.moments)
         factor = (of.var + self.eps).rsqrt()
         if weight is not None:
             factor = factor * weight
-        centre = rows.mean.detach()
-        shift = ((centre - mean) * scale - of.mean) * factor
-        if bias is not None:
-            shift = shift + bias
-        return row_affine(x, scale * factor, shift, centre)
+        shift = ((rows.moments.mean.detach() - mean) * scale - of.mean) * factor
+        return rows.affine(scale * factor, shift if bias is None else shift + bias)
 
     def _normalize_fixed(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        rows = Moments.rows(x)
-        mean, var = (v.to(rows.mean.dtype) for v in (mean, var))
-        return self._normalize_by(x, rows, Moments(torch.ones_like(mean), mean, var), weight, bias)
+        rows = Rows([x])
+        mean, var = (v.to(rows.moments.mean.dtype) for v in (mean, var))
+        return self._normalize_by(rows, Moments(torch.ones_like(mean), mean, var), weight, bias)[0]
 
     def grouping(self) -> str:
         return f"channel_groups={self.channel_groups}, batch_groups={self.batch_groups}"

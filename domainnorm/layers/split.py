@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -75,28 +73,24 @@ class Split:
         known = [domain for domain in batch.domains if isinstance(domain, int)]
         return len(set(known)) < len(batch.domains)
 
-    def merge(self, batch: DomainBatch, shared: bool) -> list[Moments]:
-        """Of each tensor `(N, C, *)` the moments `(N, C)` of each sample's group.
+    def merge(self, batch: DomainBatch, shared: bool) -> Moments:
+        """Of each sample `(ΣN, …)` the moments of its group.
 
         Args:
             shared: whether the g-th groups of all domains are one normalization batch.
         """
         if self._is_mixed(batch):
-            mixed = self._merge_mixed(batch, shared)
-            last = itertools.accumulate(len(x) for x in batch.tensors)
-            return [mixed[end - len(x) : end] for x, end in zip(batch.tensors, last, strict=True)]
-        parts = list(zip(batch.counted(), batch.elements, strict=True))
-        ends = [self._lengths(len(counted.mean), elements) for counted, elements in parts]
-        groups = [
-            _merge_lengths(counted, lengths) for (counted, _), lengths in zip(parts, ends, strict=True)
-        ]  # (G_k, C)
+            return self._merge_mixed(batch, shared)
+        parts = batch.counted.split([len(x) for x in batch.tensors])
+        ends = [self._lengths(len(of.mean), elements) for of, elements in zip(parts, batch.elements, strict=True)]
+        groups = [_merge_lengths(of, lengths) for of, lengths in zip(parts, ends, strict=True)]  # (G_k, C)
         if shared and len(groups) > 1:
             longest = max(len(of.mean) for of in groups)
             padded = [_pad(of, longest) for of in groups]
             stacked = Moments(*(torch.stack([getattr(p, n) for p in padded]) for n in ("count", "mean", "var")))
             total = stacked.merge(0)[0]  # (G, C)
             groups = [total[: len(of.mean)] for of in groups]
-        return [_spread(of, lengths) for of, lengths in zip(groups, ends, strict=True)]
+        return Moments.cat([_spread(of, lengths) for of, lengths in zip(groups, ends, strict=True)])
 
     def _lengths(self, count: int, elements: int) -> tuple[int, int, int]:
         """(number of equal groups, samples of each, samples of the last other one) of `count` samples."""
@@ -108,7 +102,7 @@ class Split:
 
     def _merge_mixed(self, batch: DomainBatch, shared: bool) -> Moments:
         """As if each domain's samples, in order, were a tensor of their own; nothing waits for a GPU."""
-        counted, ids = Moments.cat(batch.counted()), batch.ids()
+        ids = batch.ids()
         member = torch.nn.functional.one_hot(ids, batch.num_domains)  # (N, K)
         place = (member.cumsum(0) * member).sum(1) - 1  # of a sample in its domain
         count = member.sum(0)[ids]  # samples of its domain
@@ -122,7 +116,7 @@ class Split:
             last = last - (((count - 1) % size == 0) & (count > size)).long()
         group = torch.minimum(place // size, last)
         key = group if shared else ids * most + group
-        merged = counted.merge_by(key, max(most, 1) * (1 if shared else batch.num_domains))
+        merged = batch.counted.merge_by(key, max(most, 1) * (1 if shared else batch.num_domains))
         return merged[key]
 
 
