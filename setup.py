@@ -1,6 +1,13 @@
+import platform
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+
+ROWS = Path("domainnorm", "kernels", "rows.cpp")
+KINDS = {"default": []}  # of processors, and what a compiler must know of them
+if platform.machine() in ("x86_64", "AMD64"):
+    KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 
 setup(
     name="domainnorm",
@@ -10,7 +17,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["domainnorm", "domainnorm.*"]),
-    package_data={"domainnorm": ["py.typed"]},
+    package_data={"domainnorm": ["py.typed", "kernels/rows.cpp"]},
+    ext_modules=[
+        Extension(
+            f"domainnorm.kernels._rows_{kind}",
+            [str(ROWS)],
+            define_macros=[("SOURCE", str(zlib.crc32(Path(__file__).parent.joinpath(ROWS).read_bytes())))],
+            extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi", "-pthread", *options],
+            optional=True,  # without a compiler, torch's own kernels do the same, slower
+        )
+        for kind, options in KINDS.items()
+    ],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

@@ -19,7 +19,7 @@ from benchmarks.table import show
 
 from domainnorm.errors import UserError
 
-COMMANDS = ("shuffle", "collectives")
+COMMANDS = ("layers", "shuffle", "collectives")
 # glibc gives tensors above 32 MB back to the system when they are freed, and every new one costs a page fault per 4 kB,
 # more than what is measured. A GPU's allocator keeps them, and so does this, from the start of a process on; one arena,
 # because gloo's threads allocate, too.

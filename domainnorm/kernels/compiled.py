@@ -1,0 +1,111 @@
+"""On a CPU: `rows.cpp`, which an installation compiles for each kind of processor where there is a compiler."""
+
+import ctypes
+import importlib.util
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("rows.cpp")
+
+
+class _Size(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("samples", "channels", "length", "threads")]
+
+
+def _library() -> ctypes.CDLL | None:
+    """Built for the instructions that torch itself uses here; None if there is none of this source."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    name = capability if capability in ("avx512", "avx2") else "default"
+    spec = importlib.util.find_spec(f"{__package__}._rows_{name}")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.source.restype = ctypes.c_uint32
+    if library.source() != zlib.crc32(SOURCE.read_bytes()):
+        warnings.warn(
+            f"{spec.origin} was built from another version of {SOURCE.name} and is not used: run pip install again",
+            stacklevel=2,
+        )
+        return None
+    for function in ("moments", "affine", "sums", "gradient"):
+        for kind in TYPES.values():
+            getattr(library, f"{function}_{kind}").restype = None
+    return library
+
+
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+_LIBRARY = _library()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the functions here can be given `x`."""
+    return (
+        _LIBRARY is not None
+        and x.device.type == "cpu"
+        and x.dtype in TYPES
+        and x.ndim > 1
+        and x.numel() > 0
+        and (x.is_contiguous() or _is_last(x))
+    )
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `plain.moments`, in one pass over `x`."""
+    mean, var = (torch.empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
+    _call("moments", x, x, mean, var)
+    return mean, var
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+    """As `plain.affine`, in one pass."""
+    y = torch.empty_like(x)
+    _call("affine", x, x, y, *_numbers(x, scale, shift, centre))
+    return y
+
+
+def sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """As `plain.sums`, in one pass."""
+    total, products = (torch.empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
+    _call("sums", x, _like(grad, x), x, *_numbers(x, centre), total, products)
+    return total, products
+
+
+def gradient(
+    grad: Tensor | None, x: Tensor, scale: Tensor | None, slope: Tensor, centre: Tensor, offset: Tensor
+) -> Tensor:
+    """As `plain.gradient`, in one pass."""
+    if grad is None or scale is None:
+        return affine(x, slope, offset, centre)
+    out = torch.empty_like(x)
+    _call("gradient", x, _like(grad, x), x, out, *_numbers(x, scale, slope, centre, offset))
+    return out
+
+
+def _call(function: str, x: Tensor, *tensors: Tensor) -> None:
+    size = _Size(x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1]), torch.get_num_threads())
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    getattr(_LIBRARY, f"{function}_{TYPES[x.dtype]}")(*pointers, size, ctypes.c_bool(not x.is_contiguous()))
+
+
+def _numbers(x: Tensor, *values: Tensor) -> list[Tensor]:
+    """Numbers of rows as they are read there."""
+    return [value.to(_wide(x)).expand(x.shape[:2]).contiguous() for value in values]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _is_last(x: Tensor) -> bool:
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in layouts and x.is_contiguous(memory_format=layouts[x.ndim])
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` in the type and the memory of `x`."""
+    grad = grad.to(x.dtype)
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)

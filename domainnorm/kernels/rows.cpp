@@ -1,0 +1,354 @@
+// Moments of the rows of a tensor, affines of them, and their gradients, on a CPU. Called by compiled.py, which checks
+// what comes in; plain.py says what each function computes.
+//
+// A tensor is `samples` x `channels` x `length` numbers. A row lies in one piece, or with `last` the channels of each
+// place lie side by side. Numbers of rows are (samples, channels) in any case.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t TILE = 8192;          // elements that stay in the first-level cache while their moments are taken
+constexpr int64_t FEWEST = 1 << 17;     // elements worth a thread
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// Of an element type the type that it is computed in, one number or a vector of them.
+template <class T>
+struct Wide {
+  using One = float;
+  typedef float Many __attribute__((vector_size(64)));
+};
+template <>
+struct Wide<double> {
+  using One = double;
+  typedef double Many __attribute__((vector_size(64)));
+};
+template <class T>
+using One = typename Wide<T>::One;
+template <class T>
+using Many = typename Wide<T>::Many;
+template <class T>
+constexpr int64_t WIDTH = 64 / sizeof(One<T>);
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+template <class V, class T>
+inline V load(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <>
+inline float load<float, bfloat16>(const bfloat16* from) {
+  uint32_t word = uint32_t(from->bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+template <>
+inline Many<float> load<Many<float>, bfloat16>(const bfloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, 32);
+  Words words = __builtin_convertvector(halves, Words) << 16;
+  Many<float> value;
+  std::memcpy(&value, &words, 64);
+  return value;
+}
+
+template <class V, class T>
+inline void store(T* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+// To the nearest, ties to even; NaN stays NaN.
+inline void store(bfloat16* to, float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  to->bits = value != value ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+inline void store(bfloat16* to, Many<float> value) {
+  Words words;
+  std::memcpy(&words, &value, 64);
+  words = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  words = value != value ? Words{} + 0x7fc0 : words;
+  Halves halves = __builtin_convertvector(words, Halves);
+  std::memcpy(to, &halves, 32);
+}
+
+// body(i, V{}) for all places i < n, of one number or of a vector of them.
+template <class T, class Body>
+inline void each(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + WIDTH<T> <= n; i += WIDTH<T>) body(i, Many<T>{});
+  for (; i < n; ++i) body(i, One<T>{});
+}
+
+// The sum of body(i, V{}) over i < n; n is small enough for single precision.
+template <class T, class Body>
+inline One<T> sum(int64_t n, Body body) {
+  constexpr int64_t W = WIDTH<T>;
+  Many<T> parts[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; ++k) parts[k] += body(i + k * W, Many<T>{});
+  for (; i + W <= n; i += W) parts[0] += body(i, Many<T>{});
+  Many<T> part = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  One<T> total = 0;
+  for (int64_t k = 0; k < W; ++k) total += part[k];
+  for (; i < n; ++i) total += body(i, One<T>{});
+  return total;
+}
+
+// run(begin, end) for all `tasks`, on so many threads that each has enough of all `elements`.
+template <class Run>
+void parallel(int64_t tasks, int64_t elements, int64_t threads, Run run) {
+  threads = std::max<int64_t>(1, std::min({threads, tasks, elements / FEWEST}));
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t)
+    others.emplace_back([=] { run(tasks * t / threads, tasks * (t + 1) / threads); });
+  run(0, tasks / threads);
+  for (auto& other : others) other.join();
+}
+
+struct Size {
+  int64_t samples, channels, length, threads;
+  int64_t rows() const { return samples * channels; }
+  int64_t elements() const { return rows() * length; }
+};
+
+// Rows that lie in one piece.
+
+template <class T>
+void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
+  parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      double centre = 0, squares = 0;  // of the tiles so far, merged as Moments.merge does
+      for (int64_t done = 0; done < size.length; done += TILE) {
+        const int64_t n = std::min(TILE, size.length - done);
+        const T* tile = x + row * size.length + done;
+        const One<T> own = sum<T>(n, [=](int64_t i, auto v) { return load<decltype(v)>(tile + i); }) / n;
+        const double of = sum<T>(n, [=](int64_t i, auto v) {
+          auto rest = load<decltype(v)>(tile + i) - own;
+          return rest * rest;
+        });
+        const double apart = own - centre, share = double(n) / (done + n);
+        centre += apart * share;
+        squares += of + apart * apart * share * done;
+      }
+      mean[row] = centre;
+      var[row] = squares / size.length;
+    }
+  });
+}
+
+template <class T>
+void row_affine(const T* x, T* y, const One<T>* scale, const One<T>* shift, const One<T>* centre, Size size) {
+  parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const One<T> a = scale[row], b = shift[row], c = centre[row];
+      const T* from = x + row * size.length;
+      T* to = y + row * size.length;
+      each<T>(size.length, [=](int64_t i, auto v) { store(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
+    }
+  });
+}
+
+template <class T>
+void row_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, One<T>* products, Size size) {
+  parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const One<T> c = centre[row];
+      double sum_grad = 0, sum_products = 0;
+      for (int64_t done = 0; done < size.length; done += TILE) {
+        const int64_t n = std::min(TILE, size.length - done), first = row * size.length + done;
+        const T *g = grad + first, *of = x + first;
+        sum_grad += sum<T>(n, [=](int64_t i, auto v) { return load<decltype(v)>(g + i); });
+        sum_products += sum<T>(n, [=](int64_t i, auto v) {
+          return load<decltype(v)>(g + i) * (load<decltype(v)>(of + i) - c);
+        });
+      }
+      total[row] = sum_grad;
+      products[row] = sum_products;
+    }
+  });
+}
+
+template <class T>
+void row_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const One<T>* slope, const One<T>* centre,
+                  const One<T>* offset, Size size) {
+  parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const One<T> a = scale[row], b = slope[row], c = centre[row], d = offset[row];
+      const T *g = grad + row * size.length, *from = x + row * size.length;
+      T* to = out + row * size.length;
+      each<T>(size.length, [=](int64_t i, auto v) {
+        using V = decltype(v);
+        store(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
+      });
+    }
+  });
+}
+
+// Channels side by side. `places` of a sample are taken together while they stay in a cache.
+
+inline int64_t places(Size size) { return std::max<int64_t>(8, TILE / size.channels); }
+
+template <class T>
+void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
+  // A task is a sample's channels from one multiple of 64 to another, so that few samples have work for all threads.
+  const int64_t blocks = size.samples >= size.threads ? 1 : (size.channels + 63) / 64;
+  const int64_t width = blocks == 1 ? size.channels : 64;
+  parallel(size.samples * blocks, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    std::vector<One<T>> own(width), of(width);
+    std::vector<double> centres(width), squares(width);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / blocks, first = task % blocks * width;
+      const int64_t channels = std::min(width, size.channels - first), tile = std::max<int64_t>(8, TILE / channels);
+      std::fill(centres.begin(), centres.end(), 0);
+      std::fill(squares.begin(), squares.end(), 0);
+      for (int64_t done = 0; done < size.length; done += tile) {
+        const int64_t n = std::min(tile, size.length - done);
+        const T* from = x + (sample * size.length + done) * size.channels + first;
+        std::fill(own.begin(), own.end(), 0);
+        std::fill(of.begin(), of.end(), 0);
+        One<T>*o = own.data(), *s = of.data();
+        for (int64_t place = 0; place < n; ++place, from += size.channels)
+          each<T>(channels, [=](int64_t i, auto v) {
+            using V = decltype(v);
+            store(o + i, load<V>(o + i) + load<V>(from + i));
+          });
+        each<T>(channels, [=](int64_t i, auto v) { store(o + i, load<decltype(v)>(o + i) / One<T>(n)); });
+        from -= n * size.channels;
+        for (int64_t place = 0; place < n; ++place, from += size.channels)
+          each<T>(channels, [=](int64_t i, auto v) {
+            using V = decltype(v);
+            V rest = load<V>(from + i) - load<V>(o + i);
+            store(s + i, load<V>(s + i) + rest * rest);
+          });
+        const double share = double(n) / (done + n);
+        for (int64_t i = 0; i < channels; ++i) {
+          const double apart = own[i] - centres[i];
+          centres[i] += apart * share;
+          squares[i] += of[i] + apart * apart * share * done;
+        }
+      }
+      for (int64_t i = 0; i < channels; ++i) {
+        mean[sample * size.channels + first + i] = centres[i];
+        var[sample * size.channels + first + i] = squares[i] / size.length;
+      }
+    }
+  });
+}
+
+template <class T>
+void last_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, One<T>* products, Size size) {
+  const int64_t blocks = size.samples >= size.threads ? 1 : (size.channels + 63) / 64;
+  const int64_t width = blocks == 1 ? size.channels : 64;
+  parallel(size.samples * blocks, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    std::vector<One<T>> own(width), of(width);
+    std::vector<double> sums(width), squares(width);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / blocks, first = task % blocks * width;
+      const int64_t channels = std::min(width, size.channels - first), tile = std::max<int64_t>(8, TILE / channels);
+      const One<T>* c = centre + sample * size.channels + first;
+      std::fill(sums.begin(), sums.end(), 0);
+      std::fill(squares.begin(), squares.end(), 0);
+      for (int64_t done = 0; done < size.length; done += tile) {
+        const int64_t n = std::min(tile, size.length - done);
+        const int64_t start = (sample * size.length + done) * size.channels + first;
+        std::fill(own.begin(), own.end(), 0);
+        std::fill(of.begin(), of.end(), 0);
+        One<T>*o = own.data(), *s = of.data();
+        for (int64_t place = 0; place < n; ++place) {
+          const T *g = grad + start + place * size.channels, *from = x + start + place * size.channels;
+          each<T>(channels, [=](int64_t i, auto v) {
+            using V = decltype(v);
+            const V of_grad = load<V>(g + i);
+            store(o + i, load<V>(o + i) + of_grad);
+            store(s + i, load<V>(s + i) + of_grad * (load<V>(from + i) - load<V>(c + i)));
+          });
+        }
+        for (int64_t i = 0; i < channels; ++i) {
+          sums[i] += own[i];
+          squares[i] += of[i];
+        }
+      }
+      for (int64_t i = 0; i < channels; ++i) {
+        total[sample * size.channels + first + i] = sums[i];
+        products[sample * size.channels + first + i] = squares[i];
+      }
+    }
+  });
+}
+
+template <class T>
+void last_affine(const T* x, T* y, const One<T>* scale, const One<T>* shift, const One<T>* centre, Size size) {
+  parallel(size.samples * size.length, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t place = begin; place < end; ++place) {
+      const int64_t of = place / size.length * size.channels;
+      const One<T> *a = scale + of, *b = shift + of, *c = centre + of;
+      const T* from = x + place * size.channels;
+      T* to = y + place * size.channels;
+      each<T>(size.channels, [=](int64_t i, auto v) {
+        using V = decltype(v);
+        store(to + i, load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
+      });
+    }
+  });
+}
+
+template <class T>
+void last_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const One<T>* slope, const One<T>* centre,
+                   const One<T>* offset, Size size) {
+  parallel(size.samples * size.length, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t place = begin; place < end; ++place) {
+      const int64_t of = place / size.length * size.channels;
+      const One<T> *a = scale + of, *b = slope + of, *c = centre + of, *d = offset + of;
+      const T *g = grad + place * size.channels, *from = x + place * size.channels;
+      T* to = out + place * size.channels;
+      each<T>(size.channels, [=](int64_t i, auto v) {
+        using V = decltype(v);
+        V rest = load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
+        store(to + i, load<V>(a + i) * load<V>(g + i) + rest);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+#define ROWS(NAME, T)                                                                                             \
+  extern "C" void moments_##NAME(const void* x, void* mean, void* var, Size size, bool last) {                    \
+    (last ? last_moments<T> : row_moments<T>)((const T*)x, (One<T>*)mean, (One<T>*)var, size);                    \
+  }                                                                                                               \
+  extern "C" void affine_##NAME(const void* x, void* y, const void* scale, const void* shift, const void* centre, \
+                                Size size, bool last) {                                                           \
+    (last ? last_affine<T> : row_affine<T>)((const T*)x, (T*)y, (const One<T>*)scale, (const One<T>*)shift,       \
+                                            (const One<T>*)centre, size);                                         \
+  }                                                                                                               \
+  extern "C" void sums_##NAME(const void* grad, const void* x, const void* centre, void* total, void* products,   \
+                              Size size, bool last) {                                                             \
+    (last ? last_sums<T> : row_sums<T>)((const T*)grad, (const T*)x, (const One<T>*)centre, (One<T>*)total,       \
+                                        (One<T>*)products, size);                                                 \
+  }                                                                                                               \
+  extern "C" void gradient_##NAME(const void* grad, const void* x, void* out, const void* scale,                  \
+                                  const void* slope, const void* centre, const void* offset, Size size,           \
+                                  bool last) {                                                                    \
+    (last ? last_gradient<T> : row_gradient<T>)((const T*)grad, (const T*)x, (T*)out, (const One<T>*)scale,       \
+                                                (const One<T>*)slope, (const One<T>*)centre,                      \
+                                                (const One<T>*)offset, size);                                     \
+  }
+
+ROWS(float32, float)
+ROWS(float64, double)
+ROWS(bfloat16, bfloat16)
+
+// Of the file that this was built from.
+extern "C" uint32_t source() { return SOURCE; }
