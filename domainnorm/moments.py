@@ -28,7 +28,7 @@ class Moments:
     `E[x²] - E[x]²`, so large means cost no precision (Chan et al.). All of it is differentiable.
 
     Attributes:
-        count: floating point, broadcasts against `mean`.
+        count: floating point, broadcasts against `mean`; of size 1 where that has more, it is the same everywhere.
         mean: any shape; of `rows`, `(N, C)`.
         var: biased (divided by the count), shape of `mean`.
     """
@@ -40,21 +40,37 @@ class Moments:
     @staticmethod
     def rows(x: Tensor) -> Moments:
         """Moments of each row of `x` `(N, C, *)`: mean and variance `(N, C)`, count `(N, 1)`."""
-        return Rows([x]).moments
+        of = Rows([x]).moments
+        return Moments(of._counts(0), of.mean, of.var)
 
     @staticmethod
     def cat(parts: list[Moments], dim: int = 0) -> Moments:
         """The sets of all `parts`, side by side along `dim`."""
         if len(parts) == 1:
             return parts[0]
-        return Moments(*(torch.cat([getattr(p, name) for p in parts], dim) for name in ("count", "mean", "var")))
+        of = [(part._counts(dim), part.mean, part.var) for part in parts]
+        return Moments(*(torch.cat(values, dim) for values in zip(*of, strict=True)))
 
     def split(self, sizes: list[int]) -> list[Moments]:
         """The reverse of `cat`: parts of these sizes along dimension 0."""
-        return [Moments(*of) for of in zip(*(v.split(sizes) for v in vars(self).values()), strict=True)]
+        if len(sizes) == 1:
+            return [self]
+        values = (self._counts(0), self.mean, self.var)
+        return [Moments(*of) for of in zip(*(v.split(sizes) for v in values), strict=True)]
+
+    def _counts(self, dim: int) -> Tensor:
+        """One for each set along `dim`."""
+        size = [-1] * self.count.ndim
+        size[dim] = self.mean.shape[dim]
+        return self.count.expand(size)
 
     def merge(self, dim: int) -> Moments:
         """The union of the sets along `dim`, which is kept with size 1."""
+        if self.count.shape[dim] < self.mean.shape[dim]:  # equal counts
+            mean = self.mean.mean(dim, keepdim=True)
+            apart = self.mean - mean
+            var = (self.var + apart * apart).mean(dim, keepdim=True)
+            return Moments(self.count * self.mean.shape[dim], mean, var)
         count = self.count.sum(dim, keepdim=True)
         share = self.count / count.clamp(min=1)
         mean = (share * self.mean).sum(dim, keepdim=True)
@@ -75,7 +91,7 @@ class Moments:
         member = group == torch.arange(num_groups, device=group.device)[:, None]  # (G, R)
         member = member.view(*member.shape, *[1] * (self.mean.ndim - 1))  # (G, R, …)
         # Chosen, not multiplied by 0: a NaN of one group must not reach the others.
-        parts = (torch.where(member, value, 0) for value in (self.count, self.mean, self.var))
+        parts = (torch.where(member, value, 0) for value in (self._counts(0), self.mean, self.var))
         merged = Moments(*parts).merge(1)
         return Moments(merged.count.squeeze(1), merged.mean.squeeze(1), merged.var.squeeze(1))
 
@@ -109,7 +125,7 @@ class Moments:
 
     def __getitem__(self, index: int | slice | Tensor) -> Moments:
         """Some of the sets, by their index along dimension 0."""
-        return Moments(self.count[index], self.mean[index], self.var[index])
+        return Moments(self._counts(0)[index], self.mean[index], self.var[index])
 
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction `n / (n - 1)`; sets of fewer than two elements keep the biased one."""
@@ -130,8 +146,9 @@ class Rows:
         self._deferred = None if torch.compiler.is_compiling() else _Deferred()
         mean, var, *self._doors = _ReadRows.apply(self._deferred, *tensors)
         self._written = False
-        counts = [mean.new_full((len(x), 1), math.prod(x.shape[2:])) for x in tensors]
-        self.moments = Moments(torch.cat(counts) if len(counts) > 1 else counts[0], mean, var)
+        one = len(tensors) == 1 and len(tensors[0]) > 0  # count for all rows
+        counts = [mean.new_full((1 if one else len(x), 1), math.prod(x.shape[2:])) for x in tensors]
+        self.moments = Moments(counts[0] if one else torch.cat(counts), mean, var)
 
     def normalize(self, batch: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[Tensor]:
         """`weight · (x - batch.mean) / sqrt(batch.var + eps) + bias`, row by row.
@@ -141,19 +158,15 @@ class Rows:
                 broadcasts against `(ΣN, C)`.
         """
         scale = (batch.var + eps).rsqrt()
-        if weight is not None:
-            scale = scale * weight
-        shift = (self.moments.mean.detach() - batch.mean) * scale
-        return self.affine(scale, shift if bias is None else shift + bias)
+        return self.affine(scale if weight is None else scale * weight, batch.mean, bias)
 
-    def affine(self, scale: Tensor, shift: Tensor) -> list[Tensor]:
-        """`scale · (x - c) + shift`, row by row, in the types and memory formats of the tensors.
+    def affine(self, scale: Tensor, centre: Tensor, shift: Tensor | None) -> list[Tensor]:
+        """`scale · (x - centre) + shift`, row by row, in the types and memory formats of the tensors.
 
-        c is the row's mean, but a constant to autograd. Centred, the sums of the backward pass stay exact where those
-        of `scale · x + shift` would cancel.
+        Near its centre, neither a row nor the sums of its backward pass cancel as those of `scale · x + shift` would.
 
         Args:
-            scale, shift: broadcast against `(ΣN, C)`.
+            scale, centre, shift: broadcast against `(ΣN, C)`.
 
         Raises:
             RuntimeError: it is called again.
@@ -161,9 +174,10 @@ class Rows:
         if self._written:
             raise RuntimeError("rows are written once: read the tensors again")
         self._written = True
-        centre = self.moments.mean.detach()
-        scale, shift = (v.expand_as(centre) for v in (scale, shift))
-        return list(_WriteRows.apply(self._deferred, scale, shift, centre, *self.tensors, *self._doors))
+        mean = self.moments.mean
+        shift = torch.zeros_like(mean) if shift is None else shift
+        numbers = (v.to(mean.dtype).expand_as(mean) for v in (scale, centre, shift))
+        return list(_WriteRows.apply(self._deferred, *numbers, *self.tensors, *self._doors))
 
 
 def is_recomputed() -> bool:
@@ -201,44 +215,44 @@ class _ReadRows(Function):
         if ctx.deferred is not None:
             scale, ctx.deferred.scale = ctx.deferred.scale, None
         grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
-        sizes = [len(x) for x in xs]
-        parts = zip(xs, *(v.split(sizes) for v in (mean, grad_mean, grad_var)), strict=True)
-        scales = [None] * len(xs) if scale is None else scale.split(sizes)
         inputs = []
-        for k, (x, centre, to_mean, to_var) in enumerate(parts):
+        for k, (x, centre, to_mean, to_var, of) in enumerate(_of_tensors(xs, mean, grad_mean, grad_var, scale)):
             count = max(math.prod(x.shape[2:]), 1)
-            grad = None if scale is None else grads[k]
-            inputs.append(kernel(x).gradient(grad, x, scales[k], to_var * (2 / count), centre, to_mean / count))
+            grad = None if of is None else grads[k]
+            inputs.append(kernel(x).gradient(grad, x, of, to_var * (2 / count), centre, to_mean / count))
         return None, *inputs
 
 
 class _WriteRows(Function):
-    """Scale, shift and centre (ΣN, C), tensors, their side doors -> scale · (x - centre) + shift."""
+    """Scale, centre and shift (ΣN, C), tensors, their side doors -> scale · (x - centre) + shift."""
 
     @staticmethod
-    def forward(ctx, deferred, scale, shift, centre, *xs):
+    def forward(ctx, deferred, scale, centre, shift, *xs):
         xs = xs if deferred is None else xs[: len(xs) // 2]
         ctx.save_for_backward(scale, centre, *xs)
         ctx.deferred = deferred
-        sizes = [len(x) for x in xs]
-        parts = zip(xs, *(v.split(sizes) for v in (scale, shift, centre)), strict=True)
-        return tuple(kernel(x).affine(x, *of) for x, *of in parts)
+        return tuple(kernel(x).affine(x, *of) for x, *of in _of_tensors(xs, scale, centre, shift))
 
     @staticmethod
     def backward(ctx, *grads):
         scale, centre, *xs = ctx.saved_tensors
-        sizes = [len(x) for x in xs]
-        parts = list(zip(grads, xs, scale.split(sizes), centre.split(sizes), strict=True))
-        grad_shift, grad_scale = _table([kernel(x).sums(grad, x, of) for grad, x, _, of in parts])
-        # No gradient for the centre: whoever builds `shift` from it makes y independent of it, to all orders.
-        small = (None, grad_scale, grad_shift, None)
+        parts = list(zip(grads, _of_tensors(xs, scale, centre), strict=True))
+        total, products = _table([kernel(x).sums(grad, x, of) for grad, (x, _, of) in parts])
+        numbers = (None, products, -scale * total, total)
         none = (None,) * len(xs)
         if ctx.deferred is None:
-            return *small, *(plain.scaled(grad, x, of) for grad, x, of, _ in parts)
+            return *numbers, *(plain.scaled(grad, x, of) for grad, (x, of, _) in parts)
         if torch.is_grad_enabled():  # create_graph=True: what runs later must find this gradient where it belongs
-            return *small, *(plain.scaled(grad, x, of) for grad, x, of, _ in parts), *none
+            return *numbers, *(plain.scaled(grad, x, of) for grad, (x, of, _) in parts), *none
         ctx.deferred.scale = scale
-        return *small, *none, *grads
+        return *numbers, *none, *grads
+
+
+def _of_tensors(xs, *numbers):
+    """Each tensor `(N_i, C, *)` with its part of the numbers `(ΣN, C)`, or None of None."""
+    sizes = [len(x) for x in xs]
+    parts = ([v] * len(xs) if v is None or len(xs) == 1 else v.split(sizes) for v in numbers)
+    return zip(xs, *parts, strict=True)
 
 
 def _table(parts):

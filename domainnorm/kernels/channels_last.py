@@ -11,7 +11,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
     """As `plain.affine`; where a row lies far from its `centre`'s zero it rounds as `nn.BatchNorm2d` does."""
     return torch.addcmul(_per_row(shift - scale * centre), x, _per_row(scale))
 

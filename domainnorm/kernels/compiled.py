@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("rows.cpp")
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+FUNCTIONS = {"moments": 3, "affine": 5, "sums": 5, "gradient": 7}  # and of how many tensors
 
 
 class _Size(ctypes.Structure):
@@ -31,13 +33,14 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for function in ("moments", "affine", "sums", "gradient"):
+    for name, tensors in FUNCTIONS.items():
         for kind in TYPES.values():
-            getattr(library, f"{function}_{kind}").restype = None
+            function = getattr(library, f"{name}_{kind}")
+            function.argtypes = [*[ctypes.c_void_p] * tensors, _Size, ctypes.c_bool]
+            function.restype = None
     return library
 
 
-TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _LIBRARY = _library()
 
 
@@ -60,10 +63,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
     """As `plain.affine`, in one pass."""
     y = torch.empty_like(x)
-    _call("affine", x, x, y, *_numbers(x, scale, shift, centre))
+    _call("affine", x, x, y, *_numbers(x, scale, centre, shift))
     return y
 
 
@@ -79,7 +82,7 @@ def gradient(
 ) -> Tensor:
     """As `plain.gradient`, in one pass."""
     if grad is None or scale is None:
-        return affine(x, slope, offset, centre)
+        return affine(x, slope, centre, offset)
     out = torch.empty_like(x)
     _call("gradient", x, _like(grad, x), x, out, *_numbers(x, scale, slope, centre, offset))
     return out
@@ -87,13 +90,14 @@ def gradient(
 
 def _call(function: str, x: Tensor, *tensors: Tensor) -> None:
     size = _Size(x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1]), torch.get_num_threads())
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    getattr(_LIBRARY, f"{function}_{TYPES[x.dtype]}")(*pointers, size, ctypes.c_bool(not x.is_contiguous()))
+    call = getattr(_LIBRARY, f"{function}_{TYPES[x.dtype]}")
+    call(*(tensor.data_ptr() for tensor in tensors), size, not x.is_contiguous())
 
 
 def _numbers(x: Tensor, *values: Tensor) -> list[Tensor]:
     """Numbers of rows as they are read there."""
-    return [value.to(_wide(x)).expand(x.shape[:2]).contiguous() for value in values]
+    dtype = _wide(x)
+    return [value.to(dtype).contiguous() for value in values]
 
 
 def _wide(x: Tensor) -> torch.dtype:

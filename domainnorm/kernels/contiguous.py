@@ -32,9 +32,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return (guess.squeeze(1) + beside).view(x.shape[:2]), var.view(x.shape[:2])
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
     """As `plain.affine`; where a row lies far from its `centre`'s zero it rounds as `nn.BatchNorm2d` does."""
-    return _affine(x, scale, shift, centre)
+    return _affine(x, scale, centre, shift)
 
 
 def sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,13 +49,13 @@ def gradient(
 ) -> Tensor:
     """As `plain.gradient`."""
     if grad is None or scale is None:
-        return _affine(x, slope, offset, centre)
-    out = _affine(grad.reshape(x.shape), scale, offset - slope * centre, torch.zeros_like(scale))
+        return _affine(x, slope, centre, offset)
+    out = _affine(grad.reshape(x.shape), scale, torch.zeros_like(scale), offset - slope * centre)
     out.view(slope.numel(), -1).addcmul_(x.view(slope.numel(), -1), slope.view(-1, 1))
     return out
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+def _affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
     scale, shift, centre = (v.reshape(-1) for v in (scale, shift, centre))
     rows = x.view(1, len(scale), -1)
     return F.batch_norm(rows, centre, torch.ones_like(scale), scale, shift, False, 0.0, 0.0).view(x.shape)

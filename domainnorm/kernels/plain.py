@@ -16,7 +16,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (wide - _per_row(mean, x)).square_().mean(_spatial(x))  # two passes: stable at any mean
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
     """`scale · (x - centre) + shift`, in the type and memory format of `x`."""
     y = torch.addcmul(_per_row(shift, x), x - _per_row(centre, x), _per_row(scale, x))
     return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11 compiles a .to() without effect to no gradient

@@ -149,7 +149,7 @@ void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
 }
 
 template <class T>
-void row_affine(const T* x, T* y, const One<T>* scale, const One<T>* shift, const One<T>* centre, Size size) {
+void row_affine(const T* x, T* y, const One<T>* scale, const One<T>* centre, const One<T>* shift, Size size) {
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const One<T> a = scale[row], b = shift[row], c = centre[row];
@@ -289,7 +289,7 @@ void last_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, O
 }
 
 template <class T>
-void last_affine(const T* x, T* y, const One<T>* scale, const One<T>* shift, const One<T>* centre, Size size) {
+void last_affine(const T* x, T* y, const One<T>* scale, const One<T>* centre, const One<T>* shift, Size size) {
   parallel(size.samples * size.length, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; ++place) {
       const int64_t of = place / size.length * size.channels;
@@ -328,10 +328,10 @@ void last_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const
   extern "C" void moments_##NAME(const void* x, void* mean, void* var, Size size, bool last) {                    \
     (last ? last_moments<T> : row_moments<T>)((const T*)x, (One<T>*)mean, (One<T>*)var, size);                    \
   }                                                                                                               \
-  extern "C" void affine_##NAME(const void* x, void* y, const void* scale, const void* shift, const void* centre, \
+  extern "C" void affine_##NAME(const void* x, void* y, const void* scale, const void* centre, const void* shift, \
                                 Size size, bool last) {                                                           \
-    (last ? last_affine<T> : row_affine<T>)((const T*)x, (T*)y, (const One<T>*)scale, (const One<T>*)shift,       \
-                                            (const One<T>*)centre, size);                                         \
+    (last ? last_affine<T> : row_affine<T>)((const T*)x, (T*)y, (const One<T>*)scale, (const One<T>*)centre,      \
+                                            (const One<T>*)shift, size);                                          \
   }                                                                                                               \
   extern "C" void sums_##NAME(const void* grad, const void* x, const void* centre, void* total, void* products,   \
                               Size size, bool last) {                                                             \

@@ -112,8 +112,9 @@ class BatchRenorm(DomainBatchNorm):
         return found[0][1]
 
     def _move_var(self, moments: Moments, step: Tensor) -> None:
-        sigma, new = ((v.to(step.dtype) + self.eps).sqrt() for v in (self.running_var, moments.var))
-        self.running_var.copy_(torch.where(step > 0, sigma.lerp(new, step).square() - self.eps, self.running_var))
+        var = self.running_var.view(moments.var.shape)
+        sigma, new = ((v.to(step.dtype) + self.eps).sqrt() for v in (var, moments.var))
+        var.copy_(torch.where(step > 0, sigma.lerp(new, step).square() - self.eps, var))
 
     def grouping(self) -> str:
         return "" if self.group_size is None else f"group_size={self.group_size}"

@@ -218,7 +218,7 @@ class DomainBatchNorm(PopulationStatistics):
         if self.split is not None:
             of = self.split.merge(batch, shared)  # (ΣN, C)
         else:
-            of = total[0] if len(total.mean) == 1 else total[batch.ids()]
+            of = total if len(total.mean) == 1 else total[batch.ids()]
         outputs = self._normalize_by(batch.rows, of, *self._affine(batch, merged, of))
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)

@@ -70,30 +70,29 @@ class PopulationStatistics(nn.Module):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
-    @torch.no_grad()
     def _update_population(self, moments: Moments) -> None:
         """One EMA step for every set of moments that has elements (formulas of Table 5's rows)."""
-        if self.running_mean.ndim == 2:
-            self._ema_step(moments)
-        else:
-            for k in range(len(moments.mean)):  # one step each, in order: a shared BatchNorm called K times
-                self._ema_step(moments[k])
+        with torch.no_grad():
+            if self.running_mean.ndim == 2 or len(moments.mean) == 1:
+                self._ema_step(moments)
+            else:
+                for k in range(len(moments.mean)):  # one step each, in order: a shared BatchNorm called K times
+                    self._ema_step(moments[k : k + 1])
 
     def _ema_step(self, moments: Moments) -> None:
-        count = moments.count.squeeze(-1)  # () or (K,)
-        self.num_batches_tracked += count > 0
-        if self.momentum is None:
-            step = 1 / self.num_batches_tracked.clamp(min=1).to(count.dtype)
-        else:
-            step = torch.full_like(count, self.momentum)
-        some, several = (torch.where(count >= fewest, step, 0).unsqueeze(-1) for fewest in (1, 2))
-        dtype = self.running_mean.dtype
-        self.running_mean.lerp_(moments.mean.to(dtype), some.to(dtype))
-        self._move_var(moments, several.to(dtype))
+        """With moments `(1, C)` of all domains, or `(K, C)`."""
+        shape, dtype = moments.mean.shape, self.running_mean.dtype
+        count = moments.count.to(dtype)
+        tracked = self.num_batches_tracked.view(-1, 1).add_(count > 0)
+        # No step without elements; one is no variance.
+        some, several = count.clamp(max=1), (count - 1).clamp_(0, 1)
+        momentum = 1 / tracked.clamp(min=1).to(dtype) if self.momentum is None else self.momentum
+        self.running_mean.view(shape).lerp_(moments.mean.to(dtype), some.mul_(momentum))
+        self._move_var(moments, several.mul_(momentum))
 
     def _move_var(self, moments: Moments, step: Tensor) -> None:
-        """One EMA step of the variance; `step` broadcasts against the buffer, and is 0 where there is none."""
-        self.running_var.lerp_(moments.unbiased_var().to(step.dtype), step)
+        """One EMA step of the variance; `step` broadcasts against the moments, and is 0 where there is none."""
+        self.running_var.view(moments.var.shape).lerp_(moments.unbiased_var().to(step.dtype), step)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

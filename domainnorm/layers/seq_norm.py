@@ -51,8 +51,7 @@ class SeqNorm(GhostBatchNorm):
         factor = (of.var + self.eps).rsqrt()
         if weight is not None:
             factor = factor * weight
-        shift = ((rows.moments.mean.detach() - mean) * scale - of.mean) * factor
-        return rows.affine(scale * factor, shift if bias is None else shift + bias)
+        return rows.affine(scale * factor, mean, -of.mean * factor if bias is None else bias - of.mean * factor)
 
     def _normalize_fixed(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None

@@ -126,12 +126,14 @@ def _merge_lengths(rows: Moments, lengths: tuple[int, int, int]) -> Moments:
     end = full * size
     groups = []
     if full or not rest:
-        equal = Moments(*(v[:end].unflatten(0, (full, size)) for v in (rows.count, rows.mean, rows.var)))
-        merged = equal.merge(1)
+        mean, var = (v[:end].unflatten(0, (full, size)) for v in (rows.mean, rows.var))
+        equal = len(rows.count) < len(rows.mean)
+        count = rows.count.unsqueeze(0) if equal else rows.count[:end].unflatten(0, (full, size))
+        merged = Moments(count, mean, var).merge(1)
         groups.append(Moments(merged.count[:, 0], merged.mean[:, 0], merged.var[:, 0]))
     if rest:
         groups.append(rows[end:].merge(0))
-    return Moments.cat(groups) if len(groups) > 1 else groups[0]
+    return Moments.cat(groups)
 
 
 def _spread(groups: Moments, lengths: tuple[int, int, int]) -> Moments:
@@ -142,7 +144,7 @@ def _spread(groups: Moments, lengths: tuple[int, int, int]) -> Moments:
         equal = v[:full].repeat_interleave(size, 0)
         return torch.cat([equal, v[full:].expand(rest, v.shape[1])]) if rest else equal
 
-    return Moments(spread(groups.count), spread(groups.mean), spread(groups.var))
+    return Moments(*(spread(v) for v in (groups[:].count, groups.mean, groups.var)))
 
 
 def _pad(groups: Moments, length: int) -> Moments:

@@ -34,7 +34,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 def _row(name: str, shape: tuple[int, ...], layout: str, args: argparse.Namespace) -> Row:
     torch.manual_seed(0)
-    x, grad = (v.to(args.device, memory_format=LAYOUTS[layout]) for v in (torch.randn(shape) * 2 + 1, torch.randn(shape)))
+    x, grad = (
+        v.to(args.device, memory_format=LAYOUTS[layout]) for v in (torch.randn(shape) * 2 + 1, torch.randn(shape))
+    )
     if name == "example weighing":
         peers = _weighing(shape[1])
         runs = {who: _inference(layer.to(args.device), x) for who, layer in peers.items()}
