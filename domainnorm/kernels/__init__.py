@@ -1,6 +1,6 @@
 """Row by row: moments, an affine, and their gradients; the kernels of each device and layout, chosen here.
 
-Every kernel is the same four functions of a tensor `(N, C, *)` and numbers `(N, C)` of its rows; `plain` is the
+Every kernel is the same four functions of a tensor `(N, C, *)` and numbers `(N, C)` of its rows. `plain` is the
 reference, which runs everywhere, on any layout and type, differentiably, and compiles.
 """
 
@@ -9,29 +9,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import channels_last, compiled, contiguous, plain
+from . import compiled, plain
 
-FEWEST = 32  # elements of a row: with shorter ones, the numbers of rows cost more than the rows
-SMALL = 100_000  # elements of a tensor: below, calls cost more than the work
+FEWEST = 64  # elements of a row: with fewer, the numbers of rows cost as much as the rows
+SMALL = 1_000_000  # elements of a tensor: with fewer, the calls cost more than the work
 
 
 def kernel(x: Tensor) -> ModuleType:
     """The fastest kernel for `x` here."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    # what a compiler joins, or what is differentiated, must be operations of torch
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not compiled.takes(x):
         return plain
-    if compiled.takes(x):
-        return compiled
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel() or x.ndim < 3:
-        return plain
-    if x.is_contiguous():
-        return contiguous
-    return channels_last if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else plain
+    return compiled
 
 
 def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
     if torch.compiler.is_compiling():
         return False
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
-        return True
-    return x.ndim < 3 or x.numel() < SMALL or x.numel() < FEWEST * x.shape[0] * x.shape[1]
+    rows = x.shape[0] * x.shape[1]
+    return not compiled.takes(x) or not x.is_contiguous() or x.numel() < max(SMALL, FEWEST * rows)

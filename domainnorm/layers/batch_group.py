@@ -28,6 +28,7 @@ class BatchGroupNorm(DomainBatchNorm):
             before where pieces are not whole channels.
     """
 
+    plain = False
     per_channel = False
 
     def __init__(self, num_features: int, num_groups: int, **options: Any) -> None:

@@ -43,6 +43,8 @@ class BatchRenorm(DomainBatchNorm):
         RuntimeError: activation checkpointing, and which forward pass is recomputed cannot be told.
     """
 
+    plain = False
+
     def __init__(
         self,
         num_features: int,

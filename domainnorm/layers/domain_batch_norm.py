@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..distributed import Group, deepcopy_over_group
 from ..moments import Moments, Rows, is_recomputed
-from .domains import Domain, DomainBatch, Domains, Input
+from .domains import Domain, DomainBatch, Domains, Input, of_domain
 from .in_step import normalize_in_step
 from .population_statistics import PopulationStatistics, one_of
 from .split import Split
@@ -67,6 +67,7 @@ class DomainBatchNorm(PopulationStatistics):
     `sync`, and raises with it.
     """
 
+    plain = True  # whether each normalization batch is normalized as nn.BatchNorm2d does
     per_channel = True  # whether inference under population statistics is one affine of each channel
     split: Split | None = None  # of samples into groups that training normalizes apart
 
@@ -201,7 +202,7 @@ class DomainBatchNorm(PopulationStatistics):
             mean, var, weight, bias = (self._of_rows(v, batch) for v in values)
             return self._normalize_by(batch.rows, self._weighed(batch.counted, mean, var), weight, bias)
         return [
-            self._normalize_fixed(x, *(_of_domain(v, domain) for v in values))
+            self._normalize_fixed(x, *(of_domain(v, domain) for v in values))
             for x, domain in zip(batch.tensors, batch.domains, strict=True)
         ]
 
@@ -264,8 +265,3 @@ class DomainBatchNorm(PopulationStatistics):
         if self.statistics != "auto":
             text += f", statistics={self.statistics!r}"
         return text
-
-
-def _of_domain(value: Any, domain: int | Tensor) -> Any:
-    """The row(s) of a `(K, C)` tensor that belong to `domain`; a shared `(C,)` belongs to all."""
-    return value if value is None or value.ndim == 1 else value[domain]

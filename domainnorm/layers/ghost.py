@@ -30,6 +30,8 @@ class GhostBatchNorm(DomainBatchNorm):
         ValueError: not one of `group_size` and `num_groups`, or `sync`.
     """
 
+    plain = False
+
     def __init__(
         self,
         num_features: int,

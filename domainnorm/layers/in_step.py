@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ..distributed import world_size
+from ..distributed import Group, world_size
 from ..moments import Moments
+from .by_torch import normalize_by_torch, suits_torch
 from .domains import DomainBatch, Domains, Input
 
 if TYPE_CHECKING:
@@ -31,20 +33,31 @@ def normalize_in_step(
     if not first.uses_minibatch:
         outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
     else:
-        local = [batch.by_domain() for batch in batches]
         group = None if isinstance(first.sync, bool) else first.sync
         ranks = world_size(group) if first.sync and first.training else 1
-        if ranks > 1:
-            _check_in_step(batches)
-            widths = [of.mean.shape[1] for of in local]
-            means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
-            merged = Moments(local[0].count, means, variances).merge_ranks(group)
-            halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)
-            local = [Moments(merged.count, mean, var) for mean, var in halves]
-        if first.training:
-            first._check_counts(batches[0], local[0], ranks)
-        outputs = [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
+        if ranks == 1 and all(suits_torch(layer, batch) for layer, batch in zip(layers, batches, strict=True)):
+            outputs = [normalize_by_torch(layer, batch) for layer, batch in zip(layers, batches, strict=True)]
+        else:
+            outputs = _merged(layers, batches, group, ranks)
     return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
+
+
+def _merged(
+    layers: Sequence[DomainBatchNorm], batches: Sequence[DomainBatch], group: Group, ranks: int
+) -> list[list[Tensor]]:
+    """Normalized by the merged moments of each normalization batch."""
+    first = layers[0]
+    local = [batch.by_domain() for batch in batches]
+    if ranks > 1:
+        _check_in_step(batches)
+        widths = [of.mean.shape[1] for of in local]
+        means, variances = (torch.cat([getattr(m, name) for m in local], dim=1) for name in ("mean", "var"))
+        merged = Moments(local[0].count, means, variances).merge_ranks(group)
+        halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)
+        local = [Moments(merged.count, mean, var) for mean, var in halves]
+    if first.training:
+        first._check_counts(batches[0], local[0], ranks)
+    return [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
 
 
 def _check_in_step(batches: Sequence[DomainBatch]) -> None:
