@@ -1,14 +1,11 @@
-"""Predictions of a model in COCO's format, and their AP by faster-coco-eval."""
+"""Predictions of a model in COCO's format, and their AP."""
 
-import logging
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -18,10 +15,7 @@ from ..data.annotations import clip_boxes
 from ..data.masks import check_compressed, segmentation_problem
 from ..distributed import gather_objects, rank
 from ..errors import UserError
-
-SHAPES = {"bbox": "bbox", "segm": "segmentation"}  # of each kind of IoU the entries' key
-
-logger = logging.getLogger(__name__)
+from .precision import SHAPES, area_of, precision_of_category
 
 
 @torch.no_grad()
@@ -58,8 +52,8 @@ def evaluate_coco(
         truth has no such object.
 
     Raises:
-        UserError: "segm", and the predictions have no masks, or an object of the ground truth has none, or one that
-            cannot be decoded.
+        UserError: predictions of images that the ground truth has not; "segm", and the predictions have no masks, or
+            an object of the ground truth has none, or one that cannot be decoded.
     """
     if iou_type == "segm" and any("segmentation" not in prediction for prediction in predictions):
         raise UserError("the model predicts no masks: set MODEL.MASK_ON False to evaluate its boxes")
@@ -67,13 +61,12 @@ def evaluate_coco(
     unknown = {prediction["image_id"] for prediction in predictions} - {image["id"] for image in images}
     if unknown:
         raise UserError(f"there are predictions of image {min(unknown)}, which the ground truth has not")
-    # The precision of a category depends on no other, and one at a time they need a fraction of the memory.
     objects, found = _by_category(_objects(ground_truth, iou_type)), _by_category(predictions)
     category_ids = sorted({category["id"] for category in ground_truth["categories"]})
     precision = np.full((10, 101, len(category_ids), 4), -1.0)
-    for k, category_id in enumerate(category_ids):
-        if category_id in objects:
-            precision[:, :, k] = _precision(images, objects[category_id], found[category_id], iou_type)
+    for k, id_ in enumerate(category_ids):  # one at a time, they need a fraction of the memory
+        if id_ in objects:
+            precision[:, :, k] = precision_of_category(images, objects[id_], found.get(id_, []), iou_type)
     return {
         "AP": _average(precision[..., 0]),
         "AP50": _average(precision[0, ..., 0]),
@@ -106,67 +99,19 @@ def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequen
     return results
 
 
-def _by_category(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """Of each category id the entries that have it, in order; none of an id that no entry has."""
-    found = defaultdict(list)
-    for entry in entries:
-        found[entry["category_id"]].append(entry)
-    return found
-
-
 def _objects(data: dict[str, Any], iou_type: str) -> Iterator[dict[str, Any]]:
     """What is evaluated of each object, with what hand-made files leave out, and for "segm" masks as RLE."""
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]} if iou_type == "segm" else {}
     for number, entry in enumerate(data["annotations"], start=1):
         shape = _rle(entry, sizes[entry["image_id"]]) if iou_type == "segm" else entry["bbox"]
         yield {
-            "id": number,  # from 1: an object with id 0 is taken for one that was never matched
+            "id": number,  # from 1: an object with id 0 would be taken for one that was never matched
             "image_id": entry["image_id"],
             "category_id": entry["category_id"],
             "iscrowd": entry.get("iscrowd", 0),
-            "area": entry["area"] if "area" in entry else _area(shape),
+            "area": entry["area"] if "area" in entry else area_of(shape),
             SHAPES[iou_type]: shape,
         }
-
-
-def _precision(
-    images: list[dict[str, Any]], objects: list[dict[str, Any]], predictions: list[dict[str, Any]], iou_type: str
-) -> np.ndarray:
-    """Of one category: (10 IoU thresholds, 101 recalls, 4 ranges of area), -1 where there is nothing to find."""
-    results = [
-        {
-            "id": number,
-            "image_id": prediction["image_id"],
-            "category_id": prediction["category_id"],
-            "score": prediction["score"],
-            # not that of a box beside a mask
-            "area": _area(prediction[SHAPES[iou_type]]),
-            SHAPES[iou_type]: prediction[SHAPES[iou_type]],
-        }
-        for number, prediction in enumerate(predictions, start=1)
-    ]
-    used = {entry["image_id"] for entry in (*objects, *results)}
-    shared = {
-        "images": [image for image in images if image["id"] in used],
-        "categories": [{"id": objects[0]["category_id"]}],
-    }
-    truth, found = (COCO(shared | {"annotations": entries}) for entries in (objects, results))
-    evaluation = COCOeval_faster(truth, found, iou_type, print_function=logger.debug)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision: np.ndarray = evaluation.eval["precision"][:, :, 0, :, -1]  # of at most 100 predictions an image
-    return precision
-
-
-def _average(precision: np.ndarray) -> float:
-    """In percent, over what there is to find; nan if there is nothing."""
-    found = precision[precision > -1]
-    return float(found.mean()) * 100 if len(found) else float("nan")
-
-
-def _area(shape: Any) -> float:
-    """Of a box (x, y, width, height) or an RLE."""
-    return float(coco_mask.area(shape)) if isinstance(shape, dict) else shape[2] * shape[3]
 
 
 def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -190,3 +135,16 @@ def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         )
     rles = coco_mask.frPyObjects(segmentation, *size)
     return coco_mask.merge(rles) if isinstance(segmentation, list) else rles
+
+
+def _by_category(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault(entry["category_id"], []).append(entry)
+    return found
+
+
+def _average(precision: np.ndarray) -> float:
+    """In percent, over what there is to find; nan if there is nothing."""
+    found = precision[precision > -1]
+    return float(found.mean()) * 100 if len(found) else float("nan")
