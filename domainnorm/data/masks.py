@@ -81,4 +81,6 @@ def _runs(counts: str) -> list[int]:
             value -= (bits & 16) << (shift - 4)
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return runs if not shift else [-1]
+    if shift:
+        raise ValueError("its RLE counts end within a number")
+    return runs

@@ -52,15 +52,15 @@ def evaluate_coco(
         truth has no such object.
 
     Raises:
-        UserError: predictions of images that the ground truth has not; "segm", and the predictions have no masks, or
-            an object of the ground truth has none, or one that cannot be decoded.
+        UserError: predictions of an image that the ground truth does not have; "segm", and the predictions have no
+            masks, or an object of the ground truth has none, or one that cannot be decoded.
     """
     if iou_type == "segm" and any("segmentation" not in prediction for prediction in predictions):
         raise UserError("the model predicts no masks: set MODEL.MASK_ON False to evaluate its boxes")
     images = ground_truth["images"]
     unknown = {prediction["image_id"] for prediction in predictions} - {image["id"] for image in images}
     if unknown:
-        raise UserError(f"there are predictions of image {min(unknown)}, which the ground truth has not")
+        raise UserError(f"there are predictions of image {min(unknown)}, which the ground truth does not have")
     objects, found = _by_category(_objects(ground_truth, iou_type)), _by_category(predictions)
     category_ids = sorted({category["id"] for category in ground_truth["categories"]})
     precision = np.full((10, 101, len(category_ids), 4), -1.0)
