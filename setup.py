@@ -34,6 +34,7 @@ setup(
         "torchvision>=0.26",
         "fvcore>=0.1.5.post20221221",
         "pycocotools>=2.0.8",
+        "faster-coco-eval>=1.8",
         "numpy",
         "pillow",
         "tensorboard",

@@ -52,13 +52,25 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
         rle = segmentation
-        if _pixels(rle["counts"]) != height * width:  # pycocotools would leave the rest of the mask uninitialized
-            raise ValueError(f"its RLE counts do not add up to {height * width} pixels")
+        check_compressed(rle["counts"], size)
     return coco_mask.decode(rle)
 
 
-def _pixels(counts: str) -> int:
-    """The sum of the runs of a compressed RLE: 5 bits a character; from the fourth run on, less the last but one."""
+def check_compressed(counts: str, size: tuple[int, int]) -> None:
+    """That a compressed RLE is one of an image of (height, width) `size`.
+
+    Where it is too short, pycocotools would leave the rest of the mask uninitialized, and compare masks for ever.
+
+    Raises:
+        ValueError: it is not.
+    """
+    runs = _runs(counts)
+    if min(runs, default=-1) < 0 or sum(runs) != size[0] * size[1]:
+        raise ValueError(f"its RLE counts do not add up to {size[0] * size[1]} pixels")
+
+
+def _runs(counts: str) -> list[int]:
+    """Of a compressed RLE: 5 bits a character; from the fourth run on, less the last but one."""
     runs: list[int] = []
     value = shift = 0
     for character in counts.encode("ascii"):
@@ -69,4 +81,6 @@ def _pixels(counts: str) -> int:
             value -= (bits & 16) << (shift - 4)
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return sum(runs)
+    if shift:
+        raise ValueError("its RLE counts end within a number")
+    return runs

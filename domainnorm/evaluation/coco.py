@@ -1,26 +1,21 @@
-"""Predictions of a model in COCO's format, and their AP by pycocotools."""
+"""Predictions of a model in COCO's format, and their AP."""
 
-import contextlib
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from ..data.annotations import clip_boxes
-from ..data.masks import decode_segmentation, segmentation_problem
+from ..data.masks import check_compressed, segmentation_problem
 from ..distributed import gather_objects, rank
 from ..errors import UserError
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+from .precision import SHAPES, area_of, precision_of_category
 
 
 @torch.no_grad()
@@ -57,26 +52,28 @@ def evaluate_coco(
         truth has no such object.
 
     Raises:
-        UserError: "segm", and the predictions have no masks, or an object of the ground truth has none, or one that
-            cannot be decoded.
+        UserError: predictions of an image that the ground truth does not have; "segm", and the predictions have no
+            masks, or an object of the ground truth has none, or one that cannot be decoded.
     """
     if iou_type == "segm" and any("segmentation" not in prediction for prediction in predictions):
         raise UserError("the model predicts no masks: set MODEL.MASK_ON False to evaluate its boxes")
-    truth = _index(_with_defaults(ground_truth, iou_type))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        if predictions:
-            # loadRes writes into the entries; and it would take the area of a mask from a box beside it
-            own = [{k: v for k, v in p.items() if iou_type == "bbox" or k != "bbox"} for p in predictions]
-            results = truth.loadRes(own)
-        else:
-            results = _index(truth.dataset | {"annotations": []})
-        evaluation = COCOeval(truth, results, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    images = ground_truth["images"]
+    unknown = {prediction["image_id"] for prediction in predictions} - {image["id"] for image in images}
+    if unknown:
+        raise UserError(f"there are predictions of image {min(unknown)}, which the ground truth does not have")
+    objects, found = _by_category(_objects(ground_truth, iou_type)), _by_category(predictions)
+    category_ids = sorted({category["id"] for category in ground_truth["categories"]})
+    precision = np.full((10, 101, len(category_ids), 4), -1.0)
+    for k, id_ in enumerate(category_ids):  # one at a time, they need a fraction of the memory
+        if id_ in objects:
+            precision[:, :, k] = precision_of_category(images, objects[id_], found.get(id_, []), iou_type)
     return {
-        name: float(value) * 100 if value >= 0 else float("nan")  # pycocotools' -1: nothing to find
-        for name, value in zip(METRICS, evaluation.stats[: len(METRICS)], strict=True)
+        "AP": _average(precision[..., 0]),
+        "AP50": _average(precision[0, ..., 0]),
+        "AP75": _average(precision[5, ..., 0]),
+        "APs": _average(precision[..., 1]),
+        "APm": _average(precision[..., 2]),
+        "APl": _average(precision[..., 3]),
     }
 
 
@@ -102,19 +99,19 @@ def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequen
     return results
 
 
-def _with_defaults(data: dict[str, Any], iou_type: str) -> dict[str, Any]:
-    """With what pycocotools needs of each object but hand-made files leave out, and for "segm" masks as RLE."""
+def _objects(data: dict[str, Any], iou_type: str) -> Iterator[dict[str, Any]]:
+    """What is evaluated of each object, with what hand-made files leave out, and for "segm" masks as RLE."""
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]} if iou_type == "segm" else {}
-    annotations = []
     for number, entry in enumerate(data["annotations"], start=1):
-        if iou_type == "segm":
-            rle = _rle(entry, sizes[entry["image_id"]])
-            own = {"area": float(coco_mask.area(rle))} | entry | {"segmentation": rle}
-        else:
-            own = {"area": entry["bbox"][2] * entry["bbox"][3]} | entry
-        # pycocotools takes an object with id 0 for one that was never matched
-        annotations.append({"iscrowd": 0} | own | {"id": number})
-    return data | {"annotations": annotations}
+        shape = _rle(entry, sizes[entry["image_id"]]) if iou_type == "segm" else entry["bbox"]
+        yield {
+            "id": number,  # from 1: an object with id 0 would be taken for one that was never matched
+            "image_id": entry["image_id"],
+            "category_id": entry["category_id"],
+            "iscrowd": entry.get("iscrowd", 0),
+            "area": entry["area"] if "area" in entry else area_of(shape),
+            SHAPES[iou_type]: shape,
+        }
 
 
 def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -127,9 +124,9 @@ def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         segmentation, problem = [[x0, y0, x1, y0, x1, y1, x0, y1]], ""
     if not problem and isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
         try:
-            decode_segmentation(segmentation, size)  # pycocotools compares RLEs of different lengths for ever
+            check_compressed(segmentation["counts"], size)
             return segmentation
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             problem = f"cannot be decoded ({error})"
     if problem:
         raise UserError(
@@ -140,9 +137,14 @@ def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     return coco_mask.merge(rles) if isinstance(segmentation, list) else rles
 
 
-def _index(data: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = data
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+def _by_category(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault(entry["category_id"], []).append(entry)
+    return found
+
+
+def _average(precision: np.ndarray) -> float:
+    """In percent, over what there is to find; nan if there is nothing."""
+    found = precision[precision > -1]
+    return float(found.mean()) * 100 if len(found) else float("nan")
