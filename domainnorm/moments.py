@@ -166,7 +166,7 @@ class Rows:
         Near its centre, neither a row nor the sums of its backward pass cancel as those of `scale · x + shift` would.
 
         Args:
-            scale, centre, shift: broadcast against `(ΣN, C)`.
+            scale, centre, shift: `(ΣN, C)`, `(1, C)` or `(C,)`.
 
         Raises:
             RuntimeError: it is called again.
@@ -174,9 +174,9 @@ class Rows:
         if self._written:
             raise RuntimeError("rows are written once: read the tensors again")
         self._written = True
-        mean = self.moments.mean
-        shift = torch.zeros_like(mean) if shift is None else shift
-        numbers = (v.to(mean.dtype).expand_as(mean) for v in (scale, centre, shift))
+        dtype = self.moments.mean.dtype
+        shift = centre.new_zeros(centre.shape[-1:]) if shift is None else shift
+        numbers = (v.to(dtype) for v in (scale, centre, shift))
         return list(_WriteRows.apply(self._deferred, *numbers, *self.tensors, *self._doors))
 
 
@@ -216,21 +216,19 @@ class _ReadRows(Function):
             scale, ctx.deferred.scale = ctx.deferred.scale, None
         grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
         inputs = []
-        for k, (x, centre, to_mean, to_var, of) in enumerate(_of_tensors(xs, mean, grad_mean, grad_var, scale)):
-            count = max(math.prod(x.shape[2:]), 1)
-            grad = None if of is None else grads[k]
-            inputs.append(kernel(x).gradient(grad, x, of, to_var * (2 / count), centre, to_mean / count))
+        for k, (x, of, *numbers) in enumerate(_of_tensors(xs, scale, mean, grad_mean, grad_var)):
+            inputs.append(kernel(x).gradient(None if of is None else grads[k], x, of, *numbers))
         return None, *inputs
 
 
 class _WriteRows(Function):
-    """Scale, centre and shift (ΣN, C), tensors, their side doors -> scale · (x - centre) + shift."""
+    """Scale, centre and shift of rows, tensors, their side doors -> scale · (x - centre) + shift."""
 
     @staticmethod
     def forward(ctx, deferred, scale, centre, shift, *xs):
         xs = xs if deferred is None else xs[: len(xs) // 2]
         ctx.save_for_backward(scale, centre, *xs)
-        ctx.deferred = deferred
+        ctx.deferred, ctx.shift = deferred, shift.shape
         return tuple(kernel(x).affine(x, *of) for x, *of in _of_tensors(xs, scale, centre, shift))
 
     @staticmethod
@@ -238,7 +236,9 @@ class _WriteRows(Function):
         scale, centre, *xs = ctx.saved_tensors
         parts = list(zip(grads, _of_tensors(xs, scale, centre), strict=True))
         total, products = _table([kernel(x).sums(grad, x, of) for grad, (x, _, of) in parts])
-        numbers = (None, products, -scale * total, total)
+        to_shift = total.sum_to_size(ctx.shift)
+        to_centre = -scale * (to_shift if scale.shape == ctx.shift else total)
+        numbers = (None, products.sum_to_size(scale.shape), to_centre.sum_to_size(centre.shape), to_shift)
         none = (None,) * len(xs)
         if ctx.deferred is None:
             return *numbers, *(plain.scaled(grad, x, of) for grad, (x, of, _) in parts)
@@ -249,9 +249,10 @@ class _WriteRows(Function):
 
 
 def _of_tensors(xs, *numbers):
-    """Each tensor `(N_i, C, *)` with its part of the numbers `(ΣN, C)`, or None of None."""
+    """Each tensor `(N_i, C, *)` with its part of numbers `(ΣN, C)`, or with all of others, or with None."""
     sizes = [len(x) for x in xs]
-    parts = ([v] * len(xs) if v is None or len(xs) == 1 else v.split(sizes) for v in numbers)
+    whole = (v is None or len(xs) == 1 or v.ndim == 1 or len(v) != sum(sizes) for v in numbers)
+    parts = ([v] * len(xs) if one else v.split(sizes) for v, one in zip(numbers, whole, strict=True))
     return zip(xs, *parts, strict=True)
 
 

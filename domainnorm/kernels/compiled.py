@@ -9,13 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import plain
+
 SOURCE = Path(__file__).with_name("rows.cpp")
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-FUNCTIONS = {"moments": 3, "affine": 5, "sums": 5, "gradient": 7}  # and of how many tensors
+FUNCTIONS = {"moments": (3, 0), "affine": (2, 3), "sums": (4, 1), "gradient": (3, 4)}  # of tensors, numbers of rows
 
 
 class _Size(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("samples", "channels", "length", "threads")]
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("step", ctypes.c_int64)]
 
 
 def _library() -> ctypes.CDLL | None:
@@ -33,10 +39,10 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, tensors in FUNCTIONS.items():
+    for name, (tensors, numbers) in FUNCTIONS.items():
         for kind in TYPES.values():
             function = getattr(library, f"{name}_{kind}")
-            function.argtypes = [*[ctypes.c_void_p] * tensors, _Size, ctypes.c_bool]
+            function.argtypes = [*[ctypes.c_void_p] * tensors, *[_Numbers] * numbers, _Size, ctypes.c_bool]
             function.restype = None
     return library
 
@@ -59,45 +65,47 @@ def takes(x: Tensor) -> bool:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain.moments`, in one pass over `x`."""
     mean, var = (torch.empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
-    _call("moments", x, x, mean, var)
+    _call("moments", x, [x, mean, var])
     return mean, var
 
 
 def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
     """As `plain.affine`, in one pass."""
     y = torch.empty_like(x)
-    _call("affine", x, x, y, *_numbers(x, scale, centre, shift))
+    _call("affine", x, [x, y], scale, centre, shift)
     return y
 
 
 def sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain.sums`, in one pass."""
     total, products = (torch.empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
-    _call("sums", x, _like(grad, x), x, *_numbers(x, centre), total, products)
+    _call("sums", x, [_like(grad, x), x, total, products], centre)
     return total, products
 
 
 def gradient(
-    grad: Tensor | None, x: Tensor, scale: Tensor | None, slope: Tensor, centre: Tensor, offset: Tensor
+    grad: Tensor | None, x: Tensor, scale: Tensor | None, centre: Tensor, to_mean: Tensor, to_var: Tensor
 ) -> Tensor:
     """As `plain.gradient`, in one pass."""
     if grad is None or scale is None:
-        return affine(x, slope, centre, offset)
+        return plain.gradient(grad, x, scale, centre, to_mean, to_var)
     out = torch.empty_like(x)
-    _call("gradient", x, _like(grad, x), x, out, *_numbers(x, scale, slope, centre, offset))
+    _call("gradient", x, [_like(grad, x), x, out], scale, centre, to_mean, to_var)
     return out
 
 
-def _call(function: str, x: Tensor, *tensors: Tensor) -> None:
-    size = _Size(x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1]), torch.get_num_threads())
-    call = getattr(_LIBRARY, f"{function}_{TYPES[x.dtype]}")
-    call(*(tensor.data_ptr() for tensor in tensors), size, not x.is_contiguous())
-
-
-def _numbers(x: Tensor, *values: Tensor) -> list[Tensor]:
-    """Numbers of rows as they are read there."""
+def _call(function: str, x: Tensor, tensors: list[Tensor], *numbers: Tensor) -> None:
+    n, channels = x.shape[:2]
     dtype = _wide(x)
-    return [value.to(dtype).contiguous() for value in values]
+    kept = [
+        value if value.dtype == dtype and value.stride(-1) == 1 else value.to(dtype).contiguous() for value in numbers
+    ]
+    getattr(_LIBRARY, f"{function}_{TYPES[x.dtype]}")(
+        *(tensor.data_ptr() for tensor in tensors),
+        *(_Numbers(v.data_ptr(), v.stride(0) if v.ndim == 2 and len(v) == n > 1 else 0) for v in kept),
+        _Size(n, channels, x.numel() // (n * channels), torch.get_num_threads()),
+        not x.is_contiguous(),
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -17,13 +17,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
-    """`scale · (x - centre) + shift`, in the type and memory format of `x`."""
-    y = torch.addcmul(_per_row(shift, x), x - _per_row(centre, x), _per_row(scale, x))
+    """`scale · (x - centre) + shift`, in the type and memory format of `x`; numbers `(N, C)`, `(1, C)` or `(C,)`."""
+    scale, centre, shift = (_per_row(v, x) for v in (scale, centre, shift))
+    y = torch.addcmul(shift, x - centre, scale)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11 compiles a .to() without effect to no gradient
 
 
 def sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row, Σ grad and Σ grad · (x - centre)."""
+    """Of each row, `(N, C)`, Σ grad and Σ grad · (x - centre)."""
     wide = grad.to(centre.dtype)
     return _sum(wide), _sum((x - _per_row(centre, x)).mul_(wide))
 
@@ -34,10 +35,15 @@ def scaled(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 
 def gradient(
-    grad: Tensor | None, x: Tensor, scale: Tensor | None, slope: Tensor, centre: Tensor, offset: Tensor
+    grad: Tensor | None, x: Tensor, scale: Tensor | None, centre: Tensor, to_mean: Tensor, to_var: Tensor
 ) -> Tensor:
-    """`scale · grad + slope · (x - centre) + offset`, in the type of `x`; without `grad` and `scale` the rest."""
-    out = torch.addcmul(_per_row(offset, x), x - _per_row(centre, x), _per_row(slope, x))
+    """`scale · grad`, if there are any, and what comes through a row's moments, in the type of `x`.
+
+    That is `(to_mean + 2 · to_var · (x - centre)) / L`, of the gradients of its mean, the centre, and its variance.
+    """
+    length = max(math.prod(x.shape[2:]), 1)
+    slope, offset = (_per_row(v, x) for v in (to_var * (2 / length), to_mean / length))
+    out = torch.addcmul(offset, x - _per_row(centre, x), slope)
     if grad is not None and scale is not None:
         out = torch.addcmul(out, grad.to(scale.dtype), _per_row(scale, x))
     return out.to(x.dtype)
@@ -48,8 +54,8 @@ def _spatial(x: Tensor) -> tuple[int, ...]:
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:
-    """`(N, C)` as something that broadcasts against `x`."""
-    return value.view(*value.shape, *[1] * (x.ndim - 2))
+    """`(N, C)` or `(C,)` as something that broadcasts against `x`."""
+    return value[(..., *[None] * (x.ndim - 2))]
 
 
 def _sum(x: Tensor) -> Tensor:

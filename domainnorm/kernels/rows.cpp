@@ -117,11 +117,26 @@ void parallel(int64_t tasks, int64_t elements, int64_t threads, Run run) {
   for (auto& other : others) other.join();
 }
 
+// Numbers of rows: the sample's lie `step` after those of the one before, which is 0 where all samples have the same.
+struct Numbers {
+  const void* at;
+  int64_t step;
+};
+
 struct Size {
   int64_t samples, channels, length, threads;
   int64_t rows() const { return samples * channels; }
   int64_t elements() const { return rows() * length; }
+  template <class T>
+  One<T> of(Numbers numbers, int64_t row) const {
+    return ((const One<T>*)numbers.at)[row / channels * numbers.step + row % channels];
+  }
 };
+
+template <class T>
+const One<T>* of_sample(Numbers numbers, int64_t sample) {
+  return (const One<T>*)numbers.at + sample * numbers.step;
+}
 
 // Rows that lie in one piece.
 
@@ -149,10 +164,10 @@ void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
 }
 
 template <class T>
-void row_affine(const T* x, T* y, const One<T>* scale, const One<T>* centre, const One<T>* shift, Size size) {
+void row_affine(const T* x, T* y, Numbers scale, Numbers centre, Numbers shift, Size size) {
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const One<T> a = scale[row], b = shift[row], c = centre[row];
+      const One<T> a = size.of<T>(scale, row), b = size.of<T>(shift, row), c = size.of<T>(centre, row);
       const T* from = x + row * size.length;
       T* to = y + row * size.length;
       each<T>(size.length, [=](int64_t i, auto v) { store(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
@@ -161,10 +176,10 @@ void row_affine(const T* x, T* y, const One<T>* scale, const One<T>* centre, con
 }
 
 template <class T>
-void row_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, One<T>* products, Size size) {
+void row_sums(const T* grad, const T* x, Numbers centre, One<T>* total, One<T>* products, Size size) {
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const One<T> c = centre[row];
+      const One<T> c = size.of<T>(centre, row);
       double sum_grad = 0, sum_products = 0;
       for (int64_t done = 0; done < size.length; done += TILE) {
         const int64_t n = std::min(TILE, size.length - done), first = row * size.length + done;
@@ -181,11 +196,12 @@ void row_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, On
 }
 
 template <class T>
-void row_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const One<T>* slope, const One<T>* centre,
-                  const One<T>* offset, Size size) {
+void row_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers centre, Numbers to_mean, Numbers to_var,
+                  Size size) {
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const One<T> a = scale[row], b = slope[row], c = centre[row], d = offset[row];
+      const One<T> a = size.of<T>(scale, row), b = 2 * size.of<T>(to_var, row) / size.length;
+      const One<T> c = size.of<T>(centre, row), d = size.of<T>(to_mean, row) / size.length;
       const T *g = grad + row * size.length, *from = x + row * size.length;
       T* to = out + row * size.length;
       each<T>(size.length, [=](int64_t i, auto v) {
@@ -196,9 +212,7 @@ void row_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const 
   });
 }
 
-// Channels side by side. `places` of a sample are taken together while they stay in a cache.
-
-inline int64_t places(Size size) { return std::max<int64_t>(8, TILE / size.channels); }
+// Channels side by side: places are taken together while they stay in a cache.
 
 template <class T>
 void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
@@ -248,7 +262,7 @@ void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
 }
 
 template <class T>
-void last_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, One<T>* products, Size size) {
+void last_sums(const T* grad, const T* x, Numbers centre, One<T>* total, One<T>* products, Size size) {
   const int64_t blocks = size.samples >= size.threads ? 1 : (size.channels + 63) / 64;
   const int64_t width = blocks == 1 ? size.channels : 64;
   parallel(size.samples * blocks, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
@@ -257,7 +271,7 @@ void last_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, O
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / blocks, first = task % blocks * width;
       const int64_t channels = std::min(width, size.channels - first), tile = std::max<int64_t>(8, TILE / channels);
-      const One<T>* c = centre + sample * size.channels + first;
+      const One<T>* c = of_sample<T>(centre, sample) + first;
       std::fill(sums.begin(), sums.end(), 0);
       std::fill(squares.begin(), squares.end(), 0);
       for (int64_t done = 0; done < size.length; done += tile) {
@@ -289,11 +303,11 @@ void last_sums(const T* grad, const T* x, const One<T>* centre, One<T>* total, O
 }
 
 template <class T>
-void last_affine(const T* x, T* y, const One<T>* scale, const One<T>* centre, const One<T>* shift, Size size) {
+void last_affine(const T* x, T* y, Numbers scale, Numbers centre, Numbers shift, Size size) {
   parallel(size.samples * size.length, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; ++place) {
-      const int64_t of = place / size.length * size.channels;
-      const One<T> *a = scale + of, *b = shift + of, *c = centre + of;
+      const int64_t n = place / size.length;
+      const One<T> *a = of_sample<T>(scale, n), *b = of_sample<T>(shift, n), *c = of_sample<T>(centre, n);
       const T* from = x + place * size.channels;
       T* to = y + place * size.channels;
       each<T>(size.channels, [=](int64_t i, auto v) {
@@ -305,18 +319,19 @@ void last_affine(const T* x, T* y, const One<T>* scale, const One<T>* centre, co
 }
 
 template <class T>
-void last_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const One<T>* slope, const One<T>* centre,
-                   const One<T>* offset, Size size) {
+void last_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers centre, Numbers to_mean, Numbers to_var,
+                   Size size) {
   parallel(size.samples * size.length, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; ++place) {
-      const int64_t of = place / size.length * size.channels;
-      const One<T> *a = scale + of, *b = slope + of, *c = centre + of, *d = offset + of;
+      const int64_t n = place / size.length;
+      const One<T> *a = of_sample<T>(scale, n), *b = of_sample<T>(to_var, n), *c = of_sample<T>(centre, n);
+      const One<T>*d = of_sample<T>(to_mean, n), share = One<T>(1) / size.length;
       const T *g = grad + place * size.channels, *from = x + place * size.channels;
       T* to = out + place * size.channels;
       each<T>(size.channels, [=](int64_t i, auto v) {
         using V = decltype(v);
-        V rest = load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
-        store(to + i, load<V>(a + i) * load<V>(g + i) + rest);
+        V rest = 2 * load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
+        store(to + i, load<V>(a + i) * load<V>(g + i) + share * rest);
       });
     }
   });
@@ -324,26 +339,23 @@ void last_gradient(const T* grad, const T* x, T* out, const One<T>* scale, const
 
 }  // namespace
 
-#define ROWS(NAME, T)                                                                                             \
-  extern "C" void moments_##NAME(const void* x, void* mean, void* var, Size size, bool last) {                    \
-    (last ? last_moments<T> : row_moments<T>)((const T*)x, (One<T>*)mean, (One<T>*)var, size);                    \
-  }                                                                                                               \
-  extern "C" void affine_##NAME(const void* x, void* y, const void* scale, const void* centre, const void* shift, \
-                                Size size, bool last) {                                                           \
-    (last ? last_affine<T> : row_affine<T>)((const T*)x, (T*)y, (const One<T>*)scale, (const One<T>*)centre,      \
-                                            (const One<T>*)shift, size);                                          \
-  }                                                                                                               \
-  extern "C" void sums_##NAME(const void* grad, const void* x, const void* centre, void* total, void* products,   \
-                              Size size, bool last) {                                                             \
-    (last ? last_sums<T> : row_sums<T>)((const T*)grad, (const T*)x, (const One<T>*)centre, (One<T>*)total,       \
-                                        (One<T>*)products, size);                                                 \
-  }                                                                                                               \
-  extern "C" void gradient_##NAME(const void* grad, const void* x, void* out, const void* scale,                  \
-                                  const void* slope, const void* centre, const void* offset, Size size,           \
-                                  bool last) {                                                                    \
-    (last ? last_gradient<T> : row_gradient<T>)((const T*)grad, (const T*)x, (T*)out, (const One<T>*)scale,       \
-                                                (const One<T>*)slope, (const One<T>*)centre,                      \
-                                                (const One<T>*)offset, size);                                     \
+#define ROWS(NAME, T)                                                                                              \
+  extern "C" void moments_##NAME(const void* x, void* mean, void* var, Size size, bool last) {                     \
+    (last ? last_moments<T> : row_moments<T>)((const T*)x, (One<T>*)mean, (One<T>*)var, size);                     \
+  }                                                                                                                \
+  extern "C" void affine_##NAME(const void* x, void* y, Numbers scale, Numbers centre, Numbers shift, Size size,   \
+                                bool last) {                                                                       \
+    (last ? last_affine<T> : row_affine<T>)((const T*)x, (T*)y, scale, centre, shift, size);                       \
+  }                                                                                                                \
+  extern "C" void sums_##NAME(const void* grad, const void* x, void* total, void* products, Numbers centre,        \
+                              Size size, bool last) {                                                              \
+    (last ? last_sums<T> : row_sums<T>)((const T*)grad, (const T*)x, centre, (One<T>*)total, (One<T>*)products,    \
+                                        size);                                                                     \
+  }                                                                                                                \
+  extern "C" void gradient_##NAME(const void* grad, const void* x, void* out, Numbers scale, Numbers centre,       \
+                                  Numbers to_mean, Numbers to_var, Size size, bool last) {                         \
+    (last ? last_gradient<T> : row_gradient<T>)((const T*)grad, (const T*)x, (T*)out, scale, centre, to_mean,      \
+                                                to_var, size);                                                     \
   }
 
 ROWS(float32, float)

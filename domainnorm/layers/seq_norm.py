@@ -35,33 +35,37 @@ class SeqNorm(GhostBatchNorm):
         self.batch_groups = batch_groups
 
     def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:
-        rows = Rows(tensors)
-        of = rows.moments
-        centre, scale = self._group_norm(of)
-        return rows, Moments(of.count, (of.mean - centre) * scale, of.var * scale.square())
-
-    def _group_norm(self, rows: Moments) -> tuple[Tensor, Tensor]:
-        """Of each row the mean and the factor that GroupNorm subtracts and multiplies, `(N, C)`."""
-        width = self.num_features // self.channel_groups
-        group = rows.merge_channels(self.channel_groups).repeat_channels(width)
-        return group.mean, (group.var + self.eps).rsqrt()
+        rows = _GroupedRows(tensors, self.channel_groups, self.eps)
+        of, scale = rows.moments, rows.scale
+        return rows, Moments(of.count, (of.mean - rows.centre) * scale, of.var * scale.square())
 
     def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        mean, scale = self._group_norm(rows.moments)
+        assert isinstance(rows, _GroupedRows)
         factor = (of.var + self.eps).rsqrt()
         if weight is not None:
             factor = factor * weight
-        return rows.affine(scale * factor, mean, -of.mean * factor if bias is None else bias - of.mean * factor)
+        shift = -of.mean * factor if bias is None else bias - of.mean * factor
+        return rows.affine(rows.scale * factor, rows.centre, shift)
 
     def _normalize_fixed(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        rows = Rows([x])
+        rows, _ = self._read([x])
         mean, var = (v.to(rows.moments.mean.dtype) for v in (mean, var))
         return self._normalize_by(rows, Moments(torch.ones_like(mean), mean, var), weight, bias)[0]
 
     def grouping(self) -> str:
         return f"channel_groups={self.channel_groups}, batch_groups={self.batch_groups}"
+
+
+class _GroupedRows(Rows):
+    """Rows, and the mean and the factor that GroupNorm subtracts and multiplies, `(ΣN, C)` each."""
+
+    def __init__(self, tensors: list[Tensor], groups: int, eps: float) -> None:
+        super().__init__(tensors)
+        group = self.moments.merge_channels(groups).repeat_channels(self.moments.mean.shape[1] // groups)
+        self.centre = group.mean
+        self.scale = (group.var + eps).rsqrt()
 
 
 def check_channel_groups(groups: int, channels: int) -> None:

@@ -144,7 +144,8 @@ def _spread(groups: Moments, lengths: tuple[int, int, int]) -> Moments:
         equal = v[:full].repeat_interleave(size, 0)
         return torch.cat([equal, v[full:].expand(rest, v.shape[1])]) if rest else equal
 
-    return Moments(*(spread(v) for v in (groups[:].count, groups.mean, groups.var)))
+    count = groups.count if len(groups.count) == 1 else spread(groups.count)
+    return Moments(count, spread(groups.mean), spread(groups.var))
 
 
 def _pad(groups: Moments, length: int) -> Moments:
