@@ -66,11 +66,8 @@ class Moments:
 
     def merge(self, dim: int) -> Moments:
         """The union of the sets along `dim`, which is kept with size 1."""
-        if self.count.shape[dim] < self.mean.shape[dim]:  # equal counts
-            mean = self.mean.mean(dim, keepdim=True)
-            apart = self.mean - mean
-            var = (self.var + apart * apart).mean(dim, keepdim=True)
-            return Moments(self.count * self.mean.shape[dim], mean, var)
+        if self.count.shape[dim] < self.mean.shape[dim]:
+            return Moments(self.count * self.mean.shape[dim], *_MergeEqual.apply(self.mean, self.var, dim))
         count = self.count.sum(dim, keepdim=True)
         share = self.count / count.clamp(min=1)
         mean = (share * self.mean).sum(dim, keepdim=True)
@@ -97,10 +94,9 @@ class Moments:
 
     def merge_channels(self, num_groups: int) -> Moments:
         """The union of the sets of consecutive channels: `(…, C)` -> `(…, G)`. The channels have equal counts."""
-        mean, var = (v.unflatten(-1, (num_groups, -1)) for v in (self.mean, self.var))
-        merged = mean.mean(-1)
-        var = (var + (mean - merged.unsqueeze(-1)).square()).mean(-1)
-        return Moments(self.count * mean.shape[-1], merged, var)
+        size = (num_groups, self.mean.shape[-1] // num_groups)
+        mean, var = _MergeEqual.apply(self.mean.unflatten(-1, size), self.var.unflatten(-1, size), -1)
+        return Moments(self.count * size[1], mean.squeeze(-1), var.squeeze(-1))
 
     def repeat_channels(self, times: int) -> Moments:
         """Each channel `times` times in a row: `(…, G)` -> `(…, G · times)`."""
@@ -228,7 +224,7 @@ class _WriteRows(Function):
     def forward(ctx, deferred, scale, centre, shift, *xs):
         xs = xs if deferred is None else xs[: len(xs) // 2]
         ctx.save_for_backward(scale, centre, *xs)
-        ctx.deferred, ctx.shift = deferred, shift.shape
+        ctx.deferred, ctx.shapes = deferred, (scale.shape, centre.shape, shift.shape)
         return tuple(kernel(x).affine(x, *of) for x, *of in _of_tensors(xs, scale, centre, shift))
 
     @staticmethod
@@ -236,9 +232,10 @@ class _WriteRows(Function):
         scale, centre, *xs = ctx.saved_tensors
         parts = list(zip(grads, _of_tensors(xs, scale, centre), strict=True))
         total, products = _table([kernel(x).sums(grad, x, of) for grad, (x, _, of) in parts])
-        to_shift = total.sum_to_size(ctx.shift)
-        to_centre = -scale * (to_shift if scale.shape == ctx.shift else total)
-        numbers = (None, products.sum_to_size(scale.shape), to_centre.sum_to_size(centre.shape), to_shift)
+        if max(map(len, (scale, centre))) < len(total):  # they are not of rows, and the gradients not either
+            total = total.sum(0, keepdim=True)
+        to_centre = (scale * total).neg_()
+        numbers = (None, *(v.sum_to_size(of) for v, of in zip((products, to_centre, total), ctx.shapes, strict=True)))
         none = (None,) * len(xs)
         if ctx.deferred is None:
             return *numbers, *(plain.scaled(grad, x, of) for grad, (x, of, _) in parts)
@@ -259,6 +256,24 @@ def _of_tensors(xs, *numbers):
 def _table(parts):
     """Pairs of `(N_i, C)` of each tensor -> a pair of `(ΣN, C)`."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+class _MergeEqual(Function):
+    """Mean and variance of the union of sets of equal counts along `dim`, which is kept with size 1."""
+
+    @staticmethod
+    def forward(ctx, mean, var, dim):
+        merged = mean.mean(dim, keepdim=True)
+        apart = mean - merged
+        ctx.save_for_backward(mean, merged)
+        ctx.number = mean.shape[dim]
+        return merged, torch.addcmul(var, apart, apart).mean(dim, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_var):
+        mean, merged = ctx.saved_tensors
+        grad_mean, grad_var = grad_mean / ctx.number, grad_var / ctx.number
+        return torch.addcmul(grad_mean, mean - merged, grad_var, value=2), grad_var.expand_as(mean), None
 
 
 class _MergeRanks(Function):
