@@ -66,8 +66,9 @@ class Moments:
 
     def merge(self, dim: int) -> Moments:
         """The union of the sets along `dim`, which is kept with size 1."""
-        if self.count.shape[dim] < self.mean.shape[dim]:
-            return Moments(self.count * self.mean.shape[dim], *_MergeEqual.apply(self.mean, self.var, dim))
+        if dim == 0 and self.mean.ndim == 2 and len(self.count) < len(self.mean):
+            number = len(self.mean)
+            return Moments(self.count * number, *_MergeBlocks.apply(self.mean, self.var, number, 1, False))
         count = self.count.sum(dim, keepdim=True)
         share = self.count / count.clamp(min=1)
         mean = (share * self.mean).sum(dim, keepdim=True)
@@ -92,11 +93,19 @@ class Moments:
         merged = Moments(*parts).merge(1)
         return Moments(merged.count.squeeze(1), merged.mean.squeeze(1), merged.var.squeeze(1))
 
+    def merge_blocks(self, rows: int, channels: int) -> Moments:
+        """Of each set the union of its block of equal counts: so many neighbours along R and along C of `(R, C)`.
+
+        The numbers divide R and C; sets `(C,)` are one row.
+        """
+        merged = _MergeBlocks.apply(self.mean, self.var, rows, channels, True)
+        return Moments(self.count * (rows * channels), *(v.view(self.mean.shape) for v in merged))
+
     def merge_channels(self, num_groups: int) -> Moments:
         """The union of the sets of consecutive channels: `(…, C)` -> `(…, G)`. The channels have equal counts."""
-        size = (num_groups, self.mean.shape[-1] // num_groups)
-        mean, var = _MergeEqual.apply(self.mean.unflatten(-1, size), self.var.unflatten(-1, size), -1)
-        return Moments(self.count * size[1], mean.squeeze(-1), var.squeeze(-1))
+        size = self.mean.shape[-1] // num_groups
+        merged = _MergeBlocks.apply(self.mean, self.var, 1, size, False)
+        return Moments(self.count * size, *(v.view(*self.mean.shape[:-1], num_groups) for v in merged))
 
     def repeat_channels(self, times: int) -> Moments:
         """Each channel `times` times in a row: `(…, G)` -> `(…, G · times)`."""
@@ -258,22 +267,32 @@ def _table(parts):
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-class _MergeEqual(Function):
-    """Mean and variance of the union of sets of equal counts along `dim`, which is kept with size 1."""
+class _MergeBlocks(Function):
+    """Means and variances (R, C) of equal counts -> of each block, (R / rows, C / channels), or of each set's block."""
 
     @staticmethod
-    def forward(ctx, mean, var, dim):
-        merged = mean.mean(dim, keepdim=True)
+    def forward(ctx, mean, var, rows, channels, spread):
+        ctx.save_for_backward(mean)
+        ctx.spread = spread
+        ctx.blocks = (mean.numel() // (mean.shape[-1] * rows), rows, mean.shape[-1] // channels, channels)
+        mean, var = mean.view(ctx.blocks), var.view(ctx.blocks)
+        merged = mean.mean((1, 3), keepdim=True)
         apart = mean - merged
-        ctx.save_for_backward(mean, merged)
-        ctx.number = mean.shape[dim]
-        return merged, torch.addcmul(var, apart, apart).mean(dim, keepdim=True)
+        var = torch.addcmul(var, apart, apart).mean((1, 3), keepdim=True)
+        if spread:
+            merged, var = (v.expand_as(mean).contiguous() for v in (merged, var))  # torch's kernels read it as such
+        return merged.flatten(2).flatten(0, 1), var.flatten(2).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        mean, merged = ctx.saved_tensors
-        grad_mean, grad_var = grad_mean / ctx.number, grad_var / ctx.number
-        return torch.addcmul(grad_mean, mean - merged, grad_var, value=2), grad_var.expand_as(mean), None
+    def backward(ctx, *grads):
+        (mean,) = ctx.saved_tensors
+        of = mean.view(ctx.blocks)
+        blocks, rows, groups, channels = ctx.blocks
+        whole = ctx.blocks if ctx.spread else (blocks, 1, groups, 1)
+        grad_mean, grad_var = (g.reshape(whole).sum((1, 3), keepdim=True) / (rows * channels) for g in grads)
+        apart = of - of.mean((1, 3), keepdim=True)
+        grad_mean = torch.addcmul(grad_mean, apart, grad_var, value=2)
+        return grad_mean.view(mean.shape), grad_var.expand_as(of).reshape(mean.shape), None, None, None
 
 
 class _MergeRanks(Function):

@@ -92,8 +92,12 @@ class BatchRenorm(DomainBatchNorm):
     def _correction(self, batch: DomainBatch, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
         """r and d of what is normalized by the moments `of`."""
         mean, var = (self._of_rows(v, batch) for v in towards[:2])
-        limits = (_at(limit, towards[2].unsqueeze(-1)) for limit in (self.r_max, self.d_max))
-        r_max, d_max = (self._of_rows(limit, batch).to(of.mean.dtype) for limit in limits)
+        r_max, d_max = (
+            limit
+            if isinstance(limit, (int, float))
+            else self._of_rows(_at(limit, towards[2].unsqueeze(-1)), batch).to(of.mean.dtype)
+            for limit in (self.r_max, self.d_max)
+        )
         sigma = (var.to(of.mean.dtype) + self.eps).sqrt()
         r = (of.var + self.eps).sqrt() / sigma
         d = (of.mean - mean) / sigma

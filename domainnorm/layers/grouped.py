@@ -49,8 +49,7 @@ class GroupedBatchNorm(GhostBatchNorm):
         return super()._normalize_fixed(x, of.mean, of.var, weight, bias)
 
     def _over_channels(self, of: Moments) -> Moments:
-        width = self.num_features // self.channel_groups
-        return of.merge_channels(self.channel_groups).repeat_channels(width)
+        return of.merge_blocks(1, self.num_features // self.channel_groups)
 
     def grouping(self) -> str:
         return f"channel_groups={self.channel_groups}, examples_per_group={self.examples_per_group}"

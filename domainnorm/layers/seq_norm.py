@@ -63,7 +63,7 @@ class _GroupedRows(Rows):
 
     def __init__(self, tensors: list[Tensor], groups: int, eps: float) -> None:
         super().__init__(tensors)
-        group = self.moments.merge_channels(groups).repeat_channels(self.moments.mean.shape[1] // groups)
+        group = self.moments.merge_blocks(1, self.moments.mean.shape[1] // groups)
         self.centre = group.mean
         self.scale = (group.var + eps).rsqrt()
 

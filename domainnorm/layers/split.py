@@ -81,6 +81,10 @@ class Split:
         """
         if self._is_mixed(batch):
             return self._merge_mixed(batch, shared)
+        if len(batch.tensors) == 1:
+            full, size, rest = self._lengths(len(batch.tensors[0]), batch.elements[0])
+            if full and not rest:
+                return batch.counted.merge_blocks(size, 1)
         parts = batch.counted.split([len(x) for x in batch.tensors])
         ends = [self._lengths(len(of.mean), elements) for of, elements in zip(parts, batch.elements, strict=True)]
         groups = [_merge_lengths(of, lengths) for of, lengths in zip(parts, ends, strict=True)]  # (G_k, C)
@@ -126,10 +130,8 @@ def _merge_lengths(rows: Moments, lengths: tuple[int, int, int]) -> Moments:
     end = full * size
     groups = []
     if full or not rest:
-        mean, var = (v[:end].unflatten(0, (full, size)) for v in (rows.mean, rows.var))
-        equal = len(rows.count) < len(rows.mean)
-        count = rows.count.unsqueeze(0) if equal else rows.count[:end].unflatten(0, (full, size))
-        merged = Moments(count, mean, var).merge(1)
+        equal = Moments(*(v[:end].unflatten(0, (full, size)) for v in (rows[:].count, rows.mean, rows.var)))
+        merged = equal.merge(1)
         groups.append(Moments(merged.count[:, 0], merged.mean[:, 0], merged.var[:, 0]))
     if rest:
         groups.append(rows[end:].merge(0))
@@ -144,8 +146,7 @@ def _spread(groups: Moments, lengths: tuple[int, int, int]) -> Moments:
         equal = v[:full].repeat_interleave(size, 0)
         return torch.cat([equal, v[full:].expand(rest, v.shape[1])]) if rest else equal
 
-    count = groups.count if len(groups.count) == 1 else spread(groups.count)
-    return Moments(count, spread(groups.mean), spread(groups.var))
+    return Moments(*(spread(v) for v in (groups.count, groups.mean, groups.var)))
 
 
 def _pad(groups: Moments, length: int) -> Moments:
