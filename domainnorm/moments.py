@@ -71,9 +71,7 @@ class Moments:
             return Moments(self.count * number, *_MergeBlocks.apply(self.mean, self.var, number, 1, False))
         count = self.count.sum(dim, keepdim=True)
         share = self.count / count.clamp(min=1)
-        mean = (share * self.mean).sum(dim, keepdim=True)
-        var = (share * (self.var + (self.mean - mean).square())).sum(dim, keepdim=True)
-        return Moments(count, mean, var)
+        return Moments(count, *_Merge.apply(share, self.mean, self.var, dim))
 
     def merge_by(self, group: Tensor, num_groups: int) -> Moments:
         """The union of the sets of each group.
@@ -101,6 +99,11 @@ class Moments:
         merged = _MergeBlocks.apply(self.mean, self.var, rows, channels, True)
         return Moments(self.count * (rows * channels), *(v.view(self.mean.shape) for v in merged))
 
+    def merge_neighbours(self, number: int) -> Moments:
+        """The union of so many consecutive sets of equal counts along R: `(R, C)` -> `(R / number, C)`."""
+        counts = self._counts(0)[::number] * number
+        return Moments(counts, *_MergeBlocks.apply(self.mean, self.var, number, 1, False))
+
     def merge_channels(self, num_groups: int) -> Moments:
         """The union of the sets of consecutive channels: `(…, C)` -> `(…, G)`. The channels have equal counts."""
         size = self.mean.shape[-1] // num_groups
@@ -121,6 +124,10 @@ class Moments:
         if torch.is_grad_enabled() and not mean.requires_grad:
             mean = mean.detach().requires_grad_()  # else this rank would miss the backward collective of the others
         return Moments(*_MergeRanks.apply(self.count, mean, self.var, group))
+
+    def repeat_interleave(self, times: int, dim: int) -> Moments:
+        """Each set so many times in a row along `dim`."""
+        return Moments(*(v.repeat_interleave(times, dim) for v in (self._counts(dim), self.mean, self.var)))
 
     def __add__(self, other: Moments) -> Moments:
         """The union of two sets, elementwise."""
@@ -265,6 +272,23 @@ def _of_tensors(xs, *numbers):
 def _table(parts):
     """Pairs of `(N_i, C)` of each tensor -> a pair of `(ΣN, C)`."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+class _Merge(Function):
+    """Mean and variance of the union of sets along `dim`, kept with size 1; each set has its share of the count."""
+
+    @staticmethod
+    def forward(ctx, share, mean, var, dim):
+        merged = (share * mean).sum(dim, keepdim=True)
+        apart = mean - merged
+        ctx.save_for_backward(share, mean, merged)
+        return merged, torch.addcmul(var, apart, apart).mul_(share).sum(dim, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_var):
+        share, mean, merged = ctx.saved_tensors
+        to_var = share * grad_var
+        return None, torch.addcmul(share * grad_mean, mean - merged, to_var, value=2), to_var, None
 
 
 class _MergeBlocks(Function):

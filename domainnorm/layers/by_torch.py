@@ -40,11 +40,13 @@ def normalize_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tenso
     for x, domain in zip(batch.tensors, batch.domains, strict=True):
         values = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
         mean, var, weight, bias = (of_domain(v, domain) for v in values)
-        if layer.training and batch.updates:
+        if not layer.training:
+            mean = var = None
+        elif batch.updates:
             tracked = layer.num_batches_tracked
             (tracked[domain] if tracked.ndim else tracked).add_(1)
-        else:
-            mean = var = None
+        else:  # activation checkpointing compares what is saved: not None
+            mean, var = mean.clone(), var.clone()
         outputs.append(F.batch_norm(x, mean, var, weight, bias, True, layer.momentum, layer.eps))
     return outputs
 

@@ -155,7 +155,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     def _of_rows(self, value: Any, batch: DomainBatch) -> Any:
         """Of something `(C,)` for all domains, or `(K, C)`, what broadcasts against the rows `(ΣN, C)`."""
-        return value if value is None or value.ndim == 1 else value[batch.ids()]
+        return value if value is None or value.ndim == 1 else batch.of_rows(value)
 
     def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
         if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
@@ -212,14 +212,18 @@ class DomainBatchNorm(PopulationStatistics):
         shares = own.mean.new_tensor([self.example_weight, 1 - self.example_weight]).view(2, 1, 1)
         return Moments(shares, torch.stack([own.mean, mean]), torch.stack([own.var, var])).merge(0)[0]
 
+    def _merge(self, batch: DomainBatch) -> Moments:
+        """The moments of each domain, `(K, C)`, on this rank; or of all, `(1, C)`, where no more is asked for."""
+        return batch.together() if self.sgd_statistics == self.population_statistics == "shared" else batch.by_domain()
+
     def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
-        """Normalized by the moments of each domain, `merged` `(K, C)`, over all ranks; updates the buffers."""
+        """Normalized by the moments that `_merge` gives, over all ranks; updates the buffers."""
         shared = self.sgd_statistics == "shared"
-        total = merged.merge(0) if shared else merged  # (1, C) or (K, C)
+        total = merged.merge(0) if shared and len(merged.mean) > 1 else merged  # (1, C) or (K, C)
         if self.split is not None:
             of = self.split.merge(batch, shared)  # (ΣN, C)
         else:
-            of = total if len(total.mean) == 1 else total[batch.ids()]
+            of = total if len(total.mean) == 1 else batch.of_rows(total)
         outputs = self._normalize_by(batch.rows, of, *self._affine(batch, merged, of))
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)

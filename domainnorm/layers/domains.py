@@ -108,10 +108,31 @@ class DomainBatch:
         ]
         return torch.cat(ids) if len(ids) > 1 else ids[0]
 
+    @property
+    def each(self) -> int:
+        """The samples of each tensor, where there is one tensor for each domain, in order, of as many; else 0."""
+        sizes = {len(x) for x in self.tensors}
+        ints = all(isinstance(domain, int) for domain in self.domains)
+        return sizes.pop() if ints and len(sizes) == 1 and list(self.domains) == list(range(self.num_domains)) else 0
+
+    def of_rows(self, value: Any) -> Any:
+        """Of something `(K, …)`, of domains, what belongs to each row: `(ΣN, …)`."""
+        return value.repeat_interleave(self.each, 0) if self.each else value[self.ids()]
+
     def by_domain(self) -> Moments:
         """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
-        own = self.counted.merge(0) if self.num_domains == 1 else self.counted.merge_by(self.ids(), self.num_domains)
+        if self.num_domains == 1:
+            own = self.counted.merge(0)
+        elif self.each:
+            own = self.counted.merge_neighbours(self.each)
+        else:
+            own = self.counted.merge_by(self.ids(), self.num_domains)
         return own if self.extra is None else own + self.extra
+
+    def together(self) -> Moments:
+        """All rows of all domains merged, `(1, C)`, on this rank, with the `extra` ones."""
+        own = self.counted.merge(0)
+        return own if self.extra is None else own + self.extra.merge(0)
 
     def cannot_be_single(self, per_domain: bool, ranks: int) -> bool:
         """Whether the shapes of this rank alone rule out a normalization batch of one element, over all ranks."""

@@ -47,7 +47,7 @@ def _merged(
 ) -> list[list[Tensor]]:
     """Normalized by the merged moments of each normalization batch."""
     first = layers[0]
-    local = [batch.by_domain() for batch in batches]
+    local = [layer._merge(batch) for layer, batch in zip(layers, batches, strict=True)]
     if ranks > 1:
         _check_in_step(batches)
         widths = [of.mean.shape[1] for of in local]

@@ -1,0 +1,94 @@
+"""One norm over five pyramid levels, forward and backward, against nn.BatchNorm2d on what is concatenated for free."""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import domainnorm as dn
+
+from .table import Row
+from .timing import ratio, times
+
+SIZES = ((256, 320), (800, 1088))  # of images
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=25, help="rounds; the median of their ratios is taken")
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+
+
+class _ConcatenateAndSplit(nn.Module):
+    """What detectors do for shared statistics: one BatchNorm on the flattened levels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        flat = self.norm(torch.cat([x.flatten(2) for x in levels], 2)).split([x[0, 0].numel() for x in levels], 2)
+        return [y.view(x.shape) for x, y in zip(levels, flat, strict=True)]
+
+
+class _OneForEach(nn.Module):
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels) for _ in range(levels)])
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [norm(x) for norm, x in zip(self.norms, levels, strict=True)]
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    channels, dtype = args.channels, getattr(torch, args.dtype)
+    for height, width in SIZES:
+        torch.manual_seed(0)
+        sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+        levels = [torch.randn(args.images, channels, *size).to(args.device, dtype) for size in sizes]
+        whole = [torch.cat([x.flatten(2) for x in levels], 2).unsqueeze(3)]
+        shared, apart = (dn.DomainBatchNorm(channels, 5, choice, choice) for choice in ("shared", "per_domain"))
+        compiled = torch.compile(dn.DomainBatchNorm(channels, 5, "shared", "shared"))
+        runs = {
+            "shared": _run(shared, levels, args.device),
+            "shared, compiled": _run(compiled, levels, args.device),
+            "per domain": _run(apart, levels, args.device),
+            "concatenated before": _run(_OneForEach(channels, 1), whole, args.device),
+            "concatenate, BatchNorm, split": _run(_ConcatenateAndSplit(channels), levels, args.device),
+            "five BatchNorms": _run(_OneForEach(channels, 5), levels, args.device),
+        }
+        for ours, theirs in (("shared", "concatenate, BatchNorm, split"), ("per domain", "five BatchNorms")):
+            torch.testing.assert_close(runs[ours](), runs[theirs](), atol=1e-4, rtol=1e-4)
+        taken = times(runs, args.repeats, seconds=0.01)
+        for ours, peers in (
+            ("shared", ("concatenated before", "concatenate, BatchNorm, split")),
+            ("shared, compiled", ("concatenated before",)),
+            ("per domain", ("five BatchNorms",)),
+        ):
+            for peer in peers:
+                yield {
+                    "image": f"{height}x{width}",
+                    "statistics": ours,
+                    "peer": peer,
+                    "ours / peer": ratio(taken, ours, peer),
+                }
+
+
+def _run(norm: Callable[[list[Tensor]], list[Tensor]], levels: list[Tensor], device: str) -> Callable[[], list[Tensor]]:
+    if isinstance(norm, nn.Module):
+        norm.to(device)
+    leaves = [x.detach().clone().requires_grad_() for x in levels]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).to(x) for x in levels]
+
+    def run() -> list[Tensor]:
+        for x in leaves:
+            x.grad = None
+        torch.autograd.backward(norm(leaves), grads)
+        return [x.grad for x in leaves if x.grad is not None]
+
+    return run
