@@ -215,7 +215,7 @@ class _ReadRows(Function):
     @staticmethod
     def forward(ctx, deferred, *xs):
         ctx.set_materialize_grads(False)
-        mean, var = _table([kernel(x).moments(x) for x in xs])
+        mean, var = kernel(xs).moments(xs)
         ctx.save_for_backward(mean, *xs)
         ctx.deferred = deferred
         return mean, var, *(() if deferred is None else (x.view_as(x) for x in xs))
@@ -227,10 +227,7 @@ class _ReadRows(Function):
         if ctx.deferred is not None:
             scale, ctx.deferred.scale = ctx.deferred.scale, None
         grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
-        inputs = []
-        for k, (x, of, *numbers) in enumerate(_of_tensors(xs, scale, mean, grad_mean, grad_var)):
-            inputs.append(kernel(x).gradient(None if of is None else grads[k], x, of, *numbers))
-        return None, *inputs
+        return None, *kernel(xs).gradient(None if scale is None else grads, xs, scale, mean, grad_mean, grad_var)
 
 
 class _WriteRows(Function):
@@ -241,37 +238,23 @@ class _WriteRows(Function):
         xs = xs if deferred is None else xs[: len(xs) // 2]
         ctx.save_for_backward(scale, centre, *xs)
         ctx.deferred, ctx.shapes = deferred, (scale.shape, centre.shape, shift.shape)
-        return tuple(kernel(x).affine(x, *of) for x, *of in _of_tensors(xs, scale, centre, shift))
+        return tuple(kernel(xs).affine(xs, scale, centre, shift))
 
     @staticmethod
     def backward(ctx, *grads):
         scale, centre, *xs = ctx.saved_tensors
-        parts = list(zip(grads, _of_tensors(xs, scale, centre), strict=True))
-        total, products = _table([kernel(x).sums(grad, x, of) for grad, (x, _, of) in parts])
+        total, products = kernel(xs).sums(grads, xs, centre)
         if max(map(len, (scale, centre))) < len(total):  # they are not of rows, and the gradients not either
             total = total.sum(0, keepdim=True)
         to_centre = (scale * total).neg_()
         numbers = (None, *(v.sum_to_size(of) for v, of in zip((products, to_centre, total), ctx.shapes, strict=True)))
         none = (None,) * len(xs)
         if ctx.deferred is None:
-            return *numbers, *(plain.scaled(grad, x, of) for grad, (x, of, _) in parts)
+            return *numbers, *plain.scaled(grads, xs, scale)
         if torch.is_grad_enabled():  # create_graph=True: what runs later must find this gradient where it belongs
-            return *numbers, *(plain.scaled(grad, x, of) for grad, (x, of, _) in parts), *none
+            return *numbers, *plain.scaled(grads, xs, scale), *none
         ctx.deferred.scale = scale
         return *numbers, *none, *grads
-
-
-def _of_tensors(xs, *numbers):
-    """Each tensor `(N_i, C, *)` with its part of numbers `(ΣN, C)`, or with all of others, or with None."""
-    sizes = [len(x) for x in xs]
-    whole = (v is None or len(xs) == 1 or v.ndim == 1 or len(v) != sum(sizes) for v in numbers)
-    parts = ([v] * len(xs) if one else v.split(sizes) for v, one in zip(numbers, whole, strict=True))
-    return zip(xs, *parts, strict=True)
-
-
-def _table(parts):
-    """Pairs of `(N_i, C)` of each tensor -> a pair of `(ΣN, C)`."""
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 class _Merge(Function):

@@ -1,9 +1,10 @@
 """Row by row: moments, an affine, and their gradients; the kernels of each device and layout, chosen here.
 
-Every kernel is the same four functions of a tensor `(N, C, *)` and numbers `(N, C)` of its rows. `plain` is the
+Every kernel is the same four functions of tensors `(N_i, C, *)` and numbers `(ΣN, C)` of their rows. `plain` is the
 reference, which runs everywhere, on any layout and type, differentiably, and compiles.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,10 +16,10 @@ FEWEST = 64  # elements of a row: with fewer, the numbers of rows cost as much a
 SMALL = 1_000_000  # elements of a tensor: with fewer, the calls cost more than the work
 
 
-def kernel(x: Tensor) -> ModuleType:
-    """The fastest kernel for `x` here."""
+def kernel(xs: Sequence[Tensor]) -> ModuleType:
+    """The fastest kernel for `xs` here."""
     # what a compiler joins, or what is differentiated, must be operations of torch
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not compiled.takes(x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not compiled.takes(xs):
         return plain
     return compiled
 
@@ -28,4 +29,4 @@ def prefers_batch_norm(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     rows = x.shape[0] * x.shape[1]
-    return not compiled.takes(x) or not x.is_contiguous() or x.numel() < max(SMALL, FEWEST * rows)
+    return not compiled.takes([x]) or not x.is_contiguous() or x.numel() < max(SMALL, FEWEST * rows)

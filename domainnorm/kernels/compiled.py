@@ -2,8 +2,10 @@
 
 import ctypes
 import importlib.util
+import math
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +15,14 @@ from . import plain
 
 SOURCE = Path(__file__).with_name("rows.cpp")
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-FUNCTIONS = {"moments": (3, 0), "affine": (2, 3), "sums": (4, 1), "gradient": (3, 4)}  # of tensors, numbers of rows
+FUNCTIONS = {"moments": (2, 0), "affine": (0, 3), "sums": (2, 1), "gradient": (0, 4)}  # tables written, numbers read
 
 
-class _Size(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("samples", "channels", "length", "threads")]
+class _Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "out")),
+        *((name, ctypes.c_int64) for name in ("samples", "length", "last")),
+    ]
 
 
 class _Numbers(ctypes.Structure):
@@ -39,10 +44,15 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, (tensors, numbers) in FUNCTIONS.items():
+    for name, (tables, numbers) in FUNCTIONS.items():
         for kind in TYPES.values():
             function = getattr(library, f"{name}_{kind}")
-            function.argtypes = [*[ctypes.c_void_p] * tensors, *[_Numbers] * numbers, _Size, ctypes.c_bool]
+            function.argtypes = [
+                ctypes.POINTER(_Part),
+                *[ctypes.c_int64] * 3,
+                *[ctypes.c_void_p] * tables,
+                *[_Numbers] * numbers,
+            ]
             function.restype = None
     return library
 
@@ -50,62 +60,78 @@ def _library() -> ctypes.CDLL | None:
 _LIBRARY = _library()
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the functions here can be given `x`."""
-    return (
-        _LIBRARY is not None
-        and x.device.type == "cpu"
-        and x.dtype in TYPES
-        and x.ndim > 1
-        and x.numel() > 0
-        and (x.is_contiguous() or _is_last(x))
+def takes(xs: Sequence[Tensor]) -> bool:
+    """Whether the functions here can be given `xs`."""
+    if _LIBRARY is None:
+        return False
+    dtype = xs[0].dtype
+    return dtype in TYPES and all(
+        x.dtype == dtype and x.device.type == "cpu" and x.shape[1] > 0 and (x.is_contiguous() or _is_last(x))
+        for x in xs
     )
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `plain.moments`, in one pass over `x`."""
-    mean, var = (torch.empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
-    _call("moments", x, [x, mean, var])
+def moments(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `plain.moments`, in one pass over each tensor."""
+    mean, var = _empty_tables(xs)
+    _call("moments", xs, [_part(x) for x in xs], [mean, var])
     return mean, var
 
 
-def affine(x: Tensor, scale: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
+def affine(xs: Sequence[Tensor], scale: Tensor, centre: Tensor, shift: Tensor) -> list[Tensor]:
     """As `plain.affine`, in one pass."""
-    y = torch.empty_like(x)
-    _call("affine", x, [x, y], scale, centre, shift)
-    return y
+    ys = [torch.empty_like(x) for x in xs]
+    _call("affine", xs, [_part(x, out=y) for x, y in zip(xs, ys, strict=True)], [], scale, centre, shift)
+    return ys
 
 
-def sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain.sums`, in one pass."""
-    total, products = (torch.empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
-    _call("sums", x, [_like(grad, x), x, total, products], centre)
+    total, products = _empty_tables(xs)
+    grads = [_like(grad, x) for grad, x in zip(grads, xs, strict=True)]
+    _call("sums", xs, [_part(x, grad) for grad, x in zip(grads, xs, strict=True)], [total, products], centre)
     return total, products
 
 
 def gradient(
-    grad: Tensor | None, x: Tensor, scale: Tensor | None, centre: Tensor, to_mean: Tensor, to_var: Tensor
-) -> Tensor:
+    grads: Sequence[Tensor] | None,
+    xs: Sequence[Tensor],
+    scale: Tensor | None,
+    centre: Tensor,
+    to_mean: Tensor,
+    to_var: Tensor,
+) -> list[Tensor]:
     """As `plain.gradient`, in one pass."""
-    if grad is None or scale is None:
-        return plain.gradient(grad, x, scale, centre, to_mean, to_var)
-    out = torch.empty_like(x)
-    _call("gradient", x, [_like(grad, x), x, out], scale, centre, to_mean, to_var)
-    return out
+    if grads is None or scale is None:
+        return plain.gradient(grads, xs, scale, centre, to_mean, to_var)
+    outs = [torch.empty_like(x) for x in xs]
+    grads = [_like(grad, x) for grad, x in zip(grads, xs, strict=True)]
+    parts = [_part(x, grad, out) for grad, x, out in zip(grads, xs, outs, strict=True)]
+    _call("gradient", xs, parts, [], scale, centre, to_mean, to_var)
+    return outs
 
 
-def _call(function: str, x: Tensor, tensors: list[Tensor], *numbers: Tensor) -> None:
-    n, channels = x.shape[:2]
-    dtype = _wide(x)
-    kept = [
-        value if value.dtype == dtype and value.stride(-1) == 1 else value.to(dtype).contiguous() for value in numbers
-    ]
-    getattr(_LIBRARY, f"{function}_{TYPES[x.dtype]}")(
-        *(tensor.data_ptr() for tensor in tensors),
-        *(_Numbers(v.data_ptr(), v.stride(0) if v.ndim == 2 and len(v) == n > 1 else 0) for v in kept),
-        _Size(n, channels, x.numel() // (n * channels), torch.get_num_threads()),
-        not x.is_contiguous(),
+def _call(function: str, xs: Sequence[Tensor], parts: list[_Part], tables: list[Tensor], *numbers: Tensor) -> None:
+    rows, dtype = sum(part.samples for part in parts), _wide(xs[0])
+    kept = [v if v.dtype == dtype and v.stride(-1) == 1 else v.to(dtype).contiguous() for v in numbers]
+    getattr(_LIBRARY, f"{function}_{TYPES[xs[0].dtype]}")(
+        (_Part * len(parts))(*parts),
+        len(parts),
+        xs[0].shape[1],
+        torch.get_num_threads(),
+        *(table.data_ptr() for table in tables),
+        *(_Numbers(v.data_ptr(), v.stride(0) if v.ndim == 2 and len(v) == rows > 1 else 0) for v in kept),
     )
+
+
+def _part(x: Tensor, grad: Tensor | None = None, out: Tensor | None = None) -> _Part:
+    pointers = (None if v is None else v.data_ptr() for v in (grad, x, out))
+    return _Part(*pointers, len(x), math.prod(x.shape[2:]), not x.is_contiguous())
+
+
+def _empty_tables(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    shape = (sum(map(len, xs)), xs[0].shape[1])
+    return torch.empty(shape, dtype=_wide(xs[0])), torch.empty(shape, dtype=_wide(xs[0]))
 
 
 def _wide(x: Tensor) -> torch.dtype:

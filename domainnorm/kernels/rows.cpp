@@ -2,7 +2,7 @@
 // what comes in; plain.py says what each function computes.
 //
 // A tensor is `samples` x `channels` x `length` numbers. A row lies in one piece, or with `last` the channels of each
-// place lie side by side. Numbers of rows are (samples, channels) in any case.
+// place lie side by side. Numbers of rows are (samples, channels) in any case, of one tensor after the other.
 
 #include <algorithm>
 #include <cstdint>
@@ -158,7 +158,7 @@ void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
         squares += of + apart * apart * share * done;
       }
       mean[row] = centre;
-      var[row] = squares / size.length;
+      var[row] = squares / std::max<int64_t>(size.length, 1);
     }
   });
 }
@@ -255,7 +255,7 @@ void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
       }
       for (int64_t i = 0; i < channels; ++i) {
         mean[sample * size.channels + first + i] = centres[i];
-        var[sample * size.channels + first + i] = squares[i] / size.length;
+        var[sample * size.channels + first + i] = squares[i] / std::max<int64_t>(size.length, 1);
       }
     }
   });
@@ -337,25 +337,58 @@ void last_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cen
   });
 }
 
+// One of several tensors: what is read, what is written.
+struct Part {
+  const void *grad, *x;
+  void* out;
+  int64_t samples, length, last;
+};
+
+// run(part, size, first) for all parts; `first` is the number of the rows before.
+template <class Run>
+void each_part(const Part* parts, int64_t number, int64_t channels, int64_t threads, Run run) {
+  int64_t samples = 0;
+  for (int64_t k = 0; k < number; samples += parts[k++].samples)
+    run(parts[k], Size{parts[k].samples, channels, parts[k].length, threads}, samples);
+}
+
+template <class T>
+Numbers from(Numbers numbers, int64_t sample) {
+  return {of_sample<T>(numbers, sample), numbers.step};
+}
+
 }  // namespace
 
-#define ROWS(NAME, T)                                                                                              \
-  extern "C" void moments_##NAME(const void* x, void* mean, void* var, Size size, bool last) {                     \
-    (last ? last_moments<T> : row_moments<T>)((const T*)x, (One<T>*)mean, (One<T>*)var, size);                     \
-  }                                                                                                                \
-  extern "C" void affine_##NAME(const void* x, void* y, Numbers scale, Numbers centre, Numbers shift, Size size,   \
-                                bool last) {                                                                       \
-    (last ? last_affine<T> : row_affine<T>)((const T*)x, (T*)y, scale, centre, shift, size);                       \
-  }                                                                                                                \
-  extern "C" void sums_##NAME(const void* grad, const void* x, void* total, void* products, Numbers centre,        \
-                              Size size, bool last) {                                                              \
-    (last ? last_sums<T> : row_sums<T>)((const T*)grad, (const T*)x, centre, (One<T>*)total, (One<T>*)products,    \
-                                        size);                                                                     \
-  }                                                                                                                \
-  extern "C" void gradient_##NAME(const void* grad, const void* x, void* out, Numbers scale, Numbers centre,       \
-                                  Numbers to_mean, Numbers to_var, Size size, bool last) {                         \
-    (last ? last_gradient<T> : row_gradient<T>)((const T*)grad, (const T*)x, (T*)out, scale, centre, to_mean,      \
-                                                to_var, size);                                                     \
+#define ROWS(NAME, T)                                                                                               \
+  extern "C" void moments_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads, void* mean,  \
+                                 void* var) {                                                                       \
+    each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {                   \
+      (part.last ? last_moments<T> : row_moments<T>)((const T*)part.x, (One<T>*)mean + first * channels,            \
+                                                     (One<T>*)var + first * channels, size);                        \
+    });                                                                                                             \
+  }                                                                                                                 \
+  extern "C" void affine_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads,               \
+                                Numbers scale, Numbers centre, Numbers shift) {                                     \
+    each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {                   \
+      (part.last ? last_affine<T> : row_affine<T>)((const T*)part.x, (T*)part.out, from<T>(scale, first),           \
+                                                   from<T>(centre, first), from<T>(shift, first), size);            \
+    });                                                                                                             \
+  }                                                                                                                 \
+  extern "C" void sums_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads, void* total,    \
+                              void* products, Numbers centre) {                                                     \
+    each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {                   \
+      (part.last ? last_sums<T> : row_sums<T>)((const T*)part.grad, (const T*)part.x, from<T>(centre, first),       \
+                                               (One<T>*)total + first * channels,                                   \
+                                               (One<T>*)products + first * channels, size);                         \
+    });                                                                                                             \
+  }                                                                                                                 \
+  extern "C" void gradient_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads,             \
+                                  Numbers scale, Numbers centre, Numbers to_mean, Numbers to_var) {                 \
+    each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {                   \
+      (part.last ? last_gradient<T> : row_gradient<T>)((const T*)part.grad, (const T*)part.x, (T*)part.out,         \
+                                                       from<T>(scale, first), from<T>(centre, first),               \
+                                                       from<T>(to_mean, first), from<T>(to_var, first), size);      \
+    });                                                                                                             \
   }
 
 ROWS(float32, float)
