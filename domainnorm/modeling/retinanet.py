@@ -16,6 +16,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from ..distributed import all_reduce_sum, world_size
 from ..domains import use_domains_of
 from ..layers import DomainBatchNorm, get_norm, normalize_in_step
+from .channels_last import Transform
 
 
 class RetinaNetHead(retinanet.RetinaNetHead):
@@ -185,7 +186,9 @@ class RetinaNet(TorchvisionRetinaNet):
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
-        super().__init__(backbone, num_classes, _skip_resize=True, **options)
+        super().__init__(backbone, num_classes, **options)
+        made = self.transform
+        self.transform = Transform(made.min_size, made.max_size, made.image_mean, made.image_std, _skip_resize=True)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections.
