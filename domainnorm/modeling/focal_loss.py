@@ -35,7 +35,7 @@ class _FocalLoss(Function):
     ) -> Tensor:
         of_class, of_others = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
         loss, grad = _cost(logits, gamma)
-        loss, grad = loss.mul_(of_others), grad.mul_(decided[:, None] * of_others)
+        loss, grad = loss.mul_(of_others), grad.mul_(decided[:, None].to(grad) * of_others)
         own_loss, own_grad = _cost(-logits[foreground, classes], gamma)
         loss[foreground, classes] = own_loss * of_class
         grad[foreground, classes] = own_grad * -of_class

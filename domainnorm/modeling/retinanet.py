@@ -183,6 +183,8 @@ class RetinaNet(TorchvisionRetinaNet):
     the pixels of the image given.
     """
 
+    transform: Transform
+
     def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
         super().__init__(backbone, num_classes, **options)
         made = self.transform

@@ -1,5 +1,7 @@
 """RoIAlign, trained on a CPU: weighted sums of rows of the feature maps."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,15 +16,16 @@ class RoIAlign(MultiScaleRoIAlign):
     all channels: a bag of embeddings whose table has a row of channels for each position of each level.
     """
 
+    scales: list[float] | None
+    map_levels: Any
+
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps `(N, C, H, W)` by name, boxes of each image in its pixels -> features `(ΣR, C, *output_size)`."""
         maps: list[Tensor] = _filter_input(x, self.featmap_names)
         if not self.training or maps[0].device.type != "cpu" or self.sampling_ratio < 1:
             return super().forward(x, boxes, image_shapes)
         if self.scales is None or self.map_levels is None:
-            self.scales, self.map_levels = _setup_scales(
-                maps, image_shapes, self.canonical_scale, self.canonical_level
-            )
+            self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
         levels = self.map_levels(boxes)
         image = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(of_image) for of_image in boxes]))
         rois = torch.cat(boxes) * torch.tensor(self.scales).to(boxes[0])[levels][:, None]
@@ -55,5 +58,5 @@ class RoIAlign(MultiScaleRoIAlign):
         before = at.long()
         share = at - before
         places = torch.stack([before, torch.minimum(before + 1, last)], -1)
-        weights = torch.stack([1 - share, share], -1) * (inside / samples)[..., None]
+        weights = torch.stack([1 - share, share], -1) * (inside.to(share) / samples)[..., None]
         return tuple(v.unflatten(1, (bins, samples)).flatten(2) for v in (places, weights))
