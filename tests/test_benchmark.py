@@ -99,7 +99,7 @@ def test_both_detectors_compute_the_same_losses_and_detections(detector):
 
 
 def test_model_prints_a_row_for_each_measurement():
-    rows = run(*"model --size 64 96 --detectors RetinaNet --repeats 1 --precisions bfloat16".split())
+    rows = run("model", "--size", "64", "96", "--detectors", "RetinaNet", "--repeats", "1", "--precisions", "bfloat16")
     expected = [["RetinaNet", what, "64x96", "bfloat16"] for what in ("training step", "inference")]
     assert [row[:4] for row in rows] == expected
     assert all(float(row[5]) > 0 for row in rows)

@@ -75,8 +75,8 @@ def build(detector: str, height: int, width: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     ours = dn.build_model(dn.load_config(None, (DETECTORS[detector] + sizes).split()))
     options: dict[str, Any] = {
-        **{"weights": None, "weights_backbone": None, "trainable_backbone_layers": 5},
-        **{"min_size": min(height, width), "max_size": max(height, width), "_skip_resize": True},
+        **{"weights": None, "weights_backbone": None, "_skip_resize": True},
+        **{"min_size": min(height, width), "max_size": max(height, width)},
     }
     if detector == "RetinaNet":
         theirs = retinanet_resnet50_fpn_v2(num_classes=CLASSES, **options)
