@@ -66,8 +66,8 @@ class Moments:
 
     def merge(self, dim: int) -> Moments:
         """The union of the sets along `dim`, which is kept with size 1."""
-        if dim == 0 and self.mean.ndim == 2 and len(self.count) < len(self.mean):
-            number = len(self.mean)
+        if dim == 0 and self.mean.ndim == 2 and self.count.shape[0] < self.mean.shape[0]:
+            number = self.mean.shape[0]
             return Moments(self.count * number, *_MergeBlocks.apply(self.mean, self.var, number, 1, False))
         count = self.count.sum(dim, keepdim=True)
         share = self.count / count.clamp(min=1)
@@ -158,8 +158,8 @@ class Rows:
         self._deferred = None if torch.compiler.is_compiling() else _Deferred()
         mean, var, *self._doors = _ReadRows.apply(self._deferred, *tensors)
         self._written = False
-        one = len(tensors) == 1 and len(tensors[0]) > 0  # count for all rows
-        counts = [mean.new_full((1 if one else len(x), 1), math.prod(x.shape[2:])) for x in tensors]
+        one = len(tensors) == 1 and tensors[0].shape[0] > 0  # count for all rows
+        counts = [mean.new_full((1 if one else x.shape[0], 1), math.prod(x.shape[2:])) for x in tensors]
         self.moments = Moments(counts[0] if one else torch.cat(counts), mean, var)
 
     def normalize(self, batch: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[Tensor]:

@@ -15,7 +15,7 @@ TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
 sys.path.insert(0, str(TOOL.parent))
 
 import benchmark  # noqa: E402
-from benchmarks import collectives, shuffle  # noqa: E402
+from benchmarks import collectives, model, shuffle  # noqa: E402
 
 
 def head(x):
@@ -87,3 +87,19 @@ def test_one_process_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["shuffle", "--processes", "1"])
     assert "2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("detector", ["RetinaNet", "Mask R-CNN"])
+def test_both_detectors_compute_the_same_losses_and_detections(detector):
+    models = model.build(detector, 64, 96)
+    images, targets = model.batch(2, 64, 96)
+    losses = model.compare_losses(models, model.steps(models, images, targets, torch.float32))
+    assert losses < 1e-4
+    assert model.compare_detections(models, model.inferences(models, images[:1], torch.float32)) < 1e-4
+
+
+def test_model_prints_a_row_for_each_measurement():
+    rows = run("model", "--size", "64", "96", "--detectors", "RetinaNet", "--repeats", "1", "--precisions", "bfloat16")
+    expected = [["RetinaNet", what, "64x96", "bfloat16"] for what in ("training step", "inference")]
+    assert [row[:4] for row in rows] == expected
+    assert all(float(row[5]) > 0 for row in rows)

@@ -80,8 +80,8 @@ def _through_moments(x: Tensor, centre: Tensor, to_mean: Tensor, to_var: Tensor)
 
 def _of_tensors(xs: Sequence[Tensor], *numbers: Tensor) -> Iterator[Any]:
     """Each tensor `(N_i, C, *)` with its part of numbers `(ΣN, C)`, or with all of others."""
-    sizes = [len(x) for x in xs]
-    whole = (len(xs) == 1 or v.ndim == 1 or len(v) != sum(sizes) for v in numbers)
+    sizes = [x.shape[0] for x in xs]
+    whole = (len(xs) == 1 or v.ndim == 1 or v.shape[0] != sum(sizes) for v in numbers)
     parts = ([v] * len(xs) if one else v.split(sizes) for v, one in zip(numbers, whole, strict=True))
     return zip(xs, *parts, strict=True)
 

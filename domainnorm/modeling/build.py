@@ -6,18 +6,18 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 
 from ..data import domain_names, num_classes
 from ..distributed import get_device
 from ..domains import name_domains
 from ..errors import UserError
 from .backbone import build_backbone
+from .channels_last import Transform
 from .classifier import build_classifier
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
 from .norm import own_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
+from .roi_align import RoIAlign
 from .weights import initialize
 
 NUM_LEVELS = 5  # of the pyramid
@@ -108,7 +108,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     options, box, mask = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
     levels = ["0", "1", "2", "3"]  # P2 to P5
     branches = {
-        "box_roi_pool": MultiScaleRoIAlign(levels, box.POOLER_RESOLUTION, sampling_ratio=2),
+        "box_roi_pool": RoIAlign(levels, box.POOLER_RESOLUTION, sampling_ratio=2),
         "box_head": box_head(
             channels,
             box.POOLER_RESOLUTION,
@@ -123,7 +123,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     }
     if cfg.MODEL.MASK_ON:
         branches |= {
-            "mask_roi_pool": MultiScaleRoIAlign(levels, mask.POOLER_RESOLUTION, sampling_ratio=2),
+            "mask_roi_pool": RoIAlign(levels, mask.POOLER_RESOLUTION, sampling_ratio=2),
             "mask_head": mask_head(
                 channels,
                 num_conv=mask.NUM_CONV,
@@ -145,7 +145,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
         nms_thresh=options.NMS_THRESH_TEST,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
-    transform = GeneralizedRCNNTransform(
+    transform = Transform(
         cfg.INPUT.MIN_SIZE_TEST,
         cfg.INPUT.MAX_SIZE_TEST,
         list(cfg.MODEL.PIXEL_MEAN),

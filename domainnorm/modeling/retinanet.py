@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection import retinanet
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ..distributed import all_reduce_sum, world_size
 from ..domains import use_domains_of
 from ..layers import DomainBatchNorm, get_norm, normalize_in_step
+from .channels_last import Transform
+from .focal_loss import focal_loss
 
 
 class RetinaNetHead(retinanet.RetinaNetHead):
@@ -158,13 +160,10 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         gt_boxes = torch.cat([t["boxes"] for t in targets])[boxes]
         gt_labels = torch.cat([t["labels"] for t in targets])[boxes]
 
-        logits = head_outputs["cls_logits"].float()
-        classes = torch.zeros_like(logits)
-        classes[(*foreground.nonzero(as_tuple=True), gt_labels)] = 1.0
-        decided = matched != self.classification_head.BETWEEN_THRESHOLDS
-        loss_cls = sigmoid_focal_loss(
-            logits[decided], classes[decided], self.focal_alpha, self.focal_gamma, reduction="sum"
-        )
+        logits = head_outputs["cls_logits"].float().flatten(0, 1)
+        decided = (matched != self.classification_head.BETWEEN_THRESHOLDS).flatten()
+        places = foreground.flatten().nonzero().flatten()
+        loss_cls = focal_loss(logits, decided, places, gt_labels, self.focal_alpha, self.focal_gamma)
         regression = head_outputs["bbox_regression"].float()[foreground]
         loss_box = self._box_loss(regression, torch.stack(anchors)[foreground], gt_boxes)
         return {"loss_cls": loss_cls / count, "loss_box_reg": loss_box / count}
@@ -184,8 +183,12 @@ class RetinaNet(TorchvisionRetinaNet):
     the pixels of the image given.
     """
 
+    transform: Transform
+
     def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
-        super().__init__(backbone, num_classes, _skip_resize=True, **options)
+        super().__init__(backbone, num_classes, **options)
+        made = self.transform
+        self.transform = Transform(made.min_size, made.max_size, made.image_mean, made.image_std, _skip_resize=True)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections.
