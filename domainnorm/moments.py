@@ -244,7 +244,7 @@ class _WriteRows(Function):
     def backward(ctx, *grads):
         scale, centre, *xs = ctx.saved_tensors
         total, products = kernel(xs).sums(grads, xs, centre)
-        if max(map(len, (scale, centre))) < len(total):  # they are not of rows, and the gradients not either
+        if max(scale.shape[0], centre.shape[0]) < total.shape[0]:  # they are not of rows, and the gradients not either
             total = total.sum(0, keepdim=True)
         to_centre = (scale * total).neg_()
         numbers = (None, *(v.sum_to_size(of) for v, of in zip((products, to_centre, total), ctx.shapes, strict=True)))

@@ -111,9 +111,11 @@ class DomainBatch:
     @property
     def each(self) -> int:
         """The samples of each tensor, where there is one tensor for each domain, in order, of as many; else 0."""
-        sizes = {len(x) for x in self.tensors}
-        ints = all(isinstance(domain, int) for domain in self.domains)
-        return sizes.pop() if ints and len(sizes) == 1 and list(self.domains) == list(range(self.num_domains)) else 0
+        number = self.tensors[0].shape[0]
+        alike = all(isinstance(domain, int) for domain in self.domains) and all(
+            x.shape[0] == number for x in self.tensors
+        )
+        return number if alike and list(self.domains) == list(range(self.num_domains)) else 0
 
     def of_rows(self, value: Any) -> Any:
         """Of something `(K, …)`, of domains, what belongs to each row: `(ΣN, …)`."""
