@@ -226,6 +226,8 @@ class _ReadRows(Function):
         scale = None
         if ctx.deferred is not None:
             scale, ctx.deferred.scale = ctx.deferred.scale, None
+            if grads[0] is None:  # the side doors were not used in this backward pass
+                scale = None
         grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
         return None, *kernel(xs).gradient(None if scale is None else grads, xs, scale, mean, grad_mean, grad_var)
 
@@ -244,7 +246,7 @@ class _WriteRows(Function):
     def backward(ctx, *grads):
         scale, centre, *xs = ctx.saved_tensors
         total, products = kernel(xs).sums(grads, xs, centre)
-        if max(scale.shape[0], centre.shape[0]) < total.shape[0]:  # they are not of rows, and the gradients not either
+        if max(scale.numel(), centre.numel()) < total.numel():  # they are not of rows, and the gradients not either
             total = total.sum(0, keepdim=True)
         to_centre = (scale * total).neg_()
         numbers = (None, *(v.sum_to_size(of) for v, of in zip((products, to_centre, total), ctx.shapes, strict=True)))
