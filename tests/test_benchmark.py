@@ -1,6 +1,7 @@
 """tools/benchmark.py: what it compares is equal, and what it prints."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
 sys.path.insert(0, str(TOOL.parent))
 
 import benchmark  # noqa: E402
-from benchmarks import collectives, model, shuffle  # noqa: E402
+from benchmarks import collectives, layers, model, shuffle  # noqa: E402
 
 
 def head(x):
@@ -73,7 +74,9 @@ def test_shuffle_prints_a_row_for_even_and_one_for_uneven_counts():
 
 
 def test_collectives_counts_the_calls_of_each_mode():
-    rows = {mode: (forward, backward, int(total)) for mode, forward, backward, total in run("collectives")}
+    *counts, (mode, *ratios) = run("collectives", "--repeats", "5")
+    assert mode == collectives.TIME and all(float(ratio) > 0 for ratio in ratios)
+    rows = {mode: (forward, backward, int(total)) for mode, forward, backward, total in counts}
     assert set(rows) == set(collectives.MODES)
     # The number of foreground RoIs or anchors is one; a norm per process adds none, a SyncBN one in each direction.
     for mode in ("Mask R-CNN, BN", "Mask R-CNN, GN", "RetinaNet, BN"):
@@ -103,3 +106,27 @@ def test_model_prints_a_row_for_each_measurement():
     expected = [["RetinaNet", what, "64x96", "bfloat16"] for what in ("training step", "inference")]
     assert [row[:4] for row in rows] == expected
     assert all(float(row[5]) > 0 for row in rows)
+
+
+def test_layers_prints_a_row_for_each_shape_and_layout():
+    rows = run("layers", "--layers", "GhostBN", "--repeats", "1")
+    assert [row[0] for row in rows] == ["GhostBN"] * (2 * 2 + 4) and {row[2] for row in rows} == {
+        "NCHW",
+        "channels_last",
+    }
+    assert all(float(ratio) > 0 for row in rows for ratio in row[3:])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
+def test_head_prints_a_row_for_each_peer():
+    rows = run("head", "--repeats", "1", "--channels", "8")
+    assert [row[:2] for row in rows[:4]] == [
+        ["256x320", of] for of in ("shared", "shared", "shared, compiled", "per domain")
+    ]
+    assert len(rows) == 8 and all(float(row[3]) > 0 for row in rows)
+
+
+def test_memory_prints_a_row_for_each_layer():
+    rows = run("memory", "--shape", "4", "32", "64", "64")
+    assert [row[0] for row in rows] == [*layers.LAYERS] * 2
+    assert all(float(ratio) > 0 for row in rows for ratio in row[2:])

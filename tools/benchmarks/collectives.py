@@ -1,7 +1,12 @@
-"""The calls of torch.distributed in one training step of each detector and norm, on CPU processes over gloo."""
+"""The calls of torch.distributed in one training step of each detector and norm, on CPU processes over gloo.
+
+The last row is of times: a synchronized layer's collective for both towers and all levels of RetinaNet's head, as a
+multiple of that for one tower and one level.
+"""
 
 import argparse
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
@@ -10,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import domainnorm as dn
-from domainnorm.distributed import rank
+from domainnorm.distributed import all_gather_stack, all_reduce_sum, barrier, rank
 
 from .ranks import check_processes, rows_of_ranks
 from .table import Row
@@ -31,13 +36,19 @@ MODES["Mask R-CNN, BN, shuffled"] = MASK_RCNN.format("BN") + " MODEL.ROI_HEADS.S
 MODES |= {f"RetinaNet, {norm}": RETINANET.format(norm) for norm in ("BN", "SyncBN")}
 
 
+CHANNELS = 256  # of a tower
+TIME = "time for 2 towers and 5 levels / for one of each"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, nargs=1, default=[2])
+    parser.add_argument("--repeats", type=int, default=500, help="the median of so many times is taken")
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     check_processes(args.processes)
     yield from rows_of_ranks(calls_of_modes, (), args.processes[0])
+    yield from rows_of_ranks(time_of_one, (args.repeats,), args.processes[0])
 
 
 def calls_of_modes() -> Iterator[Row]:
@@ -58,6 +69,23 @@ def calls_of_modes() -> Iterator[Row]:
             loss.backward()
         cells = [", ".join(f"{n} {name}" for name, n in calls.items()) or "none" for calls in (forward, backward)]
         yield {"mode": mode, "forward": cells[0], "backward": cells[1], "total": (forward + backward).total()}
+
+
+def time_of_one(repeats: int) -> Iterator[Row]:
+    """On every rank: times of what `Moments.merge_ranks` sends for a layer, forward and backward."""
+    sizes = {"all": (5, 2 * CHANNELS), "one": (1, CHANNELS)}  # domains, channels of the towers in step
+    seconds: dict[str, list[list[float]]] = {name: [] for name in sizes}
+    for _ in range(repeats):
+        for name, (domains, channels) in sizes.items():
+            sent = (torch.ones(domains, 1 + 2 * channels), torch.ones(2, domains, channels))
+            barrier()
+            times = [time.perf_counter()]
+            for run, value in zip((all_gather_stack, all_reduce_sum), sent, strict=True):
+                run(value, None)
+                times.append(time.perf_counter())
+            seconds[name].append([times[1] - times[0], times[2] - times[1], times[2] - times[0]])
+    every, one = (torch.tensor(seconds[name], dtype=torch.float64).median(0).values for name in sizes)
+    yield {"mode": TIME, **dict(zip(("forward", "backward", "total"), (every / one).tolist(), strict=True))}
 
 
 @contextlib.contextmanager

@@ -2,21 +2,17 @@
 
 On a made-up data set of COCO's proportions, from the predictions and the ground truth as dicts to the numbers, which
 must be equal to the last bit. Each evaluation has a process of its own; time is its CPU time, memory the most that it
-held beyond what it held before. For Linux.
+held beyond what it held before.
 """
 
 import argparse
 import contextlib
-import gc
 import io
-import multiprocessing
-import os
 import pickle
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from domainnorm.evaluation import evaluate_coco
 
+from .fresh import in_fresh_process, peak_of
 from .table import Row
 from .timing import ratio
 
@@ -45,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Boxes, then masks."""
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        del os.environ[name]  # of processes started here: what they free goes back to the system, as usual
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.pickle"
         file.write_bytes(pickle.dumps(make_data(args.images, args.boxes)))
@@ -61,8 +56,7 @@ def compare(file: Path, kind: str, repeats: int) -> Row:
     for _ in range(repeats):
         scores = {}
         for way in seconds:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                scores[way], taken, held = fresh.submit(evaluated, way, file, kind).result()
+            scores[way], taken, held = in_fresh_process(evaluated, way, file, kind)
             seconds[way].append(taken)
             megabytes[way].append(held)
         np.testing.assert_array_equal(scores["ours"], scores["plain"])  # exactly; nan equals nan
@@ -82,17 +76,9 @@ def evaluated(way: str, file: Path, kind: str) -> tuple[list[float], float, floa
     if kind == "segm":
         for prediction in predictions:
             del prediction["bbox"]  # pycocotools would take the area of a mask from a box beside it
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-    before, began = _held("VmRSS"), time.process_time()
-    scores = (ours if way == "ours" else plain)(predictions, truth, kind)
-    return scores, time.process_time() - began, _held("VmHWM") - before
-
-
-def _held(which: str) -> float:
-    """Megabytes of this process: now (VmRSS) or at the peak (VmHWM). getrusage's peak is also of who started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(which)) * 1024 / 1e6
+    began = time.process_time()
+    scores, held = peak_of(lambda: (ours if way == "ours" else plain)(predictions, truth, kind))
+    return scores, time.process_time() - began, held
 
 
 def make_data(images: int, boxes: int, seed: int = 0) -> Data:
