@@ -1,0 +1,254 @@
+"""Compiled kernels equal the plain ones, and are the ones that run."""
+
+import shutil
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import domainnorm as dn
+from domainnorm import kernels
+from domainnorm.kernels import compiled, plain
+from domainnorm.moments import Rows
+
+needs_library = pytest.mark.skipif(
+    compiled._LIBRARY is None and shutil.which("c++") is None, reason="there was no compiler at installation"
+)
+TYPES = [torch.float32, torch.float64, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}
+LAYERS = {
+    "DomainBatchNorm": lambda: dn.DomainBatchNorm(16, momentum=None),
+    "GhostBatchNorm": lambda: dn.GhostBatchNorm(16, group_size=2),
+    "SeqNorm": lambda: dn.SeqNorm(16, channel_groups=4, batch_groups=2),
+    "BatchGroupNorm": lambda: dn.BatchGroupNorm(16, num_groups=4),
+    "GroupedBatchNorm": lambda: dn.GroupedBatchNorm(16, channel_groups=4, examples_per_group=2),
+    "BatchRenorm": lambda: dn.BatchRenorm(16),
+}
+
+
+def tensor(shape, dtype, seed, layout=torch.contiguous_format):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
+    return values.to(dtype).contiguous(memory_format=layout)
+
+
+def layouts(shape):
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return [torch.contiguous_format, *([last[len(shape)]] if len(shape) in last else [])]
+
+
+def assert_equal_kernels(xs, numbers, seed=0):
+    """All four functions, `numbers` being scale, centre, shift and one more."""
+    dtype = xs[0].dtype
+    grads = [tensor(x.shape, dtype, seed + k).as_strided(x.shape, x.stride()) for k, x in enumerate(xs)]
+    scale, centre, shift, other = numbers
+    full = [v.expand(sum(map(len, xs)), v.shape[-1]) for v in numbers]
+    tolerance = TOLERANCE[dtype]
+    with torch.no_grad():
+        for name, *args in (
+            ("moments", xs),
+            ("affine", xs, scale, centre, shift),
+            ("sums", grads, xs, centre),
+            ("gradient", grads, xs, scale, full[1], full[2], full[3]),
+            ("gradient", None, xs, None, full[1], full[2], full[3]),
+        ):
+            ours, expected = (getattr(kernel, name)(*args) for kernel in (compiled, plain))
+            if name in ("affine", "gradient"):
+                assert all(y.stride() == x.stride() for y, x in zip(ours, xs, strict=True) if x.numel())
+            for one, other in zip(ours, expected, strict=True):
+                assert one.dtype == other.dtype and one.shape == other.shape
+                size = 1 + (max(x[0, 0].numel() if len(x) else 0 for x in xs) ** 0.5 if name == "sums" else 0)
+                atol = (tolerance if name in ("affine", "gradient") else min(tolerance, 2e-5)) * size * 4
+                torch.testing.assert_close(one, other, atol=atol, rtol=tolerance)
+
+
+@needs_library
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 70), st.integers(1, 9)), min_size=1, max_size=4),
+    channels=st.integers(1, 70),
+    dtype=st.sampled_from(TYPES),
+    kind=st.sampled_from(["rows", "row", "channels"]),
+    threads=st.sampled_from([1, 3]),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=150)
+def test_compiled_equals_plain(sizes, channels, dtype, kind, threads, last, seed):
+    layout = torch.channels_last if last else torch.contiguous_format
+    xs = [tensor((n, channels, h, w), dtype, seed + k, layout) for k, (n, h, w) in enumerate(sizes)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = {"rows": (sum(n for n, _, _ in sizes), channels), "row": (1, channels), "channels": (channels,)}[kind]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert compiled.takes(xs)
+        assert_equal_kernels(xs, [tensor(rows, wide, seed + 7 + k) for k in range(4)], seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "shape", [(5, 3), (2, 3, 20_001), (2, 3, 8192), (2, 130, 70, 90), (3, 4, 2, 3, 5), (1, 1, 1), (4, 700, 33)]
+)
+def test_long_and_odd_rows(shape, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for layout in layouts(shape):
+        x = tensor(shape, dtype, 0, layout)
+        assert_equal_kernels([x], [tensor(shape[:2], wide, k) for k in range(4)])
+
+
+@needs_library
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_means_cost_no_precision(mean, layout):
+    x = (tensor((4, 8, 90, 100), torch.float64, 0) + mean).float().contiguous(memory_format=layout)
+    _, var = compiled.moments([x])
+    torch.testing.assert_close(var.double(), x.double().var((2, 3), correction=0), rtol=mean * 2e-8, atol=0)
+
+
+@needs_library
+def test_bfloat16_is_rounded_as_torch_does():
+    x = (
+        torch.tensor([1.0, -2.5, float("nan"), float("inf"), 3e38, 1e-40, 0.1, 1.00390625] * 5)
+        .bfloat16()
+        .view(1, 1, -1)
+    )
+    scale = torch.tensor([[1.003]])
+    expected = (x.float() * scale).bfloat16()
+    (y,) = compiled.affine([x], scale, torch.zeros(1), torch.zeros(1))
+    torch.testing.assert_close(y, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@needs_library
+def test_installation_has_compiled_the_kernels():
+    assert compiled._LIBRARY is not None, "pip install -e . had a compiler, but there is no library"
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_takes_the_fast_path(name, layout):
+    layer = LAYERS[name]()
+    x = tensor((6, 16, 24, 24), torch.float32, 0, layout).requires_grad_()
+    with counted() as calls:
+        y = layer(x)
+        assert calls == ["moments", "affine"]
+        y.backward(torch.ones_like(y))
+    # read once, written once; and back again
+    assert calls == ["moments", "affine", "sums", "gradient"]
+
+
+@needs_library
+def test_all_levels_take_one_call_each_way():
+    layer = dn.DomainBatchNorm(16, 5, "shared", "shared")
+    levels = [tensor((2, 16, 64 >> k, 80 >> k), torch.float32, k).requires_grad_() for k in range(5)]
+    with counted() as calls:
+        torch.autograd.backward(layer(levels), [torch.ones_like(x) for x in levels])
+    assert calls == ["moments", "affine", "sums", "gradient"]
+
+
+@needs_library
+def test_a_plain_batch_norm_takes_the_faster_of_ours_and_torchs():
+    layer = dn.DomainBatchNorm(16)
+    small, large = (tensor((8, 16, side, side), torch.float32, 0) for side in (8, 112))
+    for x, ours in ((small, False), (large, True), (large.contiguous(memory_format=torch.channels_last), False)):
+        assert kernels.prefers_batch_norm(x) != ours
+        with counted() as calls, mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as torchs:
+            y = layer(x)
+        assert bool(calls) == ours and torchs.called != ours
+        torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_differentiated_or_compiled_is_of_torchs_operations():
+    x = torch.randn(2, 3, 4)
+    with torch.enable_grad():
+        assert kernels.kernel([x]) is plain
+    with torch.no_grad():
+        for strange in (x.transpose(0, 2), x.half(), x.to(torch.complex64), x.to("meta")):
+            assert kernels.kernel([strange]) is plain
+        assert kernels.kernel([x, x.double()]) is plain
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_a_library_results_are_the_same(name):
+    layer, twin = LAYERS[name](), LAYERS[name]()
+    results = []
+    for one, library in ((layer, compiled._LIBRARY), (twin, None)):
+        x = tensor((6, 16, 9, 7), torch.float64, 0).requires_grad_()
+        with mock.patch.object(compiled, "_LIBRARY", library):
+            y = one.double()(x)
+            y.backward(tensor(y.shape, torch.float64, 1))
+        results.append((y, x.grad, *(p.grad for p in one.parameters()), *one.buffers()))
+    torch.testing.assert_close(*results, atol=1e-11, rtol=1e-11)
+
+
+@needs_library
+def test_a_library_of_another_source_is_not_used(tmp_path):
+    changed = tmp_path / "rows.cpp"
+    changed.write_bytes(compiled.SOURCE.read_bytes() + b"// changed\n")
+    with mock.patch.object(compiled, "SOURCE", changed), pytest.warns(UserWarning, match="another version of rows.cpp"):
+        assert compiled._library() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled._library() is not None
+
+
+def test_rows_are_written_once():
+    rows = Rows([torch.randn(2, 3, 4)])
+    of = rows.moments
+    rows.normalize(of, None, None, 1e-5)
+    with pytest.raises(RuntimeError, match="written once"):
+        rows.normalize(of, None, None, 1e-5)
+
+
+def test_a_backward_pass_through_the_moments_alone():
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    rows = Rows([x])
+    (y,) = rows.normalize(rows.moments.merge(0), None, None, 1e-5)
+    (weights,) = torch.autograd.grad(y.pow(2).sum(), [rows.moments.var], retain_graph=True)
+    (grad,) = torch.autograd.grad(rows.moments.var.sum(), [x])
+    torch.testing.assert_close(grad, 2 / 5 * (x - x.mean(2, keepdim=True)).detach())
+    assert weights.isfinite().all()
+
+
+def test_several_backward_passes_and_unused_outputs():
+    def run(layer, twin):
+        xs = [torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        ys = layer(xs)
+        expected = [twin(x) for x in xs]
+        for k in (0, 1, 0):  # one output each time, the other is not used
+            for of in (ys, expected):
+                for x in xs:
+                    x.grad = None
+                of[k].pow(3).sum().backward(retain_graph=True)
+                grads = [None if x.grad is None else x.grad.clone() for x in xs]
+                if of is ys:
+                    ours = grads
+            torch.testing.assert_close(ours[k], grads[k])
+            assert ours[1 - k] is None or not ours[1 - k].any()
+
+    run(dn.DomainBatchNorm(4, 2, momentum=None).double(), nn.BatchNorm2d(4).double())
+
+
+class counted:
+    """The names of the compiled functions that are called within, in order."""
+
+    def __enter__(self):
+        calls, original = [], compiled._call
+
+        def call(function, *args):
+            calls.append(function)
+            original(function, *args)
+
+        self.patch = mock.patch.object(compiled, "_call", call)
+        self.patch.start()
+        return calls
+
+    def __exit__(self, *_):
+        self.patch.stop()
