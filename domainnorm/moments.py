@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .distributed import Group, all_gather_stack, all_reduce_sum
+from .distributed import Group
 from .kernels import kernel, plain
+from .merges import Merge, MergeBlocks, MergeRanks
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Moments:
         """The union of the sets along `dim`, which is kept with size 1."""
         if dim == 0 and self.mean.ndim == 2 and self.count.shape[0] < self.mean.shape[0]:
             number = self.mean.shape[0]
-            return Moments(self.count * number, *_MergeBlocks.apply(self.mean, self.var, number, 1, False))
+            return Moments(self.count * number, *MergeBlocks.apply(self.mean, self.var, number, 1, False))
         count = self.count.sum(dim, keepdim=True)
         share = self.count / count.clamp(min=1)
-        return Moments(count, *_Merge.apply(share, self.mean, self.var, dim))
+        return Moments(count, *Merge.apply(share, self.mean, self.var, dim))
 
     def merge_by(self, group: Tensor, num_groups: int) -> Moments:
         """The union of the sets of each group.
@@ -96,18 +97,18 @@ class Moments:
 
         The numbers divide R and C; sets `(C,)` are one row.
         """
-        merged = _MergeBlocks.apply(self.mean, self.var, rows, channels, True)
+        merged = MergeBlocks.apply(self.mean, self.var, rows, channels, True)
         return Moments(self.count * (rows * channels), *(v.view(self.mean.shape) for v in merged))
 
     def merge_neighbours(self, number: int) -> Moments:
         """The union of so many consecutive sets of equal counts along R: `(R, C)` -> `(R / number, C)`."""
         counts = self._counts(0)[::number] * number
-        return Moments(counts, *_MergeBlocks.apply(self.mean, self.var, number, 1, False))
+        return Moments(counts, *MergeBlocks.apply(self.mean, self.var, number, 1, False))
 
     def merge_channels(self, num_groups: int) -> Moments:
         """The union of the sets of consecutive channels: `(…, C)` -> `(…, G)`. The channels have equal counts."""
         size = self.mean.shape[-1] // num_groups
-        merged = _MergeBlocks.apply(self.mean, self.var, 1, size, False)
+        merged = MergeBlocks.apply(self.mean, self.var, 1, size, False)
         return Moments(self.count * size, *(v.view(*self.mean.shape[:-1], num_groups) for v in merged))
 
     def repeat_channels(self, times: int) -> Moments:
@@ -123,7 +124,7 @@ class Moments:
         mean = self.mean
         if torch.is_grad_enabled() and not mean.requires_grad:
             mean = mean.detach().requires_grad_()  # else this rank would miss the backward collective of the others
-        return Moments(*_MergeRanks.apply(self.count, mean, self.var, group))
+        return Moments(*MergeRanks.apply(self.count, mean, self.var, group))
 
     def repeat_interleave(self, times: int, dim: int) -> Moments:
         """Each set so many times in a row along `dim`."""
@@ -149,7 +150,8 @@ class Rows:
 
     Attributes:
         tensors: with as many channels each.
-        moments: of the rows of all tensors, one tensor after the other: mean and variance `(ΣN, C)`, count `(ΣN, 1)`.
+        moments: of the rows of all tensors, one tensor after the other: mean and variance `(ΣN, C)`, count `(ΣN, 1)`,
+            or `(1, 1)` of a single tensor.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -257,70 +259,3 @@ class _WriteRows(Function):
             return *numbers, *plain.scaled(grads, xs, scale), *none
         ctx.deferred.scale = scale
         return *numbers, *none, *grads
-
-
-class _Merge(Function):
-    """Mean and variance of the union of sets along `dim`, kept with size 1; each set has its share of the count."""
-
-    @staticmethod
-    def forward(ctx, share, mean, var, dim):
-        merged = (share * mean).sum(dim, keepdim=True)
-        apart = mean - merged
-        ctx.save_for_backward(share, mean, merged)
-        return merged, torch.addcmul(var, apart, apart).mul_(share).sum(dim, keepdim=True)
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var):
-        share, mean, merged = ctx.saved_tensors
-        to_var = share * grad_var
-        return None, torch.addcmul(share * grad_mean, mean - merged, to_var, value=2), to_var, None
-
-
-class _MergeBlocks(Function):
-    """Means and variances (R, C) of equal counts -> of each block, (R / rows, C / channels), or of each set's block."""
-
-    @staticmethod
-    def forward(ctx, mean, var, rows, channels, spread):
-        ctx.save_for_backward(mean)
-        ctx.spread = spread
-        ctx.blocks = (mean.numel() // (mean.shape[-1] * rows), rows, mean.shape[-1] // channels, channels)
-        mean, var = mean.view(ctx.blocks), var.view(ctx.blocks)
-        merged = mean.mean((1, 3), keepdim=True)
-        apart = mean - merged
-        var = torch.addcmul(var, apart, apart).mean((1, 3), keepdim=True)
-        if spread:
-            merged, var = (v.expand_as(mean).contiguous() for v in (merged, var))  # torch's kernels read it as such
-        return merged.flatten(2).flatten(0, 1), var.flatten(2).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (mean,) = ctx.saved_tensors
-        of = mean.view(ctx.blocks)
-        blocks, rows, groups, channels = ctx.blocks
-        whole = ctx.blocks if ctx.spread else (blocks, 1, groups, 1)
-        grad_mean, grad_var = (g.reshape(whole).sum((1, 3), keepdim=True) / (rows * channels) for g in grads)
-        apart = of - of.mean((1, 3), keepdim=True)
-        grad_mean = torch.addcmul(grad_mean, apart, grad_var, value=2)
-        return grad_mean.view(mean.shape), grad_var.expand_as(of).reshape(mean.shape), None, None, None
-
-
-class _MergeRanks(Function):
-    """Moments (K, 1), (K, C), (K, C) of this rank -> of all ranks."""
-
-    @staticmethod
-    def forward(ctx, count, mean, var, group):
-        everyone = all_gather_stack(torch.cat([count, mean, var], dim=1), group)  # (W, K, 1 + 2C)
-        merged = Moments(*everyone.split([1, mean.shape[1], mean.shape[1]], dim=2)).merge(0)
-        total, total_mean, total_var = merged.count[0], merged.mean[0], merged.var[0]
-        ctx.save_for_backward(count / total.clamp(min=1), mean - total_mean)
-        ctx.mark_non_differentiable(total)
-        ctx.group = group
-        return total, total_mean, total_var
-
-    @staticmethod
-    def backward(ctx, _, grad_mean, grad_var):
-        if torch.is_grad_enabled():  # create_graph=True: second derivatives over ranks would be silently wrong
-            raise RuntimeError("double backward is not implemented for moments merged over ranks: use sync=False")
-        share, offset = ctx.saved_tensors
-        grad_mean, grad_var = all_reduce_sum(torch.stack([grad_mean, grad_var]), ctx.group)
-        return None, share * (grad_mean + 2 * offset * grad_var), share * grad_var, None

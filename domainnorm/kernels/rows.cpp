@@ -138,13 +138,20 @@ const One<T>* of_sample(Numbers numbers, int64_t sample) {
   return (const One<T>*)numbers.at + sample * numbers.step;
 }
 
+// Mean and sum of squares of n elements join those of the elements before (Chan et al.).
+inline void merge(double own, double of, int64_t n, int64_t before, double& mean, double& squares) {
+  const double apart = own - mean, share = double(n) / (before + n);
+  mean += apart * share;
+  squares += of + apart * apart * share * before;
+}
+
 // Rows that lie in one piece.
 
 template <class T>
 void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      double centre = 0, squares = 0;  // of the tiles so far, merged as Moments.merge does
+      double centre = 0, squares = 0;
       for (int64_t done = 0; done < size.length; done += TILE) {
         const int64_t n = std::min(TILE, size.length - done);
         const T* tile = x + row * size.length + done;
@@ -153,9 +160,7 @@ void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
           auto rest = load<decltype(v)>(tile + i) - own;
           return rest * rest;
         });
-        const double apart = own - centre, share = double(n) / (done + n);
-        centre += apart * share;
-        squares += of + apart * apart * share * done;
+        merge(own, of, n, done, centre, squares);
       }
       mean[row] = centre;
       var[row] = squares / std::max<int64_t>(size.length, 1);
@@ -214,91 +219,86 @@ void row_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cent
 
 // Channels side by side: places are taken together while they stay in a cache.
 
-template <class T>
-void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
-  // A task is a sample's channels from one multiple of 64 to another, so that few samples have work for all threads.
+// run(sample, first, channels, tile) for each sample and its channels from one multiple of 64 to another, so that few
+// samples have work for all threads; `tile` places of them stay in a cache.
+template <class Run>
+void each_block(Size size, Run run) {
   const int64_t blocks = size.samples >= size.threads ? 1 : (size.channels + 63) / 64;
   const int64_t width = blocks == 1 ? size.channels : 64;
   parallel(size.samples * blocks, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
-    std::vector<One<T>> own(width), of(width);
-    std::vector<double> centres(width), squares(width);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t sample = task / blocks, first = task % blocks * width;
-      const int64_t channels = std::min(width, size.channels - first), tile = std::max<int64_t>(8, TILE / channels);
-      std::fill(centres.begin(), centres.end(), 0);
-      std::fill(squares.begin(), squares.end(), 0);
-      for (int64_t done = 0; done < size.length; done += tile) {
-        const int64_t n = std::min(tile, size.length - done);
-        const T* from = x + (sample * size.length + done) * size.channels + first;
-        std::fill(own.begin(), own.end(), 0);
-        std::fill(of.begin(), of.end(), 0);
-        One<T>*o = own.data(), *s = of.data();
-        for (int64_t place = 0; place < n; ++place, from += size.channels)
-          each<T>(channels, [=](int64_t i, auto v) {
-            using V = decltype(v);
-            store(o + i, load<V>(o + i) + load<V>(from + i));
-          });
-        each<T>(channels, [=](int64_t i, auto v) { store(o + i, load<decltype(v)>(o + i) / One<T>(n)); });
-        from -= n * size.channels;
-        for (int64_t place = 0; place < n; ++place, from += size.channels)
-          each<T>(channels, [=](int64_t i, auto v) {
-            using V = decltype(v);
-            V rest = load<V>(from + i) - load<V>(o + i);
-            store(s + i, load<V>(s + i) + rest * rest);
-          });
-        const double share = double(n) / (done + n);
-        for (int64_t i = 0; i < channels; ++i) {
-          const double apart = own[i] - centres[i];
-          centres[i] += apart * share;
-          squares[i] += of[i] + apart * apart * share * done;
-        }
+      const int64_t first = task % blocks * width, channels = std::min(width, size.channels - first);
+      run(task / blocks, first, channels, std::max<int64_t>(8, TILE / channels));
+    }
+  });
+}
+
+template <class T>
+void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
+  each_block(size, [=](int64_t sample, int64_t first, int64_t channels, int64_t tile) {
+    std::vector<One<T>> own(channels), of(channels);  // mean and sum of squares of a tile
+    std::vector<double> centres(channels), squares(channels);
+    One<T>*o = own.data(), *s = of.data();
+    for (int64_t done = 0; done < size.length; done += tile) {
+      const int64_t n = std::min(tile, size.length - done);
+      const T* from = x + (sample * size.length + done) * size.channels + first;
+      std::fill(own.begin(), own.end(), 0);
+      std::fill(of.begin(), of.end(), 0);
+      for (int64_t place = 0; place < n; ++place) {
+        const T* at = from + place * size.channels;
+        each<T>(channels, [=](int64_t i, auto v) {
+          using V = decltype(v);
+          store(o + i, load<V>(o + i) + load<V>(at + i));
+        });
       }
-      for (int64_t i = 0; i < channels; ++i) {
-        mean[sample * size.channels + first + i] = centres[i];
-        var[sample * size.channels + first + i] = squares[i] / std::max<int64_t>(size.length, 1);
+      each<T>(channels, [=](int64_t i, auto v) { store(o + i, load<decltype(v)>(o + i) / One<T>(n)); });
+      for (int64_t place = 0; place < n; ++place) {
+        const T* at = from + place * size.channels;
+        each<T>(channels, [=](int64_t i, auto v) {
+          using V = decltype(v);
+          V rest = load<V>(at + i) - load<V>(o + i);
+          store(s + i, load<V>(s + i) + rest * rest);
+        });
       }
+      for (int64_t i = 0; i < channels; ++i) merge(own[i], of[i], n, done, centres[i], squares[i]);
+    }
+    const int64_t row = sample * size.channels + first;
+    for (int64_t i = 0; i < channels; ++i) {
+      mean[row + i] = centres[i];
+      var[row + i] = squares[i] / std::max<int64_t>(size.length, 1);
     }
   });
 }
 
 template <class T>
 void last_sums(const T* grad, const T* x, Numbers centre, One<T>* total, One<T>* products, Size size) {
-  const int64_t blocks = size.samples >= size.threads ? 1 : (size.channels + 63) / 64;
-  const int64_t width = blocks == 1 ? size.channels : 64;
-  parallel(size.samples * blocks, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
-    std::vector<One<T>> own(width), of(width);
-    std::vector<double> sums(width), squares(width);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t sample = task / blocks, first = task % blocks * width;
-      const int64_t channels = std::min(width, size.channels - first), tile = std::max<int64_t>(8, TILE / channels);
-      const One<T>* c = of_sample<T>(centre, sample) + first;
-      std::fill(sums.begin(), sums.end(), 0);
-      std::fill(squares.begin(), squares.end(), 0);
-      for (int64_t done = 0; done < size.length; done += tile) {
-        const int64_t n = std::min(tile, size.length - done);
-        const int64_t start = (sample * size.length + done) * size.channels + first;
-        std::fill(own.begin(), own.end(), 0);
-        std::fill(of.begin(), of.end(), 0);
-        One<T>*o = own.data(), *s = of.data();
-        for (int64_t place = 0; place < n; ++place) {
-          const T *g = grad + start + place * size.channels, *from = x + start + place * size.channels;
-          each<T>(channels, [=](int64_t i, auto v) {
-            using V = decltype(v);
-            const V of_grad = load<V>(g + i);
-            store(o + i, load<V>(o + i) + of_grad);
-            store(s + i, load<V>(s + i) + of_grad * (load<V>(from + i) - load<V>(c + i)));
-          });
-        }
-        for (int64_t i = 0; i < channels; ++i) {
-          sums[i] += own[i];
-          squares[i] += of[i];
-        }
+  each_block(size, [=](int64_t sample, int64_t first, int64_t channels, int64_t tile) {
+    std::vector<One<T>> own(channels), of(channels);  // sums of a tile
+    std::vector<double> sums(channels), sums_of_products(channels);
+    One<T>*o = own.data(), *s = of.data();
+    const One<T>* c = of_sample<T>(centre, sample) + first;
+    for (int64_t done = 0; done < size.length; done += tile) {
+      const int64_t n = std::min(tile, size.length - done);
+      const int64_t start = (sample * size.length + done) * size.channels + first;
+      std::fill(own.begin(), own.end(), 0);
+      std::fill(of.begin(), of.end(), 0);
+      for (int64_t place = 0; place < n; ++place) {
+        const T *g = grad + start + place * size.channels, *at = x + start + place * size.channels;
+        each<T>(channels, [=](int64_t i, auto v) {
+          using V = decltype(v);
+          const V of_grad = load<V>(g + i);
+          store(o + i, load<V>(o + i) + of_grad);
+          store(s + i, load<V>(s + i) + of_grad * (load<V>(at + i) - load<V>(c + i)));
+        });
       }
       for (int64_t i = 0; i < channels; ++i) {
-        total[sample * size.channels + first + i] = sums[i];
-        products[sample * size.channels + first + i] = squares[i];
+        sums[i] += own[i];
+        sums_of_products[i] += of[i];
       }
     }
+    const int64_t row = sample * size.channels + first;
+    std::copy(sums.begin(), sums.end(), total + row);
+    std::copy(sums_of_products.begin(), sums_of_products.end(), products + row);
   });
 }
 
