@@ -28,5 +28,5 @@ def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
     if torch.compiler.is_compiling():
         return False
-    rows = x.shape[0] * x.shape[1]
-    return not compiled.takes([x]) or not x.is_contiguous() or x.numel() < max(SMALL, FEWEST * rows)
+    few = x.numel() < max(SMALL, FEWEST * x.shape[0] * x.shape[1])
+    return few or not x.is_contiguous() or not compiled.takes([x])
