@@ -5,9 +5,11 @@
 // place lie side by side. Numbers of rows are (samples, channels) in any case, of one tensor after the other.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -90,18 +92,40 @@ inline void each(int64_t n, Body body) {
   for (; i < n; ++i) body(i, One<T>{});
 }
 
-// The sum of body(i, V{}) over i < n; n is small enough for single precision.
+// Two sums side by side, of numbers or of vectors of them.
+template <class V>
+struct Pair {
+  V first, second;
+  Pair& operator+=(const Pair& other) {
+    first += other.first;
+    second += other.second;
+    return *this;
+  }
+};
+
+template <class V>
+inline auto lane(const V& numbers, int64_t k) {
+  return numbers[k];
+}
+template <class V>
+inline auto lane(const Pair<V>& pair, int64_t k) {
+  return Pair<std::decay_t<decltype(pair.first[k])>>{pair.first[k], pair.second[k]};
+}
+
+// The sum of body(i, V{}) over i < n, numbers or pairs of them; n is small enough for single precision.
 template <class T, class Body>
-inline One<T> sum(int64_t n, Body body) {
+inline auto sum(int64_t n, Body body) {
   constexpr int64_t W = WIDTH<T>;
-  Many<T> parts[4] = {};
+  decltype(body(0, Many<T>{})) parts[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
     for (int k = 0; k < 4; ++k) parts[k] += body(i + k * W, Many<T>{});
   for (; i + W <= n; i += W) parts[0] += body(i, Many<T>{});
-  Many<T> part = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  One<T> total = 0;
-  for (int64_t k = 0; k < W; ++k) total += part[k];
+  parts[0] += parts[1];
+  parts[2] += parts[3];
+  parts[0] += parts[2];
+  decltype(body(0, One<T>{})) total = {};
+  for (int64_t k = 0; k < W && n >= W; ++k) total += lane(parts[0], k);
   for (; i < n; ++i) total += body(i, One<T>{});
   return total;
 }
@@ -138,6 +162,16 @@ const One<T>* of_sample(Numbers numbers, int64_t sample) {
   return (const One<T>*)numbers.at + sample * numbers.step;
 }
 
+// A tile's moments into `centre` and `squares`, those of the `done` numbers before it, as Moments.merge does. Of its `n`
+// numbers `own` is the mean, to the rounding of a sum in single precision; `rest` is the sum of what lies beyond it,
+// which corrects this, and `of` that of the squares.
+inline void merge(double own, double rest, double of, double n, double done, double& centre, double& squares) {
+  const double beyond = std::isfinite(rest) ? rest / n : 0;
+  const double apart = own + beyond - centre, share = n / (done + n);
+  centre += apart * share;
+  squares += std::max(of - beyond * beyond * n, 0.) + apart * apart * share * done;
+}
+
 // Rows that lie in one piece.
 
 template <class T>
@@ -149,13 +183,11 @@ void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
         const int64_t n = std::min(TILE, size.length - done);
         const T* tile = x + row * size.length + done;
         const One<T> own = sum<T>(n, [=](int64_t i, auto v) { return load<decltype(v)>(tile + i); }) / n;
-        const double of = sum<T>(n, [=](int64_t i, auto v) {
+        const auto of = sum<T>(n, [=](int64_t i, auto v) {
           auto rest = load<decltype(v)>(tile + i) - own;
-          return rest * rest;
+          return Pair<decltype(v)>{rest, rest * rest};
         });
-        const double apart = own - centre, share = double(n) / (done + n);
-        centre += apart * share;
-        squares += of + apart * apart * share * done;
+        merge(own, of.first, of.second, n, done, centre, squares);
       }
       mean[row] = centre;
       var[row] = squares / std::max<int64_t>(size.length, 1);
@@ -220,7 +252,7 @@ void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
   const int64_t blocks = size.samples >= size.threads ? 1 : (size.channels + 63) / 64;
   const int64_t width = blocks == 1 ? size.channels : 64;
   parallel(size.samples * blocks, size.elements(), size.threads, [=](int64_t begin, int64_t end) {
-    std::vector<One<T>> own(width), of(width);
+    std::vector<One<T>> own(width), rest(width), of(width);
     std::vector<double> centres(width), squares(width);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / blocks, first = task % blocks * width;
@@ -231,8 +263,9 @@ void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
         const int64_t n = std::min(tile, size.length - done);
         const T* from = x + (sample * size.length + done) * size.channels + first;
         std::fill(own.begin(), own.end(), 0);
+        std::fill(rest.begin(), rest.end(), 0);
         std::fill(of.begin(), of.end(), 0);
-        One<T>*o = own.data(), *s = of.data();
+        One<T>*o = own.data(), *r = rest.data(), *s = of.data();
         for (int64_t place = 0; place < n; ++place, from += size.channels)
           each<T>(channels, [=](int64_t i, auto v) {
             using V = decltype(v);
@@ -243,15 +276,11 @@ void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
         for (int64_t place = 0; place < n; ++place, from += size.channels)
           each<T>(channels, [=](int64_t i, auto v) {
             using V = decltype(v);
-            V rest = load<V>(from + i) - load<V>(o + i);
-            store(s + i, load<V>(s + i) + rest * rest);
+            V beyond = load<V>(from + i) - load<V>(o + i);
+            store(r + i, load<V>(r + i) + beyond);
+            store(s + i, load<V>(s + i) + beyond * beyond);
           });
-        const double share = double(n) / (done + n);
-        for (int64_t i = 0; i < channels; ++i) {
-          const double apart = own[i] - centres[i];
-          centres[i] += apart * share;
-          squares[i] += of[i] + apart * apart * share * done;
-        }
+        for (int64_t i = 0; i < channels; ++i) merge(own[i], rest[i], of[i], n, done, centres[i], squares[i]);
       }
       for (int64_t i = 0; i < channels; ++i) {
         mean[sample * size.channels + first + i] = centres[i];
