@@ -255,7 +255,7 @@ class _WriteRows(Function):
             return *numbers, *plain.scaled(grads, xs, scale)
         if torch.is_grad_enabled():  # create_graph=True: what runs later must find this gradient where it belongs
             return *numbers, *plain.scaled(grads, xs, scale), *none
-        ctx.deferred.scale = scale
+        ctx.deferred.scale = scale.detach()  # with its graph it would keep itself alive until a backward pass takes it
         return *numbers, *none, *grads
 
 

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,6 +116,18 @@ def test_double_backward():
     (grad,) = torch.autograd.grad(Moments.rows(x).var.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad[0, 0, 0], x)
     torch.testing.assert_close(second[0, 0], torch.tensor([4 / 9, -2 / 9, -2 / 9], dtype=torch.float64))
+
+
+def test_a_gradient_of_the_affine_alone_leaves_nothing_behind():
+    weight = torch.ones(2, requires_grad=True)
+    x = torch.randn(3, 2, 4, requires_grad=True) * 2
+    rows = Rows([x])
+    (y,) = rows.normalize(rows.moments.merge(0), weight, None, 1e-5)
+    torch.autograd.grad(y.sum(), weight)
+    alive = weakref.ref(x)
+    del x, y, rows
+    gc.collect()
+    assert alive() is None
 
 
 def test_channels_last_stays_channels_last():
