@@ -72,7 +72,8 @@ def test_merge_by_equals_merging_the_members_of_each_group(groups):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("mean", "error"), [(1e3, 1e-5), (1e4, 1e-4)])  # float32 means have a spacing of mean / 1e7
+# float32 means have a spacing of mean / 1e7
+@pytest.mark.parametrize(("mean", "error"), [(1e3, 1e-5), (1e4, 1e-4), (1e6 + 3, 5e-2)])
 def test_large_means_cost_no_precision_in_float32(mean, error, memory_format):
     x = (torch.randn(8, 4, 60, 60, dtype=torch.float64) + mean).float().contiguous(memory_format=memory_format)
     exact = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
