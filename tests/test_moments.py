@@ -1,4 +1,5 @@
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -103,6 +104,13 @@ def test_gradients(shape):
     assert torch.autograd.gradcheck(lambda x, *of: Rows([x]).affine(*of)[0], (x, scale, centre, shift))
     merged = torch.autograd.gradcheck(lambda x: tuple(vars(Moments.rows(x).merge(0)).values())[1:], x)
     assert merged
+
+
+@pytest.mark.parametrize("rows", itertools.product([True, False], repeat=3))
+def test_gradients_of_numbers_of_rows_and_of_channels(rows):
+    shapes = [(3, 2) if of_rows else (2,) for of_rows in rows]
+    x, *numbers = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 2, 4), *shapes])
+    assert torch.autograd.gradcheck(lambda x, *of: Rows([x]).affine(*of)[0], (x, *numbers))
 
 
 def test_double_backward():
