@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from domainnorm.moments import Moments, Rows
 
@@ -137,6 +139,20 @@ def test_a_gradient_of_the_affine_alone_leaves_nothing_behind():
     del x, y, rows
     gc.collect()
     assert alive() is None
+
+
+def test_traced_and_fake_tensors():
+    def normalize(x):
+        rows = Rows([x])
+        return rows.normalize(rows.moments.merge(0), None, None, 1e-5)[0]
+
+    x = torch.randn(2, 3, 40, 40)
+    traced = make_fx(normalize)(torch.randn(2, 3, 40, 40))
+    torch.testing.assert_close(traced(x), normalize(x))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert normalize(fake).shape == x.shape
+    assert normalize(fake).shape == x.shape
 
 
 def test_channels_last_stays_channels_last():

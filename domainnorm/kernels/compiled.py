@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import plain
 
@@ -62,11 +63,15 @@ _LIBRARY = _library()
 
 def takes(xs: Sequence[Tensor]) -> bool:
     """Whether the functions here can be given `xs`."""
-    if _LIBRARY is None:
+    if _LIBRARY is None or torch._C._len_torch_dispatch_stack():  # who watches torch's operations sees none of these
         return False
     dtype = xs[0].dtype
     return dtype in TYPES and all(
-        x.dtype == dtype and x.device.type == "cpu" and x.shape[1] > 0 and (x.is_contiguous() or _is_last(x))
+        type(x) in (Tensor, Parameter)  # others may have no memory
+        and x.dtype == dtype
+        and x.device.type == "cpu"
+        and x.shape[1] > 0
+        and (x.is_contiguous() or _is_last(x))
         for x in xs
     )
 
