@@ -248,7 +248,7 @@ class _WriteRows(Function):
     def backward(ctx, *grads):
         scale, centre, *xs = ctx.saved_tensors
         total, products = kernel(xs).sums(grads, xs, centre)
-        if max(scale.numel(), centre.numel()) < total.numel():  # they are not of rows, and the gradients not either
+        if max(map(math.prod, ctx.shapes)) < total.numel():  # they are not of rows, and the gradients not either
             total = total.sum(0, keepdim=True)
         to_centre = (scale * total).neg_()
         numbers = (None, *(v.sum_to_size(of) for v, of in zip((products, to_centre, total), ctx.shapes, strict=True)))
@@ -257,5 +257,5 @@ class _WriteRows(Function):
             return *numbers, *plain.scaled(grads, xs, scale)
         if torch.is_grad_enabled():  # create_graph=True: what runs later must find this gradient where it belongs
             return *numbers, *plain.scaled(grads, xs, scale), *none
-        ctx.deferred.scale = scale
+        ctx.deferred.scale = scale.detach()  # with its graph it would keep itself alive until a backward pass takes it
         return *numbers, *none, *grads

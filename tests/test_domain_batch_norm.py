@@ -454,6 +454,18 @@ def test_gradcheck_with_an_empty_domain():
     assert torch.autograd.gradcheck(lambda *xs: tuple(layer(list(xs))), inputs([(2, 2, 1), (0, 2, 2), (1, 1, 3)]))
 
 
+def test_forward_passes_by_either_kernel_before_one_backward():
+    sizes = [(2, 3, 3), (2, 400, 400), (2, 4, 4), (1, 600, 600)]  # torch's kernel takes the small ones
+    layer, plain = dn.DomainBatchNorm(C), nn.BatchNorm2d(C)
+    xs = [x.detach().float().requires_grad_() for x in inputs(sizes)]
+    for module, own in ((layer, xs), (plain, twins := clones(xs))):
+        weighted_sum([module(x) for x in own]).backward()
+    for x, twin in zip(xs, twins, strict=True):
+        close(x.grad, twin.grad, atol=1e-4)
+    close(layer.running_var, plain.running_var, atol=1e-5)
+    close(layer.running_mean, plain.running_mean, atol=1e-5)
+
+
 def test_double_backward_equals_torch():
     layer, plain = make(domains=1), nn.BatchNorm2d(C, dtype=torch.float64)
     plain.load_state_dict(layer.state_dict())

@@ -1,8 +1,17 @@
+import gc
+import importlib.machinery
+import importlib.util
+import itertools
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from domainnorm.kernels import compiled
 from domainnorm.moments import Moments, Rows
 
 
@@ -68,9 +77,11 @@ def test_merge_by_equals_merging_the_members_of_each_group(groups):
         assert_same(merged[g : g + 1], rows[members].merge(0), atol=1e-12)
 
 
-@pytest.mark.parametrize(("mean", "error"), [(1e3, 1e-5), (1e4, 1e-4)])  # float32 means have a spacing of mean / 1e7
-def test_large_means_cost_no_precision_in_float32(mean, error):
-    x = (torch.randn(8, 4, 60, 60, dtype=torch.float64) + mean).float()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+# float32 means have a spacing of mean / 1e7
+@pytest.mark.parametrize(("mean", "error"), [(1e3, 1e-5), (1e4, 1e-4), (1e6 + 3, 5e-2)])
+def test_large_means_cost_no_precision_in_float32(mean, error, memory_format):
+    x = (torch.randn(8, 4, 60, 60, dtype=torch.float64) + mean).float().contiguous(memory_format=memory_format)
     exact = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
     merged = Moments.rows(x).merge(0)
     assert merged.var.dtype == torch.float32
@@ -100,6 +111,13 @@ def test_gradients(shape):
     assert merged
 
 
+@pytest.mark.parametrize("rows", itertools.product([True, False], repeat=3))
+def test_gradients_of_numbers_of_rows_and_of_channels(rows):
+    shapes = [(3, 2) if of_rows else (2,) for of_rows in rows]
+    x, *numbers = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 2, 4), *shapes])
+    assert torch.autograd.gradcheck(lambda x, *of: Rows([x]).affine(*of)[0], (x, *numbers))
+
+
 def test_double_backward():
     x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -112,6 +130,41 @@ def test_double_backward():
     (grad,) = torch.autograd.grad(Moments.rows(x).var.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad[0, 0, 0], x)
     torch.testing.assert_close(second[0, 0], torch.tensor([4 / 9, -2 / 9, -2 / 9], dtype=torch.float64))
+
+
+def test_a_gradient_of_the_affine_alone_leaves_nothing_behind():
+    weight = torch.ones(2, requires_grad=True)
+    x = torch.randn(3, 2, 4, requires_grad=True) * 2
+    rows = Rows([x])
+    (y,) = rows.normalize(rows.moments.merge(0), weight, None, 1e-5)
+    torch.autograd.grad(y.sum(), weight)
+    alive = weakref.ref(x)
+    del x, y, rows
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_compiled_file_that_is_none_is_not_used(tmp_path, monkeypatch):
+    path = tmp_path / "_rows.so"
+    path.write_bytes(b"of another system")
+    spec = importlib.machinery.ModuleSpec("_rows", None, origin=str(path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.warns(UserWarning, match="cannot be used: run pip install again"):
+        assert compiled._library() is None
+
+
+def test_traced_and_fake_tensors():
+    def normalize(x):
+        rows = Rows([x])
+        return rows.normalize(rows.moments.merge(0), None, None, 1e-5)[0]
+
+    x = torch.randn(2, 3, 40, 40)
+    traced = make_fx(normalize)(torch.randn(2, 3, 40, 40))
+    torch.testing.assert_close(traced(x), normalize(x))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert normalize(fake).shape == x.shape
+    assert normalize(fake).shape == x.shape
 
 
 def test_channels_last_stays_channels_last():

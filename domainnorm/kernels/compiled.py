@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import plain
 
@@ -36,8 +37,12 @@ def _library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec(f"{__package__}._rows_{name}")
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(spec.origin)
-    library.source.restype = ctypes.c_uint32
+    try:
+        library = ctypes.CDLL(spec.origin)
+        library.source.restype = ctypes.c_uint32
+    except (OSError, AttributeError) as error:  # of another system, or another library
+        warnings.warn(f"{spec.origin} cannot be used: run pip install again ({error})", stacklevel=2)
+        return None
     if library.source() != zlib.crc32(SOURCE.read_bytes()):
         warnings.warn(
             f"{spec.origin} was built from another version of {SOURCE.name} and is not used: run pip install again",
@@ -62,11 +67,15 @@ _LIBRARY = _library()
 
 def takes(xs: Sequence[Tensor]) -> bool:
     """Whether the functions here can be given `xs`."""
-    if _LIBRARY is None:
+    if _LIBRARY is None or torch._C._len_torch_dispatch_stack():  # who watches torch's operations sees none of these
         return False
     dtype = xs[0].dtype
     return dtype in TYPES and all(
-        x.dtype == dtype and x.device.type == "cpu" and x.shape[1] > 0 and (x.is_contiguous() or _is_last(x))
+        type(x) in (Tensor, Parameter)  # others may have no memory
+        and x.dtype == dtype
+        and x.device.type == "cpu"
+        and x.shape[1] > 0
+        and (x.is_contiguous() or _is_last(x))
         for x in xs
     )
 

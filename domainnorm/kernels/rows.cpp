@@ -5,9 +5,11 @@
 // place lie side by side. Numbers of rows are (samples, channels) in any case, of one tensor after the other.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -90,18 +92,40 @@ inline void each(int64_t n, Body body) {
   for (; i < n; ++i) body(i, One<T>{});
 }
 
-// The sum of body(i, V{}) over i < n; n is small enough for single precision.
+// Two sums side by side, of numbers or of vectors of them.
+template <class V>
+struct Pair {
+  V first, second;
+  Pair& operator+=(const Pair& other) {
+    first += other.first;
+    second += other.second;
+    return *this;
+  }
+};
+
+template <class V>
+inline auto lane(const V& numbers, int64_t k) {
+  return numbers[k];
+}
+template <class V>
+inline auto lane(const Pair<V>& pair, int64_t k) {
+  return Pair<std::decay_t<decltype(pair.first[k])>>{pair.first[k], pair.second[k]};
+}
+
+// The sum of body(i, V{}) over i < n, numbers or pairs of them; n is small enough for single precision.
 template <class T, class Body>
-inline One<T> sum(int64_t n, Body body) {
+inline auto sum(int64_t n, Body body) {
   constexpr int64_t W = WIDTH<T>;
-  Many<T> parts[4] = {};
+  decltype(body(0, Many<T>{})) parts[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
     for (int k = 0; k < 4; ++k) parts[k] += body(i + k * W, Many<T>{});
   for (; i + W <= n; i += W) parts[0] += body(i, Many<T>{});
-  Many<T> part = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  One<T> total = 0;
-  for (int64_t k = 0; k < W; ++k) total += part[k];
+  parts[0] += parts[1];
+  parts[2] += parts[3];
+  parts[0] += parts[2];
+  decltype(body(0, One<T>{})) total = {};
+  for (int64_t k = 0; k < W && n >= W; ++k) total += lane(parts[0], k);
   for (; i < n; ++i) total += body(i, One<T>{});
   return total;
 }
@@ -138,11 +162,14 @@ const One<T>* of_sample(Numbers numbers, int64_t sample) {
   return (const One<T>*)numbers.at + sample * numbers.step;
 }
 
-// Mean and sum of squares of n elements join those of the elements before (Chan et al.).
-inline void merge(double own, double of, int64_t n, int64_t before, double& mean, double& squares) {
-  const double apart = own - mean, share = double(n) / (before + n);
-  mean += apart * share;
-  squares += of + apart * apart * share * before;
+// A tile's moments into `centre` and `squares`, those of the `done` numbers before it, as Moments.merge does. Of its `n`
+// numbers `own` is the mean, to the rounding of a sum in single precision; `rest` is the sum of what lies beyond it,
+// which corrects this, and `of` that of the squares.
+inline void merge(double own, double rest, double of, double n, double done, double& centre, double& squares) {
+  const double beyond = std::isfinite(rest) ? rest / n : 0;
+  const double apart = own + beyond - centre, share = n / (done + n);
+  centre += apart * share;
+  squares += std::max(of - beyond * beyond * n, 0.) + apart * apart * share * done;
 }
 
 // Rows that lie in one piece.
@@ -151,16 +178,16 @@ template <class T>
 void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      double centre = 0, squares = 0;
+      double centre = 0, squares = 0;  // of the tiles so far, merged as Moments.merge does
       for (int64_t done = 0; done < size.length; done += TILE) {
         const int64_t n = std::min(TILE, size.length - done);
         const T* tile = x + row * size.length + done;
         const One<T> own = sum<T>(n, [=](int64_t i, auto v) { return load<decltype(v)>(tile + i); }) / n;
-        const double of = sum<T>(n, [=](int64_t i, auto v) {
+        const auto of = sum<T>(n, [=](int64_t i, auto v) {
           auto rest = load<decltype(v)>(tile + i) - own;
-          return rest * rest;
+          return Pair<decltype(v)>{rest, rest * rest};
         });
-        merge(own, of, n, done, centre, squares);
+        merge(own, of.first, of.second, n, done, centre, squares);
       }
       mean[row] = centre;
       var[row] = squares / std::max<int64_t>(size.length, 1);
@@ -236,13 +263,14 @@ void each_block(Size size, Run run) {
 template <class T>
 void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
   each_block(size, [=](int64_t sample, int64_t first, int64_t channels, int64_t tile) {
-    std::vector<One<T>> own(channels), of(channels);  // mean and sum of squares of a tile
+    std::vector<One<T>> own(channels), rest(channels), of(channels);  // of a tile
     std::vector<double> centres(channels), squares(channels);
-    One<T>*o = own.data(), *s = of.data();
+    One<T>*o = own.data(), *r = rest.data(), *s = of.data();
     for (int64_t done = 0; done < size.length; done += tile) {
       const int64_t n = std::min(tile, size.length - done);
       const T* from = x + (sample * size.length + done) * size.channels + first;
       std::fill(own.begin(), own.end(), 0);
+      std::fill(rest.begin(), rest.end(), 0);
       std::fill(of.begin(), of.end(), 0);
       for (int64_t place = 0; place < n; ++place) {
         const T* at = from + place * size.channels;
@@ -256,11 +284,12 @@ void last_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
         const T* at = from + place * size.channels;
         each<T>(channels, [=](int64_t i, auto v) {
           using V = decltype(v);
-          V rest = load<V>(at + i) - load<V>(o + i);
-          store(s + i, load<V>(s + i) + rest * rest);
+          V beyond = load<V>(at + i) - load<V>(o + i);
+          store(r + i, load<V>(r + i) + beyond);
+          store(s + i, load<V>(s + i) + beyond * beyond);
         });
       }
-      for (int64_t i = 0; i < channels; ++i) merge(own[i], of[i], n, done, centres[i], squares[i]);
+      for (int64_t i = 0; i < channels; ++i) merge(own[i], rest[i], of[i], n, done, centres[i], squares[i]);
     }
     const int64_t row = sample * size.channels + first;
     for (int64_t i = 0; i < channels; ++i) {

@@ -45,6 +45,8 @@ def normalize_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tenso
         elif batch.updates:
             tracked = layer.num_batches_tracked
             (tracked[domain] if tracked.ndim else tracked).add_(1)
+            # torch saves them for a backward pass that does not need them: another forward before it may move them
+            mean, var = mean.data, var.data
         else:  # activation checkpointing compares what is saved: not None
             mean, var = mean.clone(), var.clone()
         outputs.append(F.batch_norm(x, mean, var, weight, bias, True, layer.momentum, layer.eps))
