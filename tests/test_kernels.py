@@ -135,7 +135,7 @@ def test_installation_has_compiled_the_kernels():
 @pytest.mark.parametrize("name", LAYERS)
 def test_each_layer_takes_the_fast_path(name, layout):
     layer = LAYERS[name]()
-    x = tensor((6, 16, 24, 24), torch.float32, 0, layout).requires_grad_()
+    x = tensor((6, 16, 112, 112), torch.float32, 0, layout).requires_grad_()
     with counted() as calls:
         y = layer(x)
         assert calls == ["moments", "affine"]
@@ -163,6 +163,25 @@ def test_a_plain_batch_norm_takes_the_faster_of_ours_and_torchs():
             y = layer(x)
         assert bool(calls) == ours and torchs.called != ours
         torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DomainBatchNorm", "GhostBatchNorm", "BatchRenorm"])
+def test_small_inputs_take_torchs_kernel_with_the_same_results(name):
+    layer, twin = LAYERS[name]().double(), LAYERS[name]().double()
+    twin.load_state_dict(layer.state_dict())
+    for shape in ((6, 16, 5, 7), (7, 16), (6, 16, 1, 1), (5, 16, 3)):
+        x = tensor(shape, torch.float64, len(shape)).requires_grad_()
+        other = x.detach().clone().requires_grad_()
+        with mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as torchs:
+            y = layer(x)
+        assert torchs.called
+        with mock.patch("domainnorm.layers.by_torch.is_small", lambda _: False):
+            expected = twin(other)
+        for of in (y, expected):
+            of.pow(3).sum().backward()
+        torch.testing.assert_close((y, x.grad, *layer.buffers()), (expected, other.grad, *twin.buffers()))
+        for one, two in zip(layer.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad)
 
 
 def test_what_is_differentiated_or_compiled_is_of_torchs_operations():

@@ -28,5 +28,9 @@ def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
     if torch.compiler.is_compiling():
         return False
-    few = x.numel() < max(SMALL, FEWEST * x.shape[0] * x.shape[1])
-    return few or not x.is_contiguous() or not compiled.takes([x])
+    return is_small(x) or not x.is_contiguous() or not compiled.takes([x])
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether reading and writing `x` costs less than the numbers of its rows and the calls."""
+    return x.numel() < max(SMALL, FEWEST * x.shape[0] * x.shape[1])

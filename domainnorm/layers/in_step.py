@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import Group, world_size
 from ..moments import Moments
-from .by_torch import normalize_by_torch, suits_torch
+from .by_torch import normalize_by_torch, normalize_groups_by_torch, suits_torch, suits_torch_in_groups
 from .domains import DomainBatch, Domains, Input
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def normalize_in_step(
         ranks = world_size(group) if first.sync and first.training else 1
         if ranks == 1 and all(suits_torch(layer, batch) for layer, batch in zip(layers, batches, strict=True)):
             outputs = [normalize_by_torch(layer, batch) for layer, batch in zip(layers, batches, strict=True)]
+        elif ranks == 1 and all(suits_torch_in_groups(layer, b) for layer, b in zip(layers, batches, strict=True)):
+            outputs = [normalize_groups_by_torch(layer, batch) for layer, batch in zip(layers, batches, strict=True)]
         else:
             outputs = _merged(layers, batches, group, ranks)
     return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]

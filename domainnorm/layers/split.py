@@ -96,6 +96,11 @@ class Split:
             groups = [total[: len(of.mean)] for of in groups]
         return Moments.cat([_spread(of, lengths) for of, lengths in zip(groups, ends, strict=True)])
 
+    def sizes(self, count: int, elements: int) -> list[int]:
+        """Of each group of `count` samples, which bring so many elements each."""
+        full, size, rest = self._lengths(count, elements)
+        return [size] * full + [rest] * (rest > 0)
+
     def _lengths(self, count: int, elements: int) -> tuple[int, int, int]:
         """(number of equal groups, samples of each, samples of the last other one) of `count` samples."""
         size = self.size or max(-(-count // (self.number or 1)), 1)
