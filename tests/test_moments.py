@@ -1,4 +1,6 @@
 import gc
+import importlib.machinery
+import importlib.util
 import itertools
 import weakref
 
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from domainnorm.kernels import compiled
 from domainnorm.moments import Moments, Rows
 
 
@@ -139,6 +142,15 @@ def test_a_gradient_of_the_affine_alone_leaves_nothing_behind():
     del x, y, rows
     gc.collect()
     assert alive() is None
+
+
+def test_a_compiled_file_that_is_none_is_not_used(tmp_path, monkeypatch):
+    path = tmp_path / "_rows.so"
+    path.write_bytes(b"of another system")
+    spec = importlib.machinery.ModuleSpec("_rows", None, origin=str(path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.warns(UserWarning, match="cannot be used: run pip install again"):
+        assert compiled._library() is None
 
 
 def test_traced_and_fake_tensors():

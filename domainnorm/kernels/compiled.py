@@ -37,8 +37,12 @@ def _library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec(f"{__package__}._rows_{name}")
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(spec.origin)
-    library.source.restype = ctypes.c_uint32
+    try:
+        library = ctypes.CDLL(spec.origin)
+        library.source.restype = ctypes.c_uint32
+    except (OSError, AttributeError) as error:  # of another system, or another library
+        warnings.warn(f"{spec.origin} cannot be used: run pip install again ({error})", stacklevel=2)
+        return None
     if library.source() != zlib.crc32(SOURCE.read_bytes()):
         warnings.warn(
             f"{spec.origin} was built from another version of {SOURCE.name} and is not used: run pip install again",
