@@ -225,11 +225,9 @@ class _ReadRows(Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_var, *grads):
         mean, *xs = ctx.saved_tensors
-        scale = None
-        if ctx.deferred is not None:
-            scale, ctx.deferred.scale = ctx.deferred.scale, None
-            if grads[0] is None:  # the side doors were not used in this backward pass
-                scale = None
+        # The side doors may not be used in this backward pass. The scale is that of all of them: it stays for others,
+        # which may run at the same time.
+        scale = None if ctx.deferred is None or grads[0] is None else ctx.deferred.scale
         grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
         return None, *kernel(xs).gradient(None if scale is None else grads, xs, scale, mean, grad_mean, grad_var)
 
@@ -257,5 +255,5 @@ class _WriteRows(Function):
             return *numbers, *plain.scaled(grads, xs, scale)
         if torch.is_grad_enabled():  # create_graph=True: what runs later must find this gradient where it belongs
             return *numbers, *plain.scaled(grads, xs, scale), *none
-        ctx.deferred.scale = scale.detach()  # with its graph it would keep itself alive until a backward pass takes it
+        ctx.deferred.scale = scale.detach()  # its graph leads to who keeps it: it would never be freed
         return *numbers, *none, *grads

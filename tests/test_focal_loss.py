@@ -25,6 +25,14 @@ def test_value_and_gradient_are_torchvisions(alpha, gamma, number):
     )
 
 
+def test_a_second_derivative_is_not_silently_missing():
+    logits = torch.randn(2, 3, requires_grad=True)
+    one = torch.tensor([1])
+    loss = focal_loss(logits, torch.tensor([True, True]), one, one)
+    with pytest.raises(RuntimeError, match="double backward is not implemented for the focal loss"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
 def test_float32_of_extreme_logits():
     logits = torch.tensor([[-200.0, 200.0], [100.0, -100.0], [0.0, 50.0]]).requires_grad_()
     loss = focal_loss(logits, torch.tensor([True, True, False]), torch.tensor([0]), torch.tensor([1]))

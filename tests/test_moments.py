@@ -2,7 +2,9 @@ import gc
 import importlib.machinery
 import importlib.util
 import itertools
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +132,24 @@ def test_double_backward():
     (grad,) = torch.autograd.grad(Moments.rows(x).var.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad[0, 0, 0], x)
     torch.testing.assert_close(second[0, 0], torch.tensor([4 / 9, -2 / 9, -2 / 9], dtype=torch.float64))
+
+
+def test_backward_passes_through_one_graph_at_the_same_time():
+    x = torch.randn(4, 2, 9, dtype=torch.float64, requires_grad=True)
+    rows = Rows([x])
+    loss = rows.normalize(rows.moments.merge(0), None, None, 1e-5)[0].pow(3).sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+
+    def equal(_):
+        return torch.equal(torch.autograd.grad(loss, x, retain_graph=True)[0], expected)
+
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(equal, range(1000)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_gradient_of_the_affine_alone_leaves_nothing_behind():

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
 def focal_loss(
@@ -43,8 +42,9 @@ class _FocalLoss(Function):
         return loss.sum(1).mul_(decided).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: once_differentiable lets a constant `grad` pass
+            raise RuntimeError("double backward is not implemented for the focal loss")
         (own,) = ctx.saved_tensors
         return own * grad, None, None, None, None, None
 
