@@ -67,8 +67,8 @@ _LIBRARY = _library()
 
 def takes(xs: Sequence[Tensor]) -> bool:
     """Whether the functions here can be given `xs`."""
-    if _LIBRARY is None or torch._C._len_torch_dispatch_stack():  # who watches torch's operations sees none of these
-        return False
+    if _LIBRARY is None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False  # there is none, or operations are traced, and these would not be seen
     dtype = xs[0].dtype
     return dtype in TYPES and all(
         type(x) in (Tensor, Parameter)  # others may have no memory
@@ -122,6 +122,7 @@ def gradient(
 
 def _call(function: str, xs: Sequence[Tensor], parts: list[_Part], tables: list[Tensor], *numbers: Tensor) -> None:
     rows, dtype = sum(part.samples for part in parts), _wide(xs[0])
+    _show(*numbers)
     kept = [v if v.dtype == dtype and v.stride(-1) == 1 else v.to(dtype).contiguous() for v in numbers]
     getattr(_LIBRARY, f"{function}_{TYPES[xs[0].dtype]}")(
         (_Part * len(parts))(*parts),
@@ -134,8 +135,16 @@ def _call(function: str, xs: Sequence[Tensor], parts: list[_Part], tables: list[
 
 
 def _part(x: Tensor, grad: Tensor | None = None, out: Tensor | None = None) -> _Part:
+    _show(x, *(() if grad is None else (grad,)))
     pointers = (None if v is None else v.data_ptr() for v in (grad, x, out))
     return _Part(*pointers, len(x), math.prod(x.shape[2:]), not x.is_contiguous())
+
+
+def _show(*tensors: Tensor) -> None:
+    """To who watches torch's operations, and may first have to fetch their memory (`parking`)."""
+    if torch._C._len_torch_dispatch_stack():
+        for tensor in tensors:
+            tensor.view_as(tensor)
 
 
 def _empty_tables(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ class _OneForEach(nn.Module):
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     channels, dtype = args.channels, getattr(torch, args.dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for height, width in SIZES:
         torch.manual_seed(0)
         sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
@@ -62,7 +63,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             "five BatchNorms": _run(_OneForEach(channels, 5), levels, args.device),
         }
         for ours, theirs in (("shared", "concatenate, BatchNorm, split"), ("per domain", "five BatchNorms")):
-            torch.testing.assert_close(runs[ours](), runs[theirs](), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(runs[ours](), runs[theirs](), atol=tolerance, rtol=tolerance)
         taken = times(runs, args.repeats, seconds=0.01)
         for ours, peers in (
             ("shared", ("concatenated before", "concatenate, BatchNorm, split")),
