@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import compiled, plain
 
-FEWEST = 64  # elements of a row: with fewer, the numbers of rows cost as much as the rows
-SMALL = 1_000_000  # elements of a tensor: with fewer, the calls cost more than the work
+FEW = {"all": 64, "groups": 32}  # elements of a row: with fewer, the numbers of rows cost as much as the rows
+SMALL = {"all": 1_000_000, "groups": 100_000}  # elements of a tensor: with fewer, calls cost more than the work
 
 
 def kernel(xs: Sequence[Tensor]) -> ModuleType:
@@ -28,9 +28,14 @@ def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
     if torch.compiler.is_compiling():
         return False
-    return is_small(x) or not x.is_contiguous() or not compiled.takes([x])
+    # torch sums up a float32 row number by number, but not those of half types, nor those of channels_last
+    return _is_small(x, "all") or x.dtype == torch.bfloat16 or not x.is_contiguous() or not compiled.takes([x])
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether reading and writing `x` costs less than the numbers of its rows and the calls."""
-    return x.numel() < max(SMALL, FEWEST * x.shape[0] * x.shape[1])
+def prefers_batch_norm_of_groups(x: Tensor) -> bool:
+    """Whether torch's kernel is the faster one where normalization batches are groups of samples of `x`."""
+    return x.device.type == "cpu" and _is_small(x, "groups") and not torch.compiler.is_compiling()
+
+
+def _is_small(x: Tensor, batch: str) -> bool:
+    return x.numel() < max(SMALL[batch], FEW[batch] * x.shape[0] * x.shape[1])

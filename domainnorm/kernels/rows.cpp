@@ -216,10 +216,13 @@ void row_sums(const T* grad, const T* x, Numbers centre, One<T>* total, One<T>* 
       for (int64_t done = 0; done < size.length; done += TILE) {
         const int64_t n = std::min(TILE, size.length - done), first = row * size.length + done;
         const T *g = grad + first, *of = x + first;
-        sum_grad += sum<T>(n, [=](int64_t i, auto v) { return load<decltype(v)>(g + i); });
-        sum_products += sum<T>(n, [=](int64_t i, auto v) {
-          return load<decltype(v)>(g + i) * (load<decltype(v)>(of + i) - c);
+        const auto both = sum<T>(n, [=](int64_t i, auto v) {
+          using V = decltype(v);
+          const V of_grad = load<V>(g + i);
+          return Pair<V>{of_grad, of_grad * (load<V>(of + i) - c)};
         });
+        sum_grad += both.first;
+        sum_products += both.second;
       }
       total[row] = sum_grad;
       products[row] = sum_products;

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import is_small, prefers_batch_norm
+from ..kernels import prefers_batch_norm, prefers_batch_norm_of_groups
 from ..moments import Moments
 from .domains import DomainBatch, of_domain
 
@@ -62,13 +62,11 @@ def suits_torch_in_groups(layer: DomainBatchNorm, batch: DomainBatch) -> bool:
     x, elements = batch.tensors[0], batch.elements[0]
     return (
         layer.per_channel
-        and not torch.compiler.is_compiling()
         and layer.num_domains == len(batch.tensors) == 1
         and isinstance(batch.domains[0], int)
         and batch.extra is None
-        and x.device.type == "cpu"
         and x.dtype == layer.running_mean.dtype
-        and is_small(x)
+        and prefers_batch_norm_of_groups(x)
         and min(_group_sizes(layer, batch), default=0) * elements > 1
     )
 
