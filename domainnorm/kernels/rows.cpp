@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -103,13 +102,18 @@ struct Pair {
   }
 };
 
-template <class V>
-inline auto lane(const V& numbers, int64_t k) {
-  return numbers[k];
+// The sum of the numbers in a vector, halved as long as it can be; of both of a pair.
+template <class T>
+inline One<T> within(Many<T> numbers) {
+  One<T> parts[WIDTH<T>];
+  std::memcpy(parts, &numbers, sizeof parts);
+  for (int64_t half = WIDTH<T> / 2; half; half /= 2)
+    for (int64_t k = 0; k < half; ++k) parts[k] += parts[k + half];
+  return parts[0];
 }
-template <class V>
-inline auto lane(const Pair<V>& pair, int64_t k) {
-  return Pair<std::decay_t<decltype(pair.first[k])>>{pair.first[k], pair.second[k]};
+template <class T>
+inline Pair<One<T>> within(const Pair<Many<T>>& pair) {
+  return {within<T>(pair.first), within<T>(pair.second)};
 }
 
 // The sum of body(i, V{}) over i < n, numbers or pairs of them; n is small enough for single precision.
@@ -125,7 +129,7 @@ inline auto sum(int64_t n, Body body) {
   parts[2] += parts[3];
   parts[0] += parts[2];
   decltype(body(0, One<T>{})) total = {};
-  for (int64_t k = 0; k < W && n >= W; ++k) total += lane(parts[0], k);
+  if (n >= W) total += within<T>(parts[0]);
   for (; i < n; ++i) total += body(i, One<T>{});
   return total;
 }
