@@ -218,6 +218,13 @@ def test_a_library_of_another_source_is_not_used(tmp_path):
         assert compiled._library() is not None
 
 
+@needs_library
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch has none")
+def test_kernels_run_on_the_threads_that_torch_has():
+    team = compiled._team()
+    assert team is not None and all(getattr(team, name) for name in compiled.OPENMP)
+
+
 def test_rows_are_written_once():
     rows = Rows([torch.randn(2, 3, 4)])
     of = rows.moments

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from . import plain
 
 SOURCE = Path(__file__).with_name("rows.cpp")
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 FUNCTIONS = {"moments": (2, 0), "affine": (0, 3), "sums": (2, 1), "gradient": (0, 4)}  # tables written, numbers read
 
@@ -24,6 +25,10 @@ class _Part(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("grad", "x", "out")),
         *((name, ctypes.c_int64) for name in ("samples", "length", "last")),
     ]
+
+
+class _Team(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in OPENMP]
 
 
 class _Numbers(ctypes.Structure):
@@ -49,6 +54,8 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+    if (team := _team()) is not None:
+        library.use_team(team)
     for name, (tables, numbers) in FUNCTIONS.items():
         for kind in TYPES.values():
             function = getattr(library, f"{name}_{kind}")
@@ -60,6 +67,19 @@ def _library() -> ctypes.CDLL | None:
             ]
             function.restype = None
     return library
+
+
+def _team() -> _Team | None:
+    """The threads of the OpenMP that torch has loaded; None where it has none that can be found."""
+    maps = Path("/proc/self/maps")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    found = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    # of several, torch's own
+    for path in sorted(found, key=lambda path: not path.startswith(str(Path(torch.__file__).parent))):
+        openmp = ctypes.CDLL(path)
+        if all(hasattr(openmp, name) for name in OPENMP):
+            return _Team(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in OPENMP))
+    return None
 
 
 _LIBRARY = _library()

@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -134,15 +133,30 @@ inline auto sum(int64_t n, Body body) {
   return total;
 }
 
+// The team of threads that torch has, by GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP that it
+// has loaded; new threads would find its idle ones, which wait busily, in their way. Without it all runs on one.
+struct Team {
+  void (*run)(void (*)(void*), void*, unsigned, unsigned);
+  int (*member)();
+  int (*members)();
+} team = {};
+
 // run(begin, end) for all `tasks`, on so many threads that each has enough of all `elements`.
 template <class Run>
 void parallel(int64_t tasks, int64_t elements, int64_t threads, Run run) {
   threads = std::max<int64_t>(1, std::min({threads, tasks, elements / FEWEST}));
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t)
-    others.emplace_back([=] { run(tasks * t / threads, tasks * (t + 1) / threads); });
-  run(0, tasks / threads);
-  for (auto& other : others) other.join();
+  if (threads == 1 || !team.run) return run(0, tasks);
+  struct Work {
+    Run run;
+    int64_t tasks;
+  } work{run, tasks};
+  team.run(
+      [](void* of) {
+        const Work& work = *static_cast<Work*>(of);
+        const int64_t member = team.member(), members = team.members();
+        work.run(work.tasks * member / members, work.tasks * (member + 1) / members);
+      },
+      &work, threads, 0);
 }
 
 // Numbers of rows: the sample's lie `step` after those of the one before, which is 0 where all samples have the same.
@@ -430,6 +444,8 @@ Numbers from(Numbers numbers, int64_t sample) {
 ROWS(float32, float)
 ROWS(float64, double)
 ROWS(bfloat16, bfloat16)
+
+extern "C" void use_team(Team of_torch) { team = of_torch; }
 
 // Of the file that this was built from.
 extern "C" uint32_t source() { return SOURCE; }
