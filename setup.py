@@ -24,7 +24,7 @@ setup(
             [str(ROWS)],
             define_macros=[("SOURCE", str(zlib.crc32(Path(__file__).parent.joinpath(ROWS).read_bytes())))],
             extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi", *options],
-            optional=True,  # without a compiler, torch's own kernels do the same, slower
+            optional=True,  # without a compiler, operations of torch do the same, slower
         )
         for kind, options in KINDS.items()
     ],

@@ -104,6 +104,29 @@ def test_long_and_odd_rows(shape, dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_threads_share_the_work(layout):  # of tensors that have enough for several
+    x, grad = (tensor((3, 130, 60, 50), torch.float32, seed, layout) for seed in range(2))
+    numbers = [tensor((3, 130), torch.float32, seed) for seed in range(4)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    *compiled.moments([x]),
+                    *compiled.affine([x], *numbers[:3]),
+                    *compiled.sums([grad], [x], numbers[0]),
+                    *compiled.gradient([grad], [x], *numbers),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for of in results[1:]:
+        torch.testing.assert_close(of, results[0], atol=1e-3, rtol=1e-5)
+
+
+@needs_library
 @pytest.mark.parametrize("mean", [1e3, 1e4])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_large_means_cost_no_precision(mean, layout):

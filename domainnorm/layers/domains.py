@@ -119,7 +119,8 @@ class DomainBatch:
 
     def of_rows(self, value: Any) -> Any:
         """Of something `(K, …)`, of domains, what belongs to each row: `(ΣN, …)`."""
-        return value.repeat_interleave(self.each, 0) if self.each else value[self.ids()]
+        each = self.each
+        return value.repeat_interleave(each, 0) if each else value[self.ids()]
 
     def by_domain(self) -> Moments:
         """All rows merged per domain, `(K, C)`, on this rank, with the `extra` ones."""
