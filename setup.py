@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-ROWS = Path("domainnorm", "kernels", "rows.cpp")
+HERE = Path(__file__).parent
+KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/kernels/*.{kind}"))
 KINDS = {"default": []}  # of processors, and what a compiler must know of them
 if platform.machine() in ("x86_64", "AMD64"):
     KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
@@ -13,16 +14,17 @@ setup(
     name="domainnorm",
     version="0.1.0",
     description='Detection and classification with the "batch" of BatchNorm as an explicit choice',
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=HERE.joinpath("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["domainnorm", "domainnorm.*"]),
-    package_data={"domainnorm": ["py.typed", "kernels/rows.cpp"]},
+    package_data={"domainnorm": ["py.typed", "kernels/*.cpp", "kernels/*.h"]},
     ext_modules=[
         Extension(
-            f"domainnorm.kernels._rows_{kind}",
-            [str(ROWS)],
-            define_macros=[("SOURCE", str(zlib.crc32(Path(__file__).parent.joinpath(ROWS).read_bytes())))],
+            f"domainnorm.kernels._kernels_{kind}",
+            [str(path.relative_to(HERE)) for path in KERNELS if path.suffix == ".cpp"],
+            depends=[str(path.relative_to(HERE)) for path in KERNELS],
+            define_macros=[("SOURCE", str(zlib.crc32(b"".join(path.read_bytes() for path in KERNELS))))],
             extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi", *options],
             optional=True,  # without a compiler, operations of torch do the same, slower
         )

@@ -140,9 +140,16 @@ class Moments:
         """Some of the sets, by their index along dimension 0."""
         return Moments(self._counts(0)[index], self.mean[index], self.var[index])
 
+    def known_count(self) -> float | None:
+        """The count if it is one for all sets, and known without waiting for a GPU, or breaking a compiled graph."""
+        known = self.count.numel() == 1 and self.count.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.count.item() if known else None
+
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction `n / (n - 1)`; sets of fewer than two elements keep the biased one."""
-        return self.var * (self.count / (self.count - 1).clamp(min=1)).clamp(min=1)
+        if (count := self.known_count()) is not None:
+            return self.var * (count / (count - 1)) if count > 1 else self.var
+        return self.var * (self.count / (self.count - 1).clamp_(min=1)).clamp_(min=1)
 
 
 class Rows:

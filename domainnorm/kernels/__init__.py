@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import compiled, plain
 
-FEW = {"all": 64, "groups": 32}  # elements of a row: with fewer, the numbers of rows cost as much as the rows
-SMALL = {"all": 1_000_000, "groups": 100_000}  # elements of a tensor: with fewer, calls cost more than the work
+FEW = 64  # elements of a row: with fewer, the numbers of rows cost as much as the rows
+SMALL = 1_000_000  # elements of a tensor: with fewer, calls cost more than the work
 
 
 def kernel(xs: Sequence[Tensor]) -> ModuleType:
@@ -29,13 +29,13 @@ def prefers_batch_norm(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     # torch sums up a float32 row number by number, but not those of half types, nor those of channels_last
-    return _is_small(x, "all") or x.dtype == torch.bfloat16 or not x.is_contiguous() or not compiled.takes([x])
+    return _is_small(x) or x.dtype == torch.bfloat16 or not x.is_contiguous() or not compiled.takes([x])
 
 
-def prefers_batch_norm_of_groups(x: Tensor) -> bool:
-    """Whether torch's kernel is the faster one where normalization batches are groups of samples of `x`."""
-    return x.device.type == "cpu" and _is_small(x, "groups") and not torch.compiler.is_compiling()
+def takes_batches(xs: Sequence[Tensor]) -> bool:
+    """Whether there is a kernel of whole normalization batches for `xs` here."""
+    return not torch.compiler.is_compiling() and compiled.takes_batches(xs)
 
 
-def _is_small(x: Tensor, batch: str) -> bool:
-    return x.numel() < max(SMALL[batch], FEW[batch] * x.shape[0] * x.shape[1])
+def _is_small(x: Tensor) -> bool:
+    return x.numel() < max(SMALL, FEW * x.shape[0] * x.shape[1])

@@ -4,166 +4,11 @@
 // A tensor is `samples` x `channels` x `length` numbers. A row lies in one piece, or with `last` the channels of each
 // place lie side by side. Numbers of rows are (samples, channels) in any case, of one tensor after the other.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "vectors.h"
+
+using namespace domainnorm;
 
 namespace {
-
-constexpr int64_t TILE = 8192;          // elements that stay in the first-level cache while their moments are taken
-constexpr int64_t FEWEST = 1 << 17;     // elements worth a thread
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-// Of an element type the type that it is computed in, one number or a vector of them.
-template <class T>
-struct Wide {
-  using One = float;
-  typedef float Many __attribute__((vector_size(64)));
-};
-template <>
-struct Wide<double> {
-  using One = double;
-  typedef double Many __attribute__((vector_size(64)));
-};
-template <class T>
-using One = typename Wide<T>::One;
-template <class T>
-using Many = typename Wide<T>::Many;
-template <class T>
-constexpr int64_t WIDTH = 64 / sizeof(One<T>);
-
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-template <class V, class T>
-inline V load(const T* from) {
-  V value;
-  std::memcpy(&value, from, sizeof(V));
-  return value;
-}
-template <>
-inline float load<float, bfloat16>(const bfloat16* from) {
-  uint32_t word = uint32_t(from->bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-template <>
-inline Many<float> load<Many<float>, bfloat16>(const bfloat16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, 32);
-  Words words = __builtin_convertvector(halves, Words) << 16;
-  Many<float> value;
-  std::memcpy(&value, &words, 64);
-  return value;
-}
-
-template <class V, class T>
-inline void store(T* to, V value) {
-  std::memcpy(to, &value, sizeof(V));
-}
-// To the nearest, ties to even; NaN stays NaN.
-inline void store(bfloat16* to, float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  to->bits = value != value ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-}
-inline void store(bfloat16* to, Many<float> value) {
-  Words words;
-  std::memcpy(&words, &value, 64);
-  words = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-  words = value != value ? Words{} + 0x7fc0 : words;
-  Halves halves = __builtin_convertvector(words, Halves);
-  std::memcpy(to, &halves, 32);
-}
-
-// body(i, V{}) for all places i < n, of one number or of a vector of them.
-template <class T, class Body>
-inline void each(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + WIDTH<T> <= n; i += WIDTH<T>) body(i, Many<T>{});
-  for (; i < n; ++i) body(i, One<T>{});
-}
-
-// Two sums side by side, of numbers or of vectors of them.
-template <class V>
-struct Pair {
-  V first, second;
-  Pair& operator+=(const Pair& other) {
-    first += other.first;
-    second += other.second;
-    return *this;
-  }
-};
-
-// The sum of the numbers in a vector, halved as long as it can be; of both of a pair.
-template <class T>
-inline One<T> within(Many<T> numbers) {
-  One<T> parts[WIDTH<T>];
-  std::memcpy(parts, &numbers, sizeof parts);
-  for (int64_t half = WIDTH<T> / 2; half; half /= 2)
-    for (int64_t k = 0; k < half; ++k) parts[k] += parts[k + half];
-  return parts[0];
-}
-template <class T>
-inline Pair<One<T>> within(const Pair<Many<T>>& pair) {
-  return {within<T>(pair.first), within<T>(pair.second)};
-}
-
-// The sum of body(i, V{}) over i < n, numbers or pairs of them; n is small enough for single precision.
-template <class T, class Body>
-inline auto sum(int64_t n, Body body) {
-  constexpr int64_t W = WIDTH<T>;
-  decltype(body(0, Many<T>{})) parts[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int k = 0; k < 4; ++k) parts[k] += body(i + k * W, Many<T>{});
-  for (; i + W <= n; i += W) parts[0] += body(i, Many<T>{});
-  parts[0] += parts[1];
-  parts[2] += parts[3];
-  parts[0] += parts[2];
-  decltype(body(0, One<T>{})) total = {};
-  if (n >= W) total += within<T>(parts[0]);
-  for (; i < n; ++i) total += body(i, One<T>{});
-  return total;
-}
-
-// The team of threads that torch has, by GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP that it
-// has loaded; new threads would find its idle ones, which wait busily, in their way. Without it all runs on one.
-struct Team {
-  void (*run)(void (*)(void*), void*, unsigned, unsigned);
-  int (*member)();
-  int (*members)();
-} team = {};
-
-// run(begin, end) for all `tasks`, on so many threads that each has enough of all `elements`.
-template <class Run>
-void parallel(int64_t tasks, int64_t elements, int64_t threads, Run run) {
-  threads = std::max<int64_t>(1, std::min({threads, tasks, elements / FEWEST}));
-  if (threads == 1 || !team.run) return run(0, tasks);
-  struct Work {
-    Run run;
-    int64_t tasks;
-  } work{run, tasks};
-  team.run(
-      [](void* of) {
-        const Work& work = *static_cast<Work*>(of);
-        const int64_t member = team.member(), members = team.members();
-        work.run(work.tasks * member / members, work.tasks * (member + 1) / members);
-      },
-      &work, threads, 0);
-}
-
-// Numbers of rows: the sample's lie `step` after those of the one before, which is 0 where all samples have the same.
-struct Numbers {
-  const void* at;
-  int64_t step;
-};
 
 struct Size {
   int64_t samples, channels, length, threads;
@@ -175,20 +20,6 @@ struct Size {
   }
 };
 
-template <class T>
-const One<T>* of_sample(Numbers numbers, int64_t sample) {
-  return (const One<T>*)numbers.at + sample * numbers.step;
-}
-
-// A tile's moments into `centre` and `squares`, those of the `done` numbers before it, as Moments.merge does. Of its `n`
-// numbers `own` is the mean, to the rounding of a sum in single precision; `rest` is the sum of what lies beyond it,
-// which corrects this, and `of` that of the squares.
-inline void merge(double own, double rest, double of, double n, double done, double& centre, double& squares) {
-  const double beyond = std::isfinite(rest) ? rest / n : 0;
-  const double apart = own + beyond - centre, share = n / (done + n);
-  centre += apart * share;
-  squares += std::max(of - beyond * beyond * n, 0.) + apart * apart * share * done;
-}
 
 // Rows that lie in one piece.
 
@@ -386,13 +217,6 @@ void last_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cen
     }
   });
 }
-
-// One of several tensors: what is read, what is written.
-struct Part {
-  const void *grad, *x;
-  void* out;
-  int64_t samples, length, last;
-};
 
 // run(part, size, first) for all parts; `first` is the number of the rows before.
 template <class Run>

@@ -74,11 +74,12 @@ class BatchRenorm(DomainBatchNorm):
         # and activation checkpointing computes the forward again.
         self._recent: deque[tuple[Tensor, _Buffers]] = deque(maxlen=RECENT)
 
-    def _affine(self, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
+    def _affine(self, batch: DomainBatch, moments: Callable[[], tuple[Moments, Moments]]) -> Affine:
         """γ · r and γ · d + β, in training."""
-        weight, bias = super()._affine(batch, merged, of)
+        weight, bias = super()._affine(batch, moments)
         if not self.training:
             return weight, bias
+        merged, of = moments()
         towards: _Buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
         if torch.compiler.is_compiling():
             r, d = map(_saved, self._correction(batch, of, towards))
@@ -117,10 +118,14 @@ class BatchRenorm(DomainBatchNorm):
         self._recent = deque((r for r in self._recent if r is not found[0]), maxlen=RECENT)
         return found[0][1]
 
-    def _move_var(self, moments: Moments, step: Tensor) -> None:
+    def _move_var(self, moments: Moments, step: Tensor | float) -> None:
         var = self.running_var.view(moments.var.shape)
-        sigma, new = ((v.to(step.dtype) + self.eps).sqrt() for v in (var, moments.var))
-        var.copy_(torch.where(step > 0, sigma.lerp(new, step).square() - self.eps, var))
+        sigma, new = ((v.to(var.dtype) + self.eps).sqrt() for v in (var, moments.var))
+        moved = sigma.lerp(new, step).square() - self.eps
+        if isinstance(step, Tensor):
+            var.copy_(torch.where(step > 0, moved, var))
+        elif step:
+            var.copy_(moved)
 
     def grouping(self) -> str:
         return "" if self.group_size is None else f"group_size={self.group_size}"

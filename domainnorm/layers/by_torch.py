@@ -1,4 +1,4 @@
-"""torch's own kernel, where a layer is a plain BatchNorm of each tensor, or of groups of it, and that is faster.
+"""torch's own kernel, where a layer is a plain BatchNorm of each tensor, and that is faster.
 
 Results are then torch's, and so is their precision: in channels_last it sums up in single precision.
 """
@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import prefers_batch_norm, prefers_batch_norm_of_groups
-from ..moments import Moments
+from ..kernels import prefers_batch_norm
 from .domains import DomainBatch, of_domain
 
 if TYPE_CHECKING:
@@ -55,48 +54,6 @@ def normalize_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tenso
             mean, var = mean.clone(), var.clone()
         outputs.append(F.batch_norm(x, mean, var, weight, bias, True, layer.momentum, layer.eps))
     return outputs
-
-
-def suits_torch_in_groups(layer: DomainBatchNorm, batch: DomainBatch) -> bool:
-    """Whether the samples of one small tensor are normalized channel by channel, in groups or corrected."""
-    x, elements = batch.tensors[0], batch.elements[0]
-    return (
-        layer.per_channel
-        and layer.num_domains == len(batch.tensors) == 1
-        and isinstance(batch.domains[0], int)
-        and batch.extra is None
-        and x.dtype == layer.running_mean.dtype
-        and prefers_batch_norm_of_groups(x)
-        and min(_group_sizes(layer, batch), default=0) * elements > 1
-    )
-
-
-def normalize_groups_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
-    """Each group as `nn.BatchNorm2d` would; updates the buffers with the moments of all."""
-    sizes = _group_sizes(layer, batch)
-    groups = batch.tensors[0].split(sizes)
-    with torch.no_grad():
-        stats = [torch.batch_norm_update_stats(x, None, None, 0.0) for x in groups]
-        mean, var = (torch.stack(of) for of in zip(*stats, strict=True))
-        of = Moments(mean.new_tensor(sizes).mul_(batch.elements[0]).unsqueeze(1), mean, var)  # (G, C)
-        total = of.merge(0)
-    if layer.training:
-        layer._check_counts(batch, total, ranks=1)
-    weights, biases = (
-        v.expand(len(sizes), -1) if isinstance(v, Tensor) else [v] * len(sizes) for v in layer._affine(batch, total, of)
-    )
-    outputs = [
-        F.batch_norm(x, None, None, weight, bias, True, 0.0, layer.eps)
-        for x, weight, bias in zip(groups, weights, biases, strict=True)
-    ]
-    if layer.training and batch.updates:
-        layer._update_population(total)
-    return [torch.cat(outputs) if len(outputs) > 1 else outputs[0]]
-
-
-def _group_sizes(layer: DomainBatchNorm, batch: DomainBatch) -> list[int]:
-    number = len(batch.tensors[0])
-    return [number] if layer.split is None else layer.split.sizes(number, batch.elements[0])
 
 
 def _may_mix(x: Tensor, value: Tensor) -> bool:

@@ -69,6 +69,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     plain = True  # whether each normalization batch is normalized as nn.BatchNorm2d does
     per_channel = True  # whether inference under population statistics is one affine of each channel
+    channels_together: int | None = 1  # neighbours, in a normalization batch; None: it is not just whole channels
     split: Split | None = None  # of samples into groups that training normalizes apart
 
     def __init__(
@@ -149,8 +150,8 @@ class DomainBatchNorm(PopulationStatistics):
         scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
         return (x * scale + shift).to(x.dtype)
 
-    def _affine(self, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
-        """γ and β of all rows, which are normalized by the moments `of`; `merged` are those of the domains."""
+    def _affine(self, batch: DomainBatch, moments: Callable[[], tuple[Moments, Moments]]) -> Affine:
+        """γ and β of all rows; `moments()` are those of the domains, and those by which each row is normalized."""
         return self._of_rows(self.weight, batch), self._of_rows(self.bias, batch)
 
     def _of_rows(self, value: Any, batch: DomainBatch) -> Any:
@@ -224,13 +225,17 @@ class DomainBatchNorm(PopulationStatistics):
             of = self.split.merge(batch, shared)  # (ΣN, C)
         else:
             of = total if len(total.mean) == 1 else batch.of_rows(total)
-        outputs = self._normalize_by(batch.rows, of, *self._affine(batch, merged, of))
+        outputs = self._normalize_by(batch.rows, of, *self._affine(batch, lambda: (merged, of)))
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
 
-    def _check_counts(self, batch: DomainBatch, merged: Moments, ranks: int) -> None:
-        """A normalization batch of one element has no variance: ValueError, on every rank alike."""
+    def _check_counts(self, batch: DomainBatch, counts: Tensor, ranks: int) -> None:
+        """A normalization batch of one element has no variance: ValueError, on every rank alike.
+
+        Args:
+            counts: elements `(K, 1)` of each domain, or `(1, 1)`.
+        """
         per_domain = self.sgd_statistics == "per_domain"
         if self.split is not None:
             self.split.check_size(batch, not per_domain)
@@ -238,7 +243,7 @@ class DomainBatchNorm(PopulationStatistics):
             return
         if batch.cannot_be_single(per_domain, ranks):
             return  # known from the shapes, without waiting for a GPU
-        count = merged.count if per_domain else merged.count.sum(0, keepdim=True)
+        count = counts if per_domain else counts.sum(0, keepdim=True)
         single = (count.flatten() == 1).nonzero().flatten().tolist()
         if single:
             which = f"domain {single[0]}" if per_domain and self.num_domains > 1 else "the normalization batch"

@@ -82,17 +82,25 @@ class PopulationStatistics(nn.Module):
     def _ema_step(self, moments: Moments) -> None:
         """With moments `(1, C)` of all domains, or `(K, C)`."""
         shape, dtype = moments.mean.shape, self.running_mean.dtype
-        count = moments.count.to(dtype)
-        tracked = self.num_batches_tracked.view(-1, 1).add_(count > 0)
+        some: Tensor | float
+        several: Tensor | float
+        if shape[0] == 1 and (count := moments.known_count()) is not None:
+            self.num_batches_tracked.add_(count > 0)
+            momentum = 1 / max(self.num_batches_tracked.item(), 1) if self.momentum is None else self.momentum
+            some, several = momentum * (count > 0), momentum * (count > 1)
+        else:
+            counts = moments.count.to(dtype)
+            tracked = self.num_batches_tracked.view(-1, 1).add_(counts > 0)
+            each = 1 / tracked.clamp(min=1).to(dtype) if self.momentum is None else self.momentum
+            some, several = counts.clamp(max=1).mul_(each), (counts - 1).clamp_(0, 1).mul_(each)
         # No step without elements; one is no variance.
-        some, several = count.clamp(max=1), (count - 1).clamp_(0, 1)
-        momentum = 1 / tracked.clamp(min=1).to(dtype) if self.momentum is None else self.momentum
-        self.running_mean.view(shape).lerp_(moments.mean.to(dtype), some.mul_(momentum))
-        self._move_var(moments, several.mul_(momentum))
+        self.running_mean.view(shape).lerp_(moments.mean.to(dtype), some)
+        self._move_var(moments, several)
 
-    def _move_var(self, moments: Moments, step: Tensor) -> None:
+    def _move_var(self, moments: Moments, step: Tensor | float) -> None:
         """One EMA step of the variance; `step` broadcasts against the moments, and is 0 where there is none."""
-        self.running_var.view(moments.var.shape).lerp_(moments.unbiased_var().to(step.dtype), step)
+        of = moments.unbiased_var().to(self.running_var.dtype)
+        self.running_var.view(of.shape).lerp_(of, step)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -27,6 +27,7 @@ class SeqNorm(GhostBatchNorm):
     """
 
     per_channel = False
+    channels_together = None  # the GroupNorm comes first
 
     def __init__(self, num_features: int, channel_groups: int, batch_groups: int, **options: Any) -> None:
         super().__init__(num_features, num_groups=batch_groups, option="batch_groups", **options)
