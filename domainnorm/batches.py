@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .kernels import compiled
-from .moments import Moments, Rows
+from .kernels import compiled_batches as kernel
+from .moments import Moments
+
+Affine = tuple[Tensor | None, Tensor | None]  # γ and β, `(C,)` or of each row `(ΣN, C)`
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class Batches:
         group: LongTensor `(ΣN,)`, of each sample of all tensors, in [0, groups); None: all are of one.
         counts: `(groups, 1)`, the numbers that a channel has in each group.
         width: channels of a normalization batch; divides C.
+        first: channels of a GroupNorm without affine that each sample passes before (SeqNorm; width is 1 then); 0: none.
     """
 
     group: Tensor | None
     counts: Tensor
     width: int = 1
+    first: int = 0
 
     @property
     def groups(self) -> int:
@@ -40,93 +44,73 @@ class Batches:
         """Of what is of groups, `(groups, C)`, what broadcasts against `(ΣN, C)`."""
         return value if self.group is None else value[self.group]
 
-
-@dataclass(frozen=True)
-class BatchMoments:
-    """What batches are normalized by, without a gradient.
-
-    Attributes:
-        channels: of each channel of each group, `(groups, C)`.
-        batches: `(groups, C / width)`.
-    """
-
-    channels: Moments
-    batches: Moments
-
-    @staticmethod
-    def of(batches: Batches, tables: compiled.Tables) -> BatchMoments:
-        mean, var, *of_batches = tables
-        channels = Moments(batches.counts, mean, var)
-        return BatchMoments(channels, Moments(batches.batch_counts, *of_batches))
+    def counted(self, tables: kernel.Tables, channels: int) -> Moments:
+        """The moments that population statistics of so many channels count: of channels, or of batches."""
+        if tables[0].shape[1] == channels:
+            return Moments(self.counts, *tables[:2])
+        return Moments(self.batch_counts, *tables[2:4])
 
 
-def read(xs: Sequence[Tensor], batches: Batches) -> BatchMoments:
-    """The moments of the batches."""
+def read(xs: Sequence[Tensor], batches: Batches) -> kernel.Tables:
+    """The moments that `normalize` needs, without a gradient."""
     with torch.no_grad():
-        return BatchMoments.of(batches, compiled.batch_moments(xs, batches))
+        return kernel.read(xs, batches)
 
 
 def normalize(
     xs: Sequence[Tensor],
     batches: Batches,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    affine: Affine,
     eps: float,
-    of: BatchMoments | None = None,
-) -> tuple[list[Tensor], BatchMoments]:
-    """Each batch normalized, then the affine; and the moments.
+    reference: Callable[[Sequence[Tensor], Affine], list[Tensor]],
+    tables: kernel.Tables | None = None,
+) -> tuple[list[Tensor], kernel.Tables]:
+    """Each batch normalized, then the affine; and the moments, without a gradient.
 
     Args:
-        weight, bias: `(C,)`, or of each row `(ΣN, C)`; None: 1 and 0.
-        of: what `read` gave of these; None: it is done here, while a batch is in the processor's cache.
+        reference: the same of given tensors and affine, in differentiable operations, for double backward.
+        tables: what `read` gave; None: each batch is read here, while it stays in the processor's cache.
     """
-    known = None if of is None else (of.channels.mean, of.channels.var, of.batches.mean, of.batches.var)
-    tables: list[Tensor] = []
-    ys = _Normalize.apply(batches, eps, known, tables, weight, bias, *xs)
-    mean, var, batch_mean, batch_var = tables
-    return list(ys), of or BatchMoments.of(batches, (mean, var, batch_mean, batch_var))
-
-
-def composed(
-    xs: Sequence[Tensor], batches: Batches, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> list[Tensor]:
-    """What `normalize` computes, row by row: the reference, differentiable to any order."""
-    rows = Rows(xs)
-    of = rows.moments.merge(0) if batches.group is None else rows.moments.merge_by(batches.group, batches.groups)
-    if batches.width > 1:
-        of = of.merge_blocks(1, batches.width)
-    return rows.normalize(batches.of_rows(of), weight, bias, eps)
+    kept: list[Tensor] = []
+    ys = _Normalize.apply(batches, eps, reference, tables, kept, *affine, *xs)
+    return list(ys), tuple(kept)
 
 
 class _Normalize(Function):
-    """γ, β and tensors -> what is normalized; `tables` gets the moments."""
+    """γ, β and tensors -> what is normalized; the moments go to `kept`."""
 
     @staticmethod
-    def forward(ctx, batches, eps, known, tables, weight, bias, *xs):
-        ys, of = compiled.normalize(xs, batches, weight, bias, eps, known)
-        tables.extend(of)
-        ctx.save_for_backward(weight, bias, *of[2:], *xs)
-        ctx.batches, ctx.eps = batches, eps
+    def forward(ctx, batches, eps, reference, tables, kept, weight, bias, *xs):
+        ys, tables = kernel.normalize(xs, batches, weight, bias, eps, tables)
+        kept.extend(tables)
+        ctx.save_for_backward(weight, bias, *xs, *tables)
+        ctx.batches, ctx.eps, ctx.reference, ctx.number = batches, eps, reference, len(xs)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        weight, bias, mean, var, *xs = ctx.saved_tensors
+        weight, bias, *tensors = ctx.saved_tensors
+        xs, tables = tensors[: ctx.number], tuple(tensors[ctx.number :])
         if torch.is_grad_enabled():  # create_graph=True
-            return None, None, None, None, *_differentiable(xs, ctx.batches, weight, bias, ctx.eps, grads)
-        tables = (mean, var, mean, var)
-        dxs, *affine = compiled.normalize_gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, tables)
-        numbers = (
-            None if of is None else grad.sum_to_size(of.shape if of.ndim == 2 else (1, *of.shape)).view_as(of).to(of)
-            for grad, of in zip(affine, (weight, bias), strict=True)
-        )
-        return None, None, None, None, *numbers, *dxs
+            return *[None] * 5, *_differentiable(ctx.reference, weight, bias, xs, grads)
+        dxs, *numbers = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, tables)
+        numbers = (_like(grad, of) for grad, of in zip(numbers, (weight, bias), strict=True))
+        return *[None] * 5, *numbers, *dxs
 
 
-def _differentiable(xs, batches, weight, bias, eps, grads):
+def _like(grad: Tensor, of: Tensor | None) -> Tensor | None:
+    """The gradient of `(C,)` or `(ΣN, C)`, of what is of rows or groups."""
+    if of is None:
+        return None
+    if of.shape != grad.shape:
+        grad = grad[0] if len(grad) == 1 else grad.sum(0)
+    return grad.view(of.shape).to(of.dtype)
+
+
+def _differentiable(reference, weight, bias, xs, grads):
     """The gradients of γ, β and `xs`, with a graph of their own."""
     with torch.enable_grad():
-        ys = composed(xs, batches, weight, bias, eps)
+        ys = reference(xs, (weight, bias))
     of = [v for v in (weight, bias, *xs) if v is not None and v.requires_grad]
     found = iter(torch.autograd.grad(ys, of, grads, create_graph=True))
     return [next(found) if v is not None and v.requires_grad else None for v in (weight, bias, *xs)]

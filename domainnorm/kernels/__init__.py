@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import compiled, plain
+from . import compiled, library, plain
 
 FEW = 64  # elements of a row: with fewer, the numbers of rows cost as much as the rows
 SMALL = 1_000_000  # elements of a tensor: with fewer, calls cost more than the work
@@ -19,7 +19,7 @@ SMALL = 1_000_000  # elements of a tensor: with fewer, calls cost more than the 
 def kernel(xs: Sequence[Tensor]) -> ModuleType:
     """The fastest kernel for `xs` here."""
     # what a compiler joins, or what is differentiated, must be operations of torch
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not compiled.takes(xs):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not library.takes(xs):
         return plain
     return compiled
 
@@ -29,12 +29,12 @@ def prefers_batch_norm(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     # torch sums up a float32 row number by number, but not those of half types, nor those of channels_last
-    return _is_small(x) or x.dtype == torch.bfloat16 or not x.is_contiguous() or not compiled.takes([x])
+    return _is_small(x) or x.dtype == torch.bfloat16 or not x.is_contiguous() or not library.takes([x])
 
 
 def takes_batches(xs: Sequence[Tensor]) -> bool:
     """Whether there is a kernel of whole normalization batches for `xs` here."""
-    return not torch.compiler.is_compiling() and compiled.takes_batches(xs)
+    return not torch.compiler.is_compiling() and library.takes_batches(xs)
 
 
 def _is_small(x: Tensor) -> bool:

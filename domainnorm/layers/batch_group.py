@@ -36,7 +36,7 @@ class BatchGroupNorm(DomainBatchNorm):
         if num_groups < 1:
             raise ValueError(f"num_groups takes a positive number, got {num_groups}")
         self.num_groups = num_groups
-        self.channels_together = None if num_features % num_groups else num_features // num_groups
+        self.channels_together = (0 if num_features % num_groups else num_features // num_groups, 0)
         self.feature_size: tuple[int, ...] | None = None  # where pieces are not whole channels
         self._register_statistics(num_groups, {"device": options.get("device"), "dtype": options.get("dtype")})
 

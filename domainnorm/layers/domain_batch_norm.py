@@ -69,7 +69,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     plain = True  # whether each normalization batch is normalized as nn.BatchNorm2d does
     per_channel = True  # whether inference under population statistics is one affine of each channel
-    channels_together: int | None = 1  # neighbours, in a normalization batch; None: it is not just whole channels
+    channels_together = (1, 0)  # neighbours in a normalization batch (0: not of whole channels); in a GroupNorm before
     split: Split | None = None  # of samples into groups that training normalizes apart
 
     def __init__(

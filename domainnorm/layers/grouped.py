@@ -34,7 +34,7 @@ class GroupedBatchNorm(GhostBatchNorm):
         super().__init__(num_features, group_size=examples_per_group, **options)
         check_channel_groups(channel_groups, num_features)
         self.channel_groups = channel_groups
-        self.channels_together = num_features // channel_groups
+        self.channels_together = (num_features // channel_groups, 0)
         self.examples_per_group = examples_per_group
 
     def _elements(self, x: Tensor) -> int:

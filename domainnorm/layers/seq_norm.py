@@ -27,12 +27,12 @@ class SeqNorm(GhostBatchNorm):
     """
 
     per_channel = False
-    channels_together = None  # the GroupNorm comes first
 
     def __init__(self, num_features: int, channel_groups: int, batch_groups: int, **options: Any) -> None:
         super().__init__(num_features, num_groups=batch_groups, option="batch_groups", **options)
         check_channel_groups(channel_groups, num_features)
         self.channel_groups = channel_groups
+        self.channels_together = (1, num_features // channel_groups)
         self.batch_groups = batch_groups
 
     def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:

@@ -1,0 +1,181 @@
+"""The C++ beside this, which an installation compiles for each kind of processor where there is a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+SOURCE = sorted(path for kind in ("cpp", "h") for path in Path(__file__).parent.glob(f"*.{kind}"))
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+class Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "out")),
+        *((name, ctypes.c_int64) for name in ("samples", "length", "last")),
+    ]
+
+
+class _Team(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in OPENMP]
+
+
+class Numbers(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("step", ctypes.c_int64)]
+
+
+class Batches(ctypes.Structure):
+    _fields_ = [
+        ("group", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class Tables(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("mean", "var", "batch_mean", "batch_var", "row_mean", "row_var")),
+        *((name, ctypes.c_int64) for name in ("fill", "use")),
+    ]
+
+
+TABLE = ctypes.c_void_p
+FUNCTIONS = {  # what each takes after the tensors, their number and channels, and the threads
+    "moments": [TABLE] * 2,
+    "affine": [Numbers] * 3,
+    "sums": [TABLE] * 2 + [Numbers],
+    "gradient": [Numbers] * 4,
+    "normalize": [Batches, Numbers, Numbers, Tables],
+    "normalize_gradient": [Batches, Numbers, Numbers, Tables, TABLE, TABLE],
+    "sequence": [Batches, Numbers, Numbers, Tables],
+    "sequence_gradient": [Batches, Numbers, Numbers, Tables, TABLE, TABLE],
+}
+
+
+def _library() -> ctypes.CDLL | None:
+    """Built for the instructions that torch itself uses here; None if there is none of this source."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    name = capability if capability in ("avx512", "avx2") else "default"
+    spec = importlib.util.find_spec(f"{__package__}._kernels_{name}")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+        library.source.restype = ctypes.c_uint32
+    except (OSError, AttributeError) as error:  # of another system, or another library
+        warnings.warn(f"{spec.origin} cannot be used: run pip install again ({error})", stacklevel=2)
+        return None
+    if library.source() != zlib.crc32(b"".join(path.read_bytes() for path in SOURCE)):
+        warnings.warn(
+            f"{spec.origin} was built from another version of its source and is not used: run pip install again",
+            stacklevel=2,
+        )
+        return None
+    if (team := _team()) is not None:
+        library.use_team(team)
+    for name, others in FUNCTIONS.items():
+        for kind in TYPES.values():
+            function = getattr(library, f"{name}_{kind}")
+            function.argtypes = [ctypes.POINTER(Part), *[ctypes.c_int64] * 3, *others]
+            function.restype = None
+    return library
+
+
+def _team() -> _Team | None:
+    """The threads of the OpenMP that torch has loaded; None where it has none that can be found."""
+    maps = Path("/proc/self/maps")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    found = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    # of several, torch's own
+    for path in sorted(found, key=lambda path: not path.startswith(str(Path(torch.__file__).parent))):
+        openmp = ctypes.CDLL(path)
+        if all(hasattr(openmp, name) for name in OPENMP):
+            return _Team(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in OPENMP))
+    return None
+
+
+_LIBRARY = _library()
+
+
+def takes(xs: Sequence[Tensor]) -> bool:
+    """Whether the functions here can be given `xs`."""
+    if _LIBRARY is None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False  # there is none, or operations are traced, and these would not be seen
+    dtype = xs[0].dtype
+    return dtype in TYPES and all(
+        type(x) in (Tensor, Parameter)  # others may have no memory
+        and x.dtype == dtype
+        and x.device.type == "cpu"
+        and x.shape[1] > 0
+        and (x.is_contiguous() or is_last(x))
+        for x in xs
+    )
+
+
+def takes_batches(xs: Sequence[Tensor]) -> bool:
+    """Whether whole batches of `xs` can be normalized here: what `takes` says, and all in one layout."""
+    return takes(xs) and (all(x.is_contiguous() for x in xs) or all(map(is_last, xs)))
+
+
+def call(function: str, xs: Sequence[Tensor], parts: list[Part], *others: Any) -> None:
+    """A function of `FUNCTIONS`, for the type of `xs`, on torch's threads."""
+    getattr(_LIBRARY, f"{function}_{TYPES[xs[0].dtype]}")(
+        (Part * len(parts))(*parts), len(parts), xs[0].shape[1], torch.get_num_threads(), *others
+    )
+
+
+def part(x: Tensor, grad: Tensor | None = None, out: Tensor | None = None) -> Part:
+    """A tensor, its gradient and what is written, all in the same memory format."""
+    _show(x, *(() if grad is None else (grad,)))
+    pointers = (None if v is None else v.data_ptr() for v in (grad, x, out))
+    length = math.prod(x.shape[2:])
+    return Part(*pointers, len(x), length, length == 1 or not x.is_contiguous())
+
+
+def numbers(values: Tensor | None, xs: Sequence[Tensor]) -> Numbers:
+    """Of the rows of `xs`."""
+    if values is None:
+        return Numbers(None, 0)
+    _show(values)
+    dtype = wide(xs[0])
+    kept = values if values.dtype == dtype and values.stride(-1) == 1 else values.to(dtype).contiguous()
+    step = kept.stride(0) if kept.ndim == 2 and len(kept) > 1 else 0
+    of_rows = Numbers(kept.data_ptr(), step)
+    of_rows.kept = kept  # as long as these are
+    return of_rows
+
+
+def _show(*tensors: Tensor) -> None:
+    """To who watches torch's operations, and may first have to fetch their memory (`parking`)."""
+    if torch._C._len_torch_dispatch_stack():
+        for tensor in tensors:
+            tensor.view_as(tensor)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The type of the moments of `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether the channels of each place lie side by side."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in layouts and x.is_contiguous(memory_format=layouts[x.ndim])
+
+
+def like(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` in the type and the memory of `x`."""
+    grad = grad.to(x.dtype)
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
