@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,36 +22,52 @@ Affine = tuple[Tensor | None, Tensor | None]  # γ and β, `(C,)` or of each row
 class Batches:
     """Which rows of tensors `(N_i, C, *)` are normalized together: samples of a group, by neighbouring channels.
 
+    It is all of Python's numbers: to know them waits for nothing, and they can be kept.
+
     Attributes:
-        group: LongTensor `(ΣN,)`, of each sample of all tensors, in [0, groups); None: all are of one.
-        counts: `(groups, 1)`, the numbers that a channel has in each group.
+        group: of each of the ΣN samples of all tensors, in [0, len(counts)).
+        counts: of each group, the numbers that a channel has.
         width: channels of a normalization batch; divides C.
+        together: whether what is counted is of all groups in one.
         first: channels of a GroupNorm without affine that each sample passes before (SeqNorm; width is 1 then); 0: none.
     """
 
-    group: Tensor | None
-    counts: Tensor
+    group: tuple[int, ...]
+    counts: tuple[int, ...]
     width: int = 1
+    together: bool = False
     first: int = 0
 
-    @property
-    def groups(self) -> int:
-        return len(self.counts)
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(
+        groups: tuple[int, ...], sizes: tuple[int, ...], lengths: tuple[int, ...], number: int, *others: Any
+    ) -> Batches:
+        """Of so many samples of such lengths each, neighbours, in these of `number` groups; and the other attributes."""
+        counts = [0] * number
+        for group, size, length in zip(groups, sizes, lengths, strict=True):
+            counts[group] += size * length
+        samples = (group for group, size in zip(groups, sizes, strict=True) for _ in range(size))
+        return Batches(tuple(samples), tuple(counts), *others)
 
-    @property
-    def batch_counts(self) -> Tensor:
-        """`(groups, 1)`, the numbers that a normalization batch has in each group."""
-        return self.counts if self.width == 1 else self.counts * self.width
+    @functools.cached_property
+    def array(self) -> ctypes.Array[ctypes.c_int64] | None:
+        """`group` in memory; None where there is one only."""
+        return None if len(self.counts) == 1 else (ctypes.c_int64 * len(self.group))(*self.group)
 
     def of_rows(self, value: Moments) -> Moments:
         """Of what is of groups, `(groups, C)`, what broadcasts against `(ΣN, C)`."""
-        return value if self.group is None else value[self.group]
+        return value if len(self.counts) == 1 else value[torch.tensor(self.group)]
 
-    def counted(self, tables: kernel.Tables, channels: int) -> Moments:
-        """The moments that population statistics of so many channels count: of channels, or of batches."""
-        if tables[0].shape[1] == channels:
-            return Moments(self.counts, *tables[:2])
-        return Moments(self.batch_counts, *tables[2:4])
+    def moments(self, tables: kernel.Tables) -> Moments:
+        """Of each batch, `(groups, C / width)`."""
+        counts = tables[2].new_tensor(self.counts).mul_(self.width).unsqueeze_(1)
+        return Moments(counts, *tables[2:4])
+
+    def counted(self, tables: kernel.Tables) -> Moments:
+        """Of each channel, `(groups, C)`, or together `(1, C)`."""
+        counts = [sum(self.counts)] if self.together else self.counts
+        return Moments(tables[0].new_tensor(counts).unsqueeze_(1), *tables[:2])
 
 
 def read(xs: Sequence[Tensor], batches: Batches) -> kernel.Tables:
@@ -83,17 +102,17 @@ class _Normalize(Function):
     def forward(ctx, batches, eps, reference, tables, kept, weight, bias, *xs):
         ys, tables = kernel.normalize(xs, batches, weight, bias, eps, tables)
         kept.extend(tables)
-        ctx.save_for_backward(weight, bias, *xs, *tables)
+        ctx.save_for_backward(weight, bias, *xs, *tables[2:])
         ctx.batches, ctx.eps, ctx.reference, ctx.number = batches, eps, reference, len(xs)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grads):
         weight, bias, *tensors = ctx.saved_tensors
-        xs, tables = tensors[: ctx.number], tuple(tensors[ctx.number :])
+        xs, tables = tensors[: ctx.number], tensors[ctx.number :]
         if torch.is_grad_enabled():  # create_graph=True
             return *[None] * 5, *_differentiable(ctx.reference, weight, bias, xs, grads)
-        dxs, *numbers = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, tables)
+        dxs, *numbers = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, (None, None, *tables))
         numbers = (_like(grad, of) for grad, of in zip(numbers, (weight, bias), strict=True))
         return *[None] * 5, *numbers, *dxs
 

@@ -10,16 +10,44 @@ namespace domainnorm {
 
 struct Batches {
   const int64_t* group;  // of each sample; none: all are of the same
-  int64_t groups, width;
+  int64_t groups, width, together;
   double eps;
 };
 
-// What is kept for the backward pass: moments (groups, channels) and of the batches, (groups, channels / width), the same
-// where width is 1; a sequence has those of rows, too. Whether they are to be filled, and to be used.
+// Means and variances: of channels, which the caller counts, (groups, channels) or with `together` of all groups in one
+// (1, channels); of the batches, (groups, channels / width); of a sequence's rows, and of its first batches. Those of the
+// channels and of the batches may be the same. Whether they are to be filled, and to be used.
 struct Tables {
-  void *mean, *var, *batch_mean, *batch_var, *row_mean, *row_var;
+  void *mean, *var, *batch_mean, *batch_var, *row_mean, *row_var, *first_mean, *first_var;
   int64_t fill, use;
 };
+
+// Two numbers of each of (rows, channels), and of each row how many places they are of.
+struct Twos {
+  int64_t channels;
+  std::vector<double> first, second, places;
+  Twos(int64_t rows, int64_t channels)
+      : channels(channels), first(rows * channels), second(rows * channels), places(rows) {}
+};
+
+// Into `mean` and `var`, what the caller counts: `of` has the mean and the squares of what lies beyond it of each channel of
+// each group.
+template <class N>
+void count(const Twos& of, const Batches& batches, N* mean, N* var) {
+  const int64_t channels = of.channels;
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    double centre = 0, squares = 0, places = 0;
+    for (int64_t group = 0; group < batches.groups; ++group) {
+      const int64_t at = group * channels + channel;
+      if (!batches.together) centre = squares = places = 0;
+      if (of.places[group]) merge(of.first[at], 0, of.second[at], of.places[group], places, centre, squares);
+      places += of.places[group];
+      const int64_t to = batches.together ? channel : at;
+      mean[to] = centre;
+      var[to] = squares / std::max(places, 1.);
+    }
+  }
+}
 
 template <class T>
 struct Sample {
@@ -70,6 +98,11 @@ struct Work {
   }
   One<T> beta(const Sample<T>& sample, int64_t channel) const {
     return bias.at ? of_sample<T>(bias, sample.row)[channel] : 0;
+  }
+  Twos of_groups() const {  // still 0, with their places
+    Twos all(batches.groups, channels);
+    for (const auto& sample : samples) all.places[of(sample)] += sample.length;
+    return all;
   }
   double inverse(double var) const { return 1 / std::sqrt(var + batches.eps); }
   const Sample<T>* first(int64_t group) const { return samples.data() + begin[group]; }

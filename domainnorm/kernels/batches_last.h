@@ -72,19 +72,11 @@ void each_tile(const Chunk<T>& chunk, int64_t channels, Run run) {
   if (!tile.empty()) run(tile.data(), (int64_t)tile.size());
 }
 
-// Two numbers of each of (rows, channels), and of each row how many places they are of.
-struct Twos {
-  int64_t channels;
-  std::vector<double> first, second, places;
-  Twos(int64_t rows, int64_t channels)
-      : channels(channels), first(rows * channels), second(rows * channels), places(rows) {}
-};
-
 template <class T>
 void last_moments(const Work<T>& work, Tables tables) {
   const int64_t channels = work.channels, groups = work.batches.groups, width = work.batches.width;
   const auto all = chunks(work, false);
-  Twos of(all.size(), channels), merged(groups, channels);  // mean, squares of what lies beyond it
+  Twos of(all.size(), channels), merged(groups, channels);  // means, and squares of what lies beyond them
   parallel(all.size(), work.places * channels, work.threads, [&](int64_t begin, int64_t end) {
     std::vector<One<T>> own(channels), rest(channels), squares(channels);  // of a tile
     One<T>*o = own.data(), *r = rest.data(), *s = squares.data();
@@ -115,11 +107,8 @@ void last_moments(const Work<T>& work, Tables tables) {
             merged.first[group * channels + i], merged.second[group * channels + i]);
     merged.places[group] += of.places[k];
   }
-  for (int64_t row = 0; row < groups * channels; ++row) {
-    ((One<T>*)tables.mean)[row] = merged.first[row];
-    ((One<T>*)tables.var)[row] = merged.second[row] / std::max(merged.places[row / channels], 1.);
-  }
-  for (int64_t set = 0; width > 1 && set < groups * channels / width; ++set) {
+  count(merged, work.batches, (One<T>*)tables.mean, (One<T>*)tables.var);
+  for (int64_t set = 0; set < groups * channels / width; ++set) {
     const double n = merged.places[set * width / channels];
     double centre = 0, squares = 0;
     for (int64_t k = 0; n && k < width; ++k)

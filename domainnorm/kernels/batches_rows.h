@@ -34,9 +34,9 @@ void each_tile(const Sample<T>* begin, const Sample<T>* end, int64_t channel, st
   if (n) run(tile, n);
 }
 
-// Of one channel of the samples of a group: how many numbers, their mean and the squares of what lies beyond it.
+// Of one channel of the samples of a group: the mean and the squares of what lies beyond it.
 template <class T>
-double moments(const Work<T>& work, int64_t group, int64_t channel, std::vector<Piece<T>>& tile, double& centre,
+void moments(const Work<T>& work, int64_t group, int64_t channel, std::vector<Piece<T>>& tile, double& centre,
                double& squares) {
   double done = 0;
   each_tile(work.first(group), work.first(group + 1), channel, tile, [&](const auto& pieces, int64_t n) {
@@ -54,30 +54,27 @@ double moments(const Work<T>& work, int64_t group, int64_t channel, std::vector<
     merge(own, rest.first, rest.second, n, done, centre, squares);
     done += n;
   });
-  return done;
 }
 
 template <class T>
 void normalize_rows(const Work<T>& work, Tables tables) {
   const int64_t channels = work.channels, width = work.batches.width, sets = channels / width;
-  One<T>*mean = (One<T>*)tables.mean, *var = (One<T>*)tables.var;
+  Twos of = work.of_groups();
   One<T>*batch_mean = (One<T>*)tables.batch_mean, *batch_var = (One<T>*)tables.batch_var;
-  parallel(work.batches.groups * sets, work.places * channels, work.threads, [=, &work](int64_t begin, int64_t end) {
+  parallel(work.batches.groups * sets, work.places * channels, work.threads, [=, &work, &of](int64_t begin, int64_t end) {
     std::vector<Piece<T>> tile;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / sets, first = task % sets * width;
       if (tables.fill) {
-        double done = 0, all_centre = 0, all_squares = 0;
+        const double places = of.places[group];
+        double all_centre = 0, all_squares = 0;
         for (int64_t channel = first; channel < first + width; ++channel) {
-          double centre = 0, squares = 0;
-          const double n = moments(work, group, channel, tile, centre, squares);
-          mean[group * channels + channel] = centre;
-          var[group * channels + channel] = squares / std::max(n, 1.);
-          if (n) merge(centre, 0, squares, n, done, all_centre, all_squares);
-          done += n;
+          double &centre = of.first[group * channels + channel], &squares = of.second[group * channels + channel];
+          moments(work, group, channel, tile, centre, squares);
+          if (places) merge(centre, 0, squares, places, places * (channel - first), all_centre, all_squares);
         }
         batch_mean[task] = all_centre;
-        batch_var[task] = all_squares / std::max(done, 1.);
+        batch_var[task] = all_squares / std::max(places * width, 1.);
       }
       if (!tables.use) continue;
       const One<T> c = batch_mean[task], scale = work.inverse(batch_var[task]);
@@ -90,6 +87,7 @@ void normalize_rows(const Work<T>& work, Tables tables) {
         }
     }
   });
+  if (tables.fill) count(of, work.batches, (One<T>*)tables.mean, (One<T>*)tables.var);
 }
 
 template <class T>

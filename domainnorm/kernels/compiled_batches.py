@@ -14,8 +14,8 @@ from .library import call, like, numbers, part, wide
 if TYPE_CHECKING:
     from ..batches import Batches
 
-# What is kept for the backward pass: means and variances of the channels of each group `(groups, C)`, which are counted;
-# of the batches; and for a SeqNorm of the rows.
+# Means and variances: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted; of the batches,
+# `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches. All but the first are for the backward pass.
 Tables = tuple[Tensor, ...]
 
 
@@ -54,7 +54,7 @@ def gradient(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of `xs`, and of γ and β, of rows where one of them is of rows, else of groups."""
     of_rows = any(v is not None and v.ndim == 2 and len(v) > 1 for v in (weight, bias))
-    shape = (2, sum(map(len, xs)) if of_rows else batches.groups, xs[0].shape[1])
+    shape = (2, sum(map(len, xs)) if of_rows else len(batches.counts), xs[0].shape[1])
     to_weight, to_bias = torch.zeros(shape, dtype=wide(xs[0])).unbind()
     outs = [torch.empty_like(x) for x in xs]
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
@@ -75,18 +75,20 @@ def _given(
     fill: bool = False,
     use: bool = False,
 ) -> tuple[Any, ...]:
-    group = None if batches.group is None else batches.group.data_ptr()
-    of = library.Batches(group, batches.groups, batches.first or batches.width, eps)
-    pointers = [v.data_ptr() for v in tables] + [None] * (6 - len(tables))
+    groups, width = len(batches.counts), batches.first or batches.width
+    of = library.Batches(batches.array, groups, width, batches.together, eps)
+    pointers = [None if v is None else v.data_ptr() for v in tables] + [None] * (8 - len(tables))
     return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*pointers, fill, use)
 
 
 def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
     rows, channels, dtype = sum(map(len, xs)), xs[0].shape[1], wide(xs[0])
-    counted = [torch.empty(batches.groups, channels, dtype=dtype) for _ in range(2)]
+    counted = (1 if batches.together else len(batches.counts), channels)
+    of_batches = (len(batches.counts), channels // batches.width)
+    shapes = [counted] if counted == of_batches else [counted, of_batches]
     if batches.first:
-        sizes = [channels // batches.first] * 2 + [channels] * 2
-        return *counted, *(torch.empty(rows, size, dtype=dtype) for size in sizes)
-    if batches.width == 1:
-        return *counted, *counted
-    return *counted, *(torch.empty(batches.groups, channels // batches.width, dtype=dtype) for _ in range(2))
+        shapes += [(rows, channels), (rows, channels // batches.first)]
+    pairs = [torch.empty(2, *shape, dtype=dtype).unbind() for shape in shapes]
+    if counted == of_batches:
+        pairs.insert(0, pairs[0])
+    return tuple(table for pair in pairs for table in pair)

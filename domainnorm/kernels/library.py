@@ -37,16 +37,17 @@ class Numbers(ctypes.Structure):
 
 class Batches(ctypes.Structure):
     _fields_ = [
-        ("group", ctypes.c_void_p),
+        ("group", ctypes.POINTER(ctypes.c_int64)),
         ("groups", ctypes.c_int64),
         ("width", ctypes.c_int64),
+        ("together", ctypes.c_int64),
         ("eps", ctypes.c_double),
     ]
 
 
 class Tables(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("mean", "var", "batch_mean", "batch_var", "row_mean", "row_var")),
+        *((f"{of}{which}", ctypes.c_void_p) for of in ("", "batch_", "row_", "first_") for which in ("mean", "var")),
         *((name, ctypes.c_int64) for name in ("fill", "use")),
     ]
 

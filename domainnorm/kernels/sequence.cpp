@@ -20,6 +20,7 @@ struct Sequence {
   const One<T>*weight, *bias;                    // (channels,), or none
   One<T>*z_mean, *z_var, *row_mean, *row_var;    // of z, (groups, channels), and of rows, (samples, channels)
   One<T>*mean, *var;                             // of the channel groups of samples, (samples, channels / width)
+  One<T>*total_mean, *total_var;                 // of z, which the caller counts
   int64_t samples = 0;
   std::vector<double> length;  // of each sample
   std::vector<double> count;   // of each group
@@ -27,9 +28,9 @@ struct Sequence {
   Sequence(const Part* parts, int64_t number, int64_t channels, int64_t threads, Batches batches, Numbers weight,
            Numbers bias, Tables tables)
       : parts(parts), number(number), channels(channels), threads(threads), batches(batches),
-        weight((const One<T>*)weight.at), bias((const One<T>*)bias.at), z_mean((One<T>*)tables.mean), z_var((One<T>*)tables.var),
-        row_mean((One<T>*)tables.row_mean), row_var((One<T>*)tables.row_var), mean((One<T>*)tables.batch_mean),
-        var((One<T>*)tables.batch_var), count(batches.groups) {
+        weight((const One<T>*)weight.at), bias((const One<T>*)bias.at), z_mean((One<T>*)tables.batch_mean), z_var((One<T>*)tables.batch_var),
+        row_mean((One<T>*)tables.row_mean), row_var((One<T>*)tables.row_var), mean((One<T>*)tables.first_mean),
+        var((One<T>*)tables.first_var), total_mean((One<T>*)tables.mean), total_var((One<T>*)tables.var), count(batches.groups) {
     for (const Part* part = parts; part < parts + number; ++part) length.insert(length.end(), part->samples, part->length);
     samples = length.size();
     for (int64_t n = 0; n < samples; ++n) count[group(n)] += length[n];
@@ -77,19 +78,21 @@ void merge_rows(const Sequence<T>& of) {
     of.var[set] = squares / width;
   }
   const auto inverses = of.inverses();
-  std::vector<double> mean(of.batches.groups * of.channels), var(of.batches.groups * of.channels);
+  Twos z(of.batches.groups, of.channels);
+  z.places = of.count;
   of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double length) {
-    mean[g] += length * (of.row_mean[row] - of.mean[set]) * inverses[set];
+    z.first[g] += length * (of.row_mean[row] - of.mean[set]) * inverses[set];
   });
-  for (size_t g = 0; g < mean.size(); ++g) mean[g] /= std::max(of.count[g / of.channels], 1.);
+  for (size_t g = 0; g < z.first.size(); ++g) z.first[g] /= std::max(of.count[g / of.channels], 1.);
   of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double length) {
-    const double apart = (of.row_mean[row] - of.mean[set]) * inverses[set] - mean[g];
-    var[g] += length * (of.row_var[row] * inverses[set] * inverses[set] + apart * apart);
+    const double apart = (of.row_mean[row] - of.mean[set]) * inverses[set] - z.first[g];
+    z.second[g] += length * (of.row_var[row] * inverses[set] * inverses[set] + apart * apart);
   });
-  for (size_t g = 0; g < mean.size(); ++g) {
-    of.z_mean[g] = mean[g];
-    of.z_var[g] = var[g] / std::max(of.count[g / of.channels], 1.);
+  for (size_t g = 0; g < z.first.size(); ++g) {
+    of.z_mean[g] = z.first[g];
+    of.z_var[g] = z.second[g] / std::max(of.count[g / of.channels], 1.);
   }
+  domainnorm::count(z, of.batches, of.total_mean, of.total_var);
 }
 
 template <class T>

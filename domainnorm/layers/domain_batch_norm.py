@@ -230,11 +230,11 @@ class DomainBatchNorm(PopulationStatistics):
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
 
-    def _check_counts(self, batch: DomainBatch, counts: Tensor, ranks: int) -> None:
+    def _check_counts(self, batch: DomainBatch, counts: Callable[[], list[float]], ranks: int) -> None:
         """A normalization batch of one element has no variance: ValueError, on every rank alike.
 
         Args:
-            counts: elements `(K, 1)` of each domain, or `(1, 1)`.
+            counts: the elements of each domain, or of all; to know them, a GPU may have to be waited for.
         """
         per_domain = self.sgd_statistics == "per_domain"
         if self.split is not None:
@@ -242,11 +242,10 @@ class DomainBatchNorm(PopulationStatistics):
             self.split.check_elements(batch, not per_domain)
             return
         if batch.cannot_be_single(per_domain, ranks):
-            return  # known from the shapes, without waiting for a GPU
-        count = counts if per_domain else counts.sum(0, keepdim=True)
-        single = (count.flatten() == 1).nonzero().flatten().tolist()
-        if single:
-            which = f"domain {single[0]}" if per_domain and self.num_domains > 1 else "the normalization batch"
+            return  # known from the shapes
+        of = counts() if per_domain else [sum(counts())]
+        if 1 in of:
+            which = f"domain {of.index(1)}" if per_domain and self.num_domains > 1 else "the normalization batch"
             where = f" on all {ranks} ranks together" if ranks > 1 else ""
             raise ValueError(
                 f"{type(self).__name__}: expected more than 1 value per channel in training, got 1 in {which}{where}: "

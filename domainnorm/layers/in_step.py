@@ -65,7 +65,7 @@ def _merged(
         halves = zip(merged.mean.split(widths, 1), merged.var.split(widths, 1), strict=True)
         local = [Moments(merged.count, mean, var) for mean, var in halves]
     if first.training:
-        first._check_counts(batches[0], local[0].count, ranks)
+        first._check_counts(batches[0], lambda: local[0].count.flatten().tolist(), ranks)
     return [layer._normalize(b, m) for layer, b, m in zip(layers, batches, local, strict=True)]
 
 
