@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from .library import call, like, numbers, part, wide
+from .library import Weighing, call, like, numbers, part, wide
 
 
 def moments(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,19 @@ def gradient(
     parts = [part(x, grad, out) for grad, x, out in zip(grads, xs, outs, strict=True)]
     call("gradient", xs, parts, *(numbers(v, xs) for v in (scale, centre, to_mean, to_var)))
     return outs
+
+
+def weighed(
+    xs: Sequence[Tensor], share: float, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> list[Tensor]:
+    """Each row normalized by the union of its own moments, with weight `share`, and given ones; then the affine.
+
+    The numbers are `(C,)` or `(ΣN, C)`. A layer's merge of rows is the reference.
+    """
+    ys = [torch.empty_like(x) for x in xs]
+    parts = [part(x, out=y) for x, y in zip(xs, ys, strict=True)]
+    call("weighed", xs, parts, Weighing(share, eps, *(numbers(v, xs) for v in (mean, var, weight, bias))))
+    return ys
 
 
 def _empty_tables(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -52,12 +52,20 @@ class Tables(ctypes.Structure):
     ]
 
 
+class Weighing(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("share", "eps")),
+        *((name, Numbers) for name in ("mean", "var", "weight", "bias")),
+    ]
+
+
 TABLE = ctypes.c_void_p
 FUNCTIONS = {  # what each takes after the tensors, their number and channels, and the threads
     "moments": [TABLE] * 2,
     "affine": [Numbers] * 3,
     "sums": [TABLE] * 2 + [Numbers],
     "gradient": [Numbers] * 4,
+    "weighed": [Weighing],
     "normalize": [Batches, Numbers, Numbers, Tables],
     "normalize_gradient": [Batches, Numbers, Numbers, Tables, TABLE, TABLE],
     "sequence": [Batches, Numbers, Numbers, Tables],

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Group, deepcopy_over_group
+from ..kernels import compiled, kernel
 from ..moments import Moments, Rows, is_recomputed
 from .domains import Domain, DomainBatch, Domains, Input, of_domain
 from .in_step import normalize_in_step
@@ -201,6 +202,8 @@ class DomainBatchNorm(PopulationStatistics):
         values = (self.running_mean, self.running_var, self.weight, self.bias)
         if self.example_weight > 0 and not self.training:
             mean, var, weight, bias = (self._of_rows(v, batch) for v in values)
+            if self.channels_together == (1, 0) and kernel(batch.tensors) is compiled:
+                return compiled.weighed(batch.tensors, self.example_weight, mean, var, weight, bias, self.eps)
             return self._normalize_by(batch.rows, self._weighed(batch.counted, mean, var), weight, bias)
         return [
             self._normalize_fixed(x, *(of_domain(v, domain) for v in values))

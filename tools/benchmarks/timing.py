@@ -1,5 +1,6 @@
 """Candidates timed in turn, so that what the machine does besides harms all alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ import torch
 
 
 def times(candidates: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; all run once in a round, in turn.
+    """Seconds of each candidate in each round; all run in a round, in an order of its own.
 
     Args:
         repeats: rounds, after one that does not count.
@@ -20,9 +21,10 @@ def times(candidates: Mapping[str, Callable[[], object]], repeats: int, seconds:
     once = {name: clock(run, 1) for name, run in candidates.items()}
     times_a_round = {name: max(1, int(seconds / max(once[name], 1e-9))) for name in candidates}
     taken: dict[str, list[float]] = {name: [] for name in candidates}
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, run in candidates.items():
-            taken[name].append(clock(run, times_a_round[name]))
+        for name in order.sample(list(candidates), len(candidates)):
+            taken[name].append(clock(candidates[name], times_a_round[name]))
     return taken
 
 
