@@ -4,6 +4,7 @@ Every kernel is the same four functions of tensors `(N_i, C, *)` and numbers `(Î
 reference, which runs everywhere, on any layout and type, differentiably, and compiles.
 """
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from . import compiled, library, plain
 
-FEW = 64  # elements of a row: with fewer, the numbers of rows cost as much as the rows
-SMALL = 1_000_000  # elements of a tensor: with fewer, calls cost more than the work
+SMALL = 400_000  # elements of a tensor: with fewer, calls cost more than the work
 
 
 def kernel(xs: Sequence[Tensor]) -> ModuleType:
@@ -28,14 +28,11 @@ def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
     if torch.compiler.is_compiling():
         return False
-    # torch sums up a float32 row number by number, but not those of half types, nor those of channels_last
-    return _is_small(x) or x.dtype == torch.bfloat16 or not x.is_contiguous() or not library.takes([x])
+    # torch sums up a float32 row number by number, but not those of half types, nor places with their channels together
+    apart = x.is_contiguous() and math.prod(x.shape[2:]) > 1
+    return not apart or x.numel() < SMALL or x.dtype == torch.bfloat16 or not library.takes([x])
 
 
 def takes_batches(xs: Sequence[Tensor]) -> bool:
     """Whether there is a kernel of whole normalization batches for `xs` here."""
     return not torch.compiler.is_compiling() and library.takes_batches(xs)
-
-
-def _is_small(x: Tensor) -> bool:
-    return x.numel() < max(SMALL, FEW * x.shape[0] * x.shape[1])
