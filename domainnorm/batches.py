@@ -29,7 +29,7 @@ class Batches:
         counts: of each group, the numbers that a channel has.
         width: channels of a normalization batch; divides C.
         together: whether what is counted is of all groups in one.
-        first: channels of a GroupNorm without affine that each sample passes before (SeqNorm; width is 1 then); 0: none.
+        first: channels of the GroupNorm that comes first in a SeqNorm, where width is 1; 0: none does.
     """
 
     group: tuple[int, ...]
@@ -43,7 +43,7 @@ class Batches:
     def of(
         groups: tuple[int, ...], sizes: tuple[int, ...], lengths: tuple[int, ...], number: int, *others: Any
     ) -> Batches:
-        """Of so many samples of such lengths each, neighbours, in these of `number` groups; and the other attributes."""
+        """Of so many neighbouring samples of such lengths, in these of `number` groups; and the other attributes."""
         counts = [0] * number
         for group, size, length in zip(groups, sizes, lengths, strict=True):
             counts[group] += size * length
@@ -102,19 +102,18 @@ class _Normalize(Function):
     def forward(ctx, batches, eps, reference, tables, kept, weight, bias, *xs):
         ys, tables = kernel.normalize(xs, batches, weight, bias, eps, tables)
         kept.extend(tables)
-        ctx.save_for_backward(weight, bias, *xs, *tables[2:])
+        ctx.save_for_backward(weight, bias, *xs, *tables)
         ctx.batches, ctx.eps, ctx.reference, ctx.number = batches, eps, reference, len(xs)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grads):
         weight, bias, *tensors = ctx.saved_tensors
-        xs, tables = tensors[: ctx.number], tensors[ctx.number :]
+        xs, tables = tensors[: ctx.number], tuple(tensors[ctx.number :])
         if torch.is_grad_enabled():  # create_graph=True
             return *[None] * 5, *_differentiable(ctx.reference, weight, bias, xs, grads)
-        dxs, *numbers = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, (None, None, *tables))
-        numbers = (_like(grad, of) for grad, of in zip(numbers, (weight, bias), strict=True))
-        return *[None] * 5, *numbers, *dxs
+        dxs, to_weight, to_bias = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, tables)
+        return *[None] * 5, _like(to_weight, weight), _like(to_bias, bias), *dxs
 
 
 def _like(grad: Tensor, of: Tensor | None) -> Tensor | None:

@@ -13,11 +13,12 @@ from torch import nn
 
 import domainnorm as dn
 from domainnorm import kernels
-from domainnorm.kernels import compiled, plain
+from domainnorm.kernels import compiled, compiled_batches, library, plain
+from domainnorm.layers import by_batch, by_torch
 from domainnorm.moments import Rows
 
 needs_library = pytest.mark.skipif(
-    compiled._LIBRARY is None and shutil.which("c++") is None, reason="there was no compiler at installation"
+    library._LIBRARY is None and shutil.which("c++") is None, reason="there was no compiler at installation"
 )
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}
@@ -85,7 +86,7 @@ def test_compiled_equals_plain(sizes, channels, dtype, kind, threads, last, seed
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert compiled.takes(xs)
+        assert library.takes(xs)
         assert_equal_kernels(xs, [tensor(rows, wide, seed + 7 + k) for k in range(4)], seed)
     finally:
         torch.set_num_threads(before)
@@ -150,7 +151,7 @@ def test_bfloat16_is_rounded_as_torch_does():
 
 @needs_library
 def test_installation_has_compiled_the_kernels():
-    assert compiled._LIBRARY is not None, "pip install -e . had a compiler, but there is no library"
+    assert library._LIBRARY is not None, "pip install -e . had a compiler, but there is no library"
 
 
 @needs_library
@@ -159,21 +160,48 @@ def test_installation_has_compiled_the_kernels():
 def test_each_layer_takes_the_fast_path(name, layout):
     layer = LAYERS[name]()
     x = tensor((6, 16, 112, 112), torch.float32, 0, layout).requires_grad_()
+    function = "sequence" if name == "SeqNorm" else "normalize"
+    # its correction is known only when the moments are
+    forward = ["normalize"] * 2 if name == "BatchRenorm" else [function]
     with counted() as calls:
         y = layer(x)
-        assert calls == ["moments", "affine"]
+        assert calls == forward
         y.backward(torch.ones_like(y))
-    # read once, written once; and back again
+    assert calls == [*forward, f"{function}_gradient"]
+
+
+@needs_library
+@pytest.mark.parametrize("choice", ["shared", "per_domain"])
+def test_all_levels_take_one_call_each_way(choice):
+    layer = dn.DomainBatchNorm(256, 5, choice, choice)
+    levels = [tensor((2, 256, 64 >> k, 80 >> k), torch.float32, k).requires_grad_() for k in range(5)]
+    with counted() as calls:
+        torch.autograd.backward(layer(levels), [torch.ones_like(x) for x in levels])
+    assert calls == ["normalize", "normalize_gradient"]
+
+
+@needs_library
+def test_what_is_no_whole_batch_is_read_once_and_written_once():
+    layer = dn.DomainBatchNorm(16, 2)
+    x = tensor((6, 16, 112, 112), torch.float32, 0).requires_grad_()
+    with counted() as calls:
+        y = layer(x, domain=torch.tensor([0, 1, 1, 0, 0, 1]))
+        y.backward(torch.ones_like(y))
     assert calls == ["moments", "affine", "sums", "gradient"]
 
 
 @needs_library
-def test_all_levels_take_one_call_each_way():
-    layer = dn.DomainBatchNorm(16, 5, "shared", "shared")
-    levels = [tensor((2, 16, 64 >> k, 80 >> k), torch.float32, k).requires_grad_() for k in range(5)]
-    with counted() as calls:
-        torch.autograd.backward(layer(levels), [torch.ones_like(x) for x in levels])
-    assert calls == ["moments", "affine", "sums", "gradient"]
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_example_weighing_is_one_call(layout):
+    layer = dn.DomainBatchNorm(16).eval()
+    layer.running_mean.normal_(), layer.running_var.uniform_(1, 2)
+    layer.example_weight = 0.3
+    for shape in ((6, 16, 9, 40), (6, 16, 1, 1)):
+        x = tensor(shape, torch.float32, 0, layout)
+        with torch.no_grad(), counted() as calls:
+            y = layer(x)
+        assert calls == ["weighed"]
+        torch.testing.assert_close(y, layer(x).detach())  # differentiable: row by row
 
 
 @needs_library
@@ -188,23 +216,115 @@ def test_a_plain_batch_norm_takes_the_faster_of_ours_and_torchs():
         torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["DomainBatchNorm", "GhostBatchNorm", "BatchRenorm"])
-def test_small_inputs_take_torchs_kernel_with_the_same_results(name):
-    layer, twin = LAYERS[name]().double(), LAYERS[name]().double()
-    twin.load_state_dict(layer.state_dict())
-    for shape in ((6, 16, 5, 7), (7, 16), (6, 16, 1, 1), (5, 16, 3)):
-        x = tensor(shape, torch.float64, len(shape)).requires_grad_()
-        other = x.detach().clone().requires_grad_()
-        with mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as torchs:
-            y = layer(x)
-        assert torchs.called
-        with mock.patch.object(kernels, "_is_small", lambda *_: False):
-            expected = twin(other)
-        for of in (y, expected):
-            of.pow(3).sum().backward()
-        torch.testing.assert_close((y, x.grad, *layer.buffers()), (expected, other.grad, *twin.buffers()))
-        for one, two in zip(layer.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, two.grad)
+WHOLE = LAYERS | {
+    "shared": lambda: dn.DomainBatchNorm(16, 3, "shared", "shared"),
+    "per domain": lambda: dn.DomainBatchNorm(16, 3, affine="per_domain"),
+    "one after the other": lambda: dn.DomainBatchNorm(16, 3, "per_domain", "shared"),
+    "no affine": lambda: dn.DomainBatchNorm(16, affine=None),
+    "GroupNorm": lambda: dn.GroupedBatchNorm(16, channel_groups=2, examples_per_group=1),
+    "micro-batches": lambda: dn.BatchRenorm(16, group_size=2, allow_smaller_batch=True),
+    "one group": lambda: dn.BatchGroupNorm(16, num_groups=1),
+}
+
+
+@needs_library
+@given(
+    name=st.sampled_from(list(WHOLE)),
+    samples=st.integers(2, 7),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 9)),
+    dtype=st.sampled_from(TYPES),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    mean=st.sampled_from([0, 5]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=300)
+def test_whole_batches_are_what_merged_rows_are(name, samples, size, dtype, layout, mean, seed):
+    layer, twin = WHOLE[name](), WHOLE[name]()
+    wide = dtype if dtype == torch.float64 else torch.float32
+    for p, other in zip(layer.to(wide).parameters(), twin.to(wide).parameters(), strict=True):
+        p.data.copy_(tensor(p.shape, wide, seed))
+        other.data.copy_(p.data)
+    sizes = [size] if layer.num_domains == 1 else [size, (3, 2), (1, 5)]
+    xs = [tensor((samples, 16, *of), dtype, seed + k, layout) + mean for k, of in enumerate(sizes)]
+    grads = [tensor(x.shape, dtype, seed + 7 + k) for k, x in enumerate(xs)]
+    found = []
+    for one, whole in ((layer, True), (twin, False)):
+        leaves = [x.clone().requires_grad_() for x in xs]
+        takes = kernels.takes_batches if whole else lambda _: False
+        with (
+            counted() as calls,
+            mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False),
+            mock.patch.object(by_batch, "takes_batches", takes),
+        ):
+            ys = one(leaves if len(leaves) > 1 else leaves[0])
+            ys = ys if isinstance(ys, list) else [ys]
+            torch.autograd.backward(ys, grads)
+        assert (calls[0] in ("normalize", "sequence")) == whole
+        assert all(y.stride() == x.stride() for y, x in zip(ys, xs, strict=True))
+        found.append([*ys, *(x.grad for x in leaves), *(p.grad for p in one.parameters()), *one.buffers()])
+    scale = 1 + sum(x[:, 0].numel() for x in xs) ** 0.5  # of sums over a normalization batch
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype == expected.dtype
+        tolerance = TOLERANCE[dtype] * (4 if ours.ndim > 1 else scale)
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_batches_share_the_work_among_threads(name, layout):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 4):
+            torch.set_num_threads(threads)
+            layer = WHOLE[name]()
+            xs = [tensor((4, 16, 200, 90 + k), torch.float32, k, layout).requires_grad_() for k in range(3)]
+            xs = xs[: layer.num_domains]
+            with mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False):
+                ys = layer(xs)
+            torch.autograd.backward(ys, [tensor(y.shape, torch.float32, 9, layout) for y in ys])
+            results.append([*ys, *(x.grad for x in xs), *(p.grad for p in layer.parameters()), *layer.buffers()])
+    finally:
+        torch.set_num_threads(before)
+    for of in results[1:]:
+        torch.testing.assert_close(of, results[0], atol=2e-3, rtol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["GhostBatchNorm", "GroupedBatchNorm", "SeqNorm", "BatchGroupNorm"])
+def test_whole_batches_at_large_means(name, layout, mean):
+    x = (tensor((4, 16, 90, 100), torch.float64, 0) + mean).float().contiguous(memory_format=layout)
+    layer, exact = LAYERS[name](), LAYERS[name]().double()
+    torch.testing.assert_close(layer(x).double(), exact(x.double()), atol=mean * 2e-6, rtol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("name", [name for name in WHOLE if name not in ("BatchRenorm", "micro-batches")])
+def test_whole_batches_have_second_derivatives(name):
+    layer = WHOLE[name]().double()
+    layer.momentum = 0.0  # each run is the same
+    xs = [tensor((4, 16, 3, 2), torch.float64, k).requires_grad_() for k in range(layer.num_domains)]
+    names, weights = zip(*layer.named_parameters(), strict=True) if layer.affine else ((), ())
+
+    def run(*given):
+        with mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False):
+            affine = dict(zip(names, given[len(xs) :], strict=True))
+            return tuple(torch.func.functional_call(layer, affine, (list(given[: len(xs)]),)))
+
+    assert torch.autograd.gradgradcheck(run, (*xs, *weights), atol=1e-6, nondet_tol=1e-9, fast_mode=True)
+
+
+@needs_library
+def test_second_derivatives_of_what_has_constants():  # BatchRenorm's r and d, so that numbers cannot tell
+    penalties = []
+    for takes in (kernels.takes_batches, lambda _: False):
+        layer, x = dn.BatchRenorm(16).double(), tensor((4, 16, 3, 2), torch.float64, 0).requires_grad_()
+        with mock.patch.object(by_batch, "takes_batches", takes):
+            (grad,) = torch.autograd.grad(layer(x).pow(3).sum(), [x], create_graph=True)
+        penalties.append(torch.autograd.grad(grad.pow(2).sum(), [x, *layer.parameters()], allow_unused=True))
+    torch.testing.assert_close(*penalties)
 
 
 def test_what_is_differentiated_or_compiled_is_of_torchs_operations():
@@ -221,9 +341,9 @@ def test_what_is_differentiated_or_compiled_is_of_torchs_operations():
 def test_without_a_library_results_are_the_same(name):
     layer, twin = LAYERS[name](), LAYERS[name]()
     results = []
-    for one, library in ((layer, compiled._LIBRARY), (twin, None)):
+    for one, of in ((layer, library._LIBRARY), (twin, None)):
         x = tensor((6, 16, 9, 7), torch.float64, 0).requires_grad_()
-        with mock.patch.object(compiled, "_LIBRARY", library):
+        with mock.patch.object(library, "_LIBRARY", of):
             y = one.double()(x)
             y.backward(tensor(y.shape, torch.float64, 1))
         results.append((y, x.grad, *(p.grad for p in one.parameters()), *one.buffers()))
@@ -233,19 +353,22 @@ def test_without_a_library_results_are_the_same(name):
 @needs_library
 def test_a_library_of_another_source_is_not_used(tmp_path):
     changed = tmp_path / "rows.cpp"
-    changed.write_bytes(compiled.SOURCE.read_bytes() + b"// changed\n")
-    with mock.patch.object(compiled, "SOURCE", changed), pytest.warns(UserWarning, match="another version of rows.cpp"):
-        assert compiled._library() is None
+    changed.write_bytes(library.SOURCE[-1].read_bytes() + b"// changed\n")
+    with (
+        mock.patch.object(library, "SOURCE", [*library.SOURCE[:-1], changed]),
+        pytest.warns(UserWarning, match="another version of its source"),
+    ):
+        assert library._library() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compiled._library() is not None
+        assert library._library() is not None
 
 
 @needs_library
 @pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch has none")
 def test_kernels_run_on_the_threads_that_torch_has():
-    team = compiled._team()
-    assert team is not None and all(getattr(team, name) for name in compiled.OPENMP)
+    team = library._team()
+    assert team is not None and all(getattr(team, name) for name in library.OPENMP)
 
 
 def test_rows_are_written_once():
@@ -289,15 +412,17 @@ class counted:
     """The names of the compiled functions that are called within, in order."""
 
     def __enter__(self):
-        calls, original = [], compiled._call
+        calls, original = [], library.call
 
         def call(function, *args):
             calls.append(function)
             original(function, *args)
 
-        self.patch = mock.patch.object(compiled, "_call", call)
-        self.patch.start()
+        self.patches = [mock.patch.object(module, "call", call) for module in (compiled, compiled_batches)]
+        for patch in self.patches:
+            patch.start()
         return calls
 
     def __exit__(self, *_):
-        self.patch.stop()
+        for patch in self.patches:
+            patch.stop()

@@ -54,7 +54,13 @@ def gradient(
 
 
 def weighed(
-    xs: Sequence[Tensor], share: float, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    xs: Sequence[Tensor],
+    share: float,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> list[Tensor]:
     """Each row normalized by the union of its own moments, with weight `share`, and given ones; then the affine.
 

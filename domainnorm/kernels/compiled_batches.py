@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..batches import Batches
 
 # Means and variances: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted; of the batches,
-# `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches. All but the first are for the backward pass.
+# `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches.
 Tables = tuple[Tensor, ...]
 
 
@@ -77,7 +77,7 @@ def _given(
 ) -> tuple[Any, ...]:
     groups, width = len(batches.counts), batches.first or batches.width
     of = library.Batches(batches.array, groups, width, batches.together, eps)
-    pointers = [None if v is None else v.data_ptr() for v in tables] + [None] * (8 - len(tables))
+    pointers = [v.data_ptr() for v in tables] + [None] * (8 - len(tables))
     return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*pointers, fill, use)
 
 

@@ -60,7 +60,7 @@ class Weighing(ctypes.Structure):
 
 
 TABLE = ctypes.c_void_p
-FUNCTIONS = {  # what each takes after the tensors, their number and channels, and the threads
+FUNCTIONS: dict[str, list[Any]] = {  # what each takes after the tensors, their number and channels, and the threads
     "moments": [TABLE] * 2,
     "affine": [Numbers] * 3,
     "sums": [TABLE] * 2 + [Numbers],

@@ -34,7 +34,7 @@ def batches_of(layer: DomainBatchNorm, batch: DomainBatch) -> Batches | None:
         sizes = tuple(layer.split.sizes(sizes[0], batch.elements[0])) or (0,)
         groups, number, lengths = tuple(range(len(sizes))), len(sizes), lengths * len(sizes)
     elif layer.sgd_statistics == "per_domain":
-        groups, number = tuple(map(int, batch.domains)), layer.num_domains  # type: ignore[arg-type]  # none is mixed
+        groups, number = tuple(map(int, batch.domains)), layer.num_domains  # none is mixed
     elif not one and layer.population_statistics == "per_domain":
         return None  # the moments of each domain are asked for, too
     return Batches.of(groups, sizes, lengths, number, width, layer.split is not None, first)
