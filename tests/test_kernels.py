@@ -1,6 +1,5 @@
 """Compiled kernels equal the plain ones, and are the ones that run."""
 
-import shutil
 import warnings
 from unittest import mock
 
@@ -9,32 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import LAYERS, TOLERANCE, TYPES, counted, needs_library, tensor
 from torch import nn
 
 import domainnorm as dn
 from domainnorm import kernels
-from domainnorm.kernels import compiled, compiled_batches, library, plain
-from domainnorm.layers import by_batch, by_torch
+from domainnorm.kernels import compiled, library, plain
 from domainnorm.moments import Rows
-
-needs_library = pytest.mark.skipif(
-    library._LIBRARY is None and shutil.which("c++") is None, reason="there was no compiler at installation"
-)
-TYPES = [torch.float32, torch.float64, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}
-LAYERS = {
-    "DomainBatchNorm": lambda: dn.DomainBatchNorm(16, momentum=None),
-    "GhostBatchNorm": lambda: dn.GhostBatchNorm(16, group_size=2),
-    "SeqNorm": lambda: dn.SeqNorm(16, channel_groups=4, batch_groups=2),
-    "BatchGroupNorm": lambda: dn.BatchGroupNorm(16, num_groups=4),
-    "GroupedBatchNorm": lambda: dn.GroupedBatchNorm(16, channel_groups=4, examples_per_group=2),
-    "BatchRenorm": lambda: dn.BatchRenorm(16),
-}
-
-
-def tensor(shape, dtype, seed, layout=torch.contiguous_format):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
-    return values.to(dtype).contiguous(memory_format=layout)
 
 
 def layouts(shape):
@@ -216,117 +196,6 @@ def test_a_plain_batch_norm_takes_the_faster_of_ours_and_torchs():
         torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True), atol=1e-5, rtol=1e-5)
 
 
-WHOLE = LAYERS | {
-    "shared": lambda: dn.DomainBatchNorm(16, 3, "shared", "shared"),
-    "per domain": lambda: dn.DomainBatchNorm(16, 3, affine="per_domain"),
-    "one after the other": lambda: dn.DomainBatchNorm(16, 3, "per_domain", "shared"),
-    "no affine": lambda: dn.DomainBatchNorm(16, affine=None),
-    "GroupNorm": lambda: dn.GroupedBatchNorm(16, channel_groups=2, examples_per_group=1),
-    "micro-batches": lambda: dn.BatchRenorm(16, group_size=2, allow_smaller_batch=True),
-    "one group": lambda: dn.BatchGroupNorm(16, num_groups=1),
-}
-
-
-@needs_library
-@given(
-    name=st.sampled_from(list(WHOLE)),
-    samples=st.integers(2, 7),
-    size=st.tuples(st.integers(1, 40), st.integers(1, 9)),
-    dtype=st.sampled_from(TYPES),
-    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
-    mean=st.sampled_from([0, 5]),
-    seed=st.integers(0, 99),
-)
-@settings(deadline=None, max_examples=300)
-def test_whole_batches_are_what_merged_rows_are(name, samples, size, dtype, layout, mean, seed):
-    layer, twin = WHOLE[name](), WHOLE[name]()
-    wide = dtype if dtype == torch.float64 else torch.float32
-    for p, other in zip(layer.to(wide).parameters(), twin.to(wide).parameters(), strict=True):
-        p.data.copy_(tensor(p.shape, wide, seed))
-        other.data.copy_(p.data)
-    sizes = [size] if layer.num_domains == 1 else [size, (3, 2), (1, 5)]
-    xs = [tensor((samples, 16, *of), dtype, seed + k, layout) + mean for k, of in enumerate(sizes)]
-    grads = [tensor(x.shape, dtype, seed + 7 + k) for k, x in enumerate(xs)]
-    found = []
-    for one, whole in ((layer, True), (twin, False)):
-        leaves = [x.clone().requires_grad_() for x in xs]
-        takes = kernels.takes_batches if whole else lambda _: False
-        with (
-            counted() as calls,
-            mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False),
-            mock.patch.object(by_batch, "takes_batches", takes),
-        ):
-            ys = one(leaves if len(leaves) > 1 else leaves[0])
-            ys = ys if isinstance(ys, list) else [ys]
-            torch.autograd.backward(ys, grads)
-        assert (calls[0] in ("normalize", "sequence")) == whole
-        assert all(y.stride() == x.stride() for y, x in zip(ys, xs, strict=True))
-        found.append([*ys, *(x.grad for x in leaves), *(p.grad for p in one.parameters()), *one.buffers()])
-    scale = 1 + sum(x[:, 0].numel() for x in xs) ** 0.5  # of sums over a normalization batch
-    for ours, expected in zip(*found, strict=True):
-        assert ours.dtype == expected.dtype
-        tolerance = TOLERANCE[dtype] * (4 if ours.ndim > 1 else scale)
-        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
-
-
-@needs_library
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", WHOLE)
-def test_whole_batches_share_the_work_among_threads(name, layout):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3, 4):
-            torch.set_num_threads(threads)
-            layer = WHOLE[name]()
-            xs = [tensor((4, 16, 200, 90 + k), torch.float32, k, layout).requires_grad_() for k in range(3)]
-            xs = xs[: layer.num_domains]
-            with mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False):
-                ys = layer(xs)
-            torch.autograd.backward(ys, [tensor(y.shape, torch.float32, 9, layout) for y in ys])
-            results.append([*ys, *(x.grad for x in xs), *(p.grad for p in layer.parameters()), *layer.buffers()])
-    finally:
-        torch.set_num_threads(before)
-    for of in results[1:]:
-        torch.testing.assert_close(of, results[0], atol=2e-3, rtol=1e-5)
-
-
-@needs_library
-@pytest.mark.parametrize("mean", [1e3, 1e4])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["GhostBatchNorm", "GroupedBatchNorm", "SeqNorm", "BatchGroupNorm"])
-def test_whole_batches_at_large_means(name, layout, mean):
-    x = (tensor((4, 16, 90, 100), torch.float64, 0) + mean).float().contiguous(memory_format=layout)
-    layer, exact = LAYERS[name](), LAYERS[name]().double()
-    torch.testing.assert_close(layer(x).double(), exact(x.double()), atol=mean * 2e-6, rtol=1e-4)
-
-
-@needs_library
-@pytest.mark.parametrize("name", [name for name in WHOLE if name not in ("BatchRenorm", "micro-batches")])
-def test_whole_batches_have_second_derivatives(name):
-    layer = WHOLE[name]().double()
-    layer.momentum = 0.0  # each run is the same
-    xs = [tensor((4, 16, 3, 2), torch.float64, k).requires_grad_() for k in range(layer.num_domains)]
-    names, weights = zip(*layer.named_parameters(), strict=True) if layer.affine else ((), ())
-
-    def run(*given):
-        with mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False):
-            affine = dict(zip(names, given[len(xs) :], strict=True))
-            return tuple(torch.func.functional_call(layer, affine, (list(given[: len(xs)]),)))
-
-    assert torch.autograd.gradgradcheck(run, (*xs, *weights), atol=1e-6, nondet_tol=1e-9, fast_mode=True)
-
-
-@needs_library
-def test_second_derivatives_of_what_has_constants():  # BatchRenorm's r and d, so that numbers cannot tell
-    penalties = []
-    for takes in (kernels.takes_batches, lambda _: False):
-        layer, x = dn.BatchRenorm(16).double(), tensor((4, 16, 3, 2), torch.float64, 0).requires_grad_()
-        with mock.patch.object(by_batch, "takes_batches", takes):
-            (grad,) = torch.autograd.grad(layer(x).pow(3).sum(), [x], create_graph=True)
-        penalties.append(torch.autograd.grad(grad.pow(2).sum(), [x, *layer.parameters()], allow_unused=True))
-    torch.testing.assert_close(*penalties)
-
-
 def test_what_is_differentiated_or_compiled_is_of_torchs_operations():
     x = torch.randn(2, 3, 4)
     with torch.enable_grad():
@@ -406,23 +275,3 @@ def test_several_backward_passes_and_unused_outputs():
             assert ours[1 - k] is None or not ours[1 - k].any()
 
     run(dn.DomainBatchNorm(4, 2, momentum=None).double(), nn.BatchNorm2d(4).double())
-
-
-class counted:
-    """The names of the compiled functions that are called within, in order."""
-
-    def __enter__(self):
-        calls, original = [], library.call
-
-        def call(function, *args):
-            calls.append(function)
-            original(function, *args)
-
-        self.patches = [mock.patch.object(module, "call", call) for module in (compiled, compiled_batches)]
-        for patch in self.patches:
-            patch.start()
-        return calls
-
-    def __exit__(self, *_):
-        for patch in self.patches:
-            patch.stop()

@@ -26,8 +26,6 @@ def kernel(xs: Sequence[Tensor]) -> ModuleType:
 
 def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
-    if torch.compiler.is_compiling():
-        return False
     # torch sums up a float32 row number by number, but not those of half types, nor places with their channels together
     apart = x.is_contiguous() and math.prod(x.shape[2:]) > 1
     return not apart or x.numel() < SMALL or x.dtype == torch.bfloat16 or not library.takes([x])
@@ -35,4 +33,10 @@ def prefers_batch_norm(x: Tensor) -> bool:
 
 def takes_batches(xs: Sequence[Tensor]) -> bool:
     """Whether there is a kernel of whole normalization batches for `xs` here."""
-    return not torch.compiler.is_compiling() and library.takes_batches(xs)
+    return library.takes_batches(xs)
+
+
+def prefers_operator(xs: Sequence[Tensor]) -> bool:
+    """Whether within `torch.compile` the kernel of whole batches is faster for `xs` than what the compiler makes."""
+    large = sum(x.numel() for x in xs) >= SMALL
+    return large and not torch.compiler.is_exporting() and library.takes_batches(xs)

@@ -85,10 +85,14 @@ def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
     rows, channels, dtype = sum(map(len, xs)), xs[0].shape[1], wide(xs[0])
     counted = (1 if batches.together else len(batches.counts), channels)
     of_batches = (len(batches.counts), channels // batches.width)
-    shapes = [counted] if counted == of_batches else [counted, of_batches]
     if batches.first:
-        shapes += [(rows, channels), (rows, channels // batches.first)]
-    pairs = [torch.empty(2, *shape, dtype=dtype).unbind() for shape in shapes]
-    if counted == of_batches:
-        pairs.insert(0, pairs[0])
+        # what a GroupNorm leaves of a few numbers may vary little: in double precision it still does
+        shapes = [(counted, dtype), (of_batches, torch.float64)]
+        shapes += [((rows, channels), dtype), ((rows, channels // batches.first), dtype)]
+    else:
+        shapes = [(counted, dtype)] * (1 if counted == of_batches else 2)
+        shapes[-1] = (of_batches, dtype)
+    pairs = [torch.empty(2, *shape, dtype=of).unbind() for shape, of in shapes]
+    if len(pairs) == 1:
+        pairs *= 2
     return tuple(table for pair in pairs for table in pair)

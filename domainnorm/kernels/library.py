@@ -120,8 +120,8 @@ _LIBRARY = _library()
 
 def takes(xs: Sequence[Tensor]) -> bool:
     """Whether the functions here can be given `xs`."""
-    if _LIBRARY is None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
-        return False  # there is none, or operations are traced, and these would not be seen
+    if _LIBRARY is None or _are_traced():
+        return False
     dtype = xs[0].dtype
     return dtype in TYPES and all(
         type(x) in (Tensor, Parameter)  # others may have no memory
@@ -131,6 +131,13 @@ def takes(xs: Sequence[Tensor]) -> bool:
         and (x.is_contiguous() or is_last(x))
         for x in xs
     )
+
+
+def _are_traced() -> bool:
+    """Whether operations are recorded, but not by a compiler: what is done here would not be seen."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def takes_batches(xs: Sequence[Tensor]) -> bool:

@@ -17,10 +17,11 @@ struct Sequence {
   const Part* parts;
   int64_t number, channels, threads;
   Batches batches;
-  const One<T>*weight, *bias;                    // (channels,), or none
-  One<T>*z_mean, *z_var, *row_mean, *row_var;    // of z, (groups, channels), and of rows, (samples, channels)
-  One<T>*mean, *var;                             // of the channel groups of samples, (samples, channels / width)
-  One<T>*total_mean, *total_var;                 // of z, which the caller counts
+  const One<T>*weight, *bias;         // (channels,), or none
+  double *z_mean, *z_var;             // of z, (groups, channels)
+  One<T>*row_mean, *row_var;          // of rows, (samples, channels)
+  One<T>*mean, *var;                  // of the channel groups of samples, (samples, channels / width)
+  One<T>*total_mean, *total_var;      // of z, which the caller counts
   int64_t samples = 0;
   std::vector<double> length;  // of each sample
   std::vector<double> count;   // of each group
@@ -28,9 +29,10 @@ struct Sequence {
   Sequence(const Part* parts, int64_t number, int64_t channels, int64_t threads, Batches batches, Numbers weight,
            Numbers bias, Tables tables)
       : parts(parts), number(number), channels(channels), threads(threads), batches(batches),
-        weight((const One<T>*)weight.at), bias((const One<T>*)bias.at), z_mean((One<T>*)tables.batch_mean), z_var((One<T>*)tables.batch_var),
-        row_mean((One<T>*)tables.row_mean), row_var((One<T>*)tables.row_var), mean((One<T>*)tables.first_mean),
-        var((One<T>*)tables.first_var), total_mean((One<T>*)tables.mean), total_var((One<T>*)tables.var), count(batches.groups) {
+        weight((const One<T>*)weight.at), bias((const One<T>*)bias.at), z_mean((double*)tables.batch_mean),
+        z_var((double*)tables.batch_var), row_mean((One<T>*)tables.row_mean), row_var((One<T>*)tables.row_var),
+        mean((One<T>*)tables.first_mean), var((One<T>*)tables.first_var), total_mean((One<T>*)tables.mean),
+        total_var((One<T>*)tables.var), count(batches.groups) {
     for (const Part* part = parts; part < parts + number; ++part) length.insert(length.end(), part->samples, part->length);
     samples = length.size();
     for (int64_t n = 0; n < samples; ++n) count[group(n)] += length[n];
@@ -38,12 +40,12 @@ struct Sequence {
 
   int64_t group(int64_t sample) const { return batches.group ? batches.group[sample] : 0; }
   int64_t sets() const { return channels / batches.width; }
-  One<T> inverse(One<T> var) const { return 1 / std::sqrt(var + batches.eps); }
+  double inverse(double var) const { return 1 / std::sqrt(var + batches.eps); }
   One<T> gamma(int64_t channel) const { return weight ? weight[channel] : 1; }
 
   // 1 / σ of each channel group, and μ of each row.
-  std::vector<One<T>> inverses() const {
-    std::vector<One<T>> all(samples * sets());
+  std::vector<double> inverses() const {
+    std::vector<double> all(samples * sets());
     for (size_t k = 0; k < all.size(); ++k) all[k] = inverse(var[k]);
     return all;
   }
@@ -100,7 +102,8 @@ void normalize_sequence(const Sequence<T>& of) {
   moments<T>(of.parts, of.number, of.channels, of.threads, of.row_mean, of.row_var);
   merge_rows(of);
   const auto inverses = of.inverses(), centre = of.centres();
-  std::vector<One<T>> factor(of.batches.groups * of.channels), scale(centre.size()), shift(centre.size());
+  std::vector<double> factor(of.batches.groups * of.channels);
+  std::vector<One<T>> scale(centre.size()), shift(centre.size());
   for (size_t g = 0; g < factor.size(); ++g) factor[g] = of.gamma(g % of.channels) * of.inverse(of.z_var[g]);
   of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t channel, double) {
     scale[row] = inverses[set] * factor[g];
@@ -121,7 +124,7 @@ void gradient_sequence(const Sequence<T>& of, One<T>* to_weight, One<T>* to_bias
   std::vector<double> all(groups * of.channels), beyond(groups * of.channels);  // Σ g and Σ g (z - M) of groups
   of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double) {
     all[g] += total[row];
-    beyond[g] += double(inverses[set]) * products[row] - double(of.z_mean[g]) * total[row];
+    beyond[g] += inverses[set] * products[row] - of.z_mean[g] * total[row];
   });
   std::vector<double> factor(all.size()), a(all.size()), b(all.size());
   for (size_t g = 0; g < all.size(); ++g) {

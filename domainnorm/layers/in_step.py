@@ -11,6 +11,7 @@ from torch import Tensor
 from ..distributed import Group, world_size
 from ..moments import Moments
 from .by_batch import batches_of, normalize_by_batch
+from .by_operator import normalize_by_operator, suits_operator
 from .by_torch import normalize_by_torch, suits_torch
 from .domains import DomainBatch, Domains, Input
 
@@ -45,6 +46,12 @@ def normalize_in_step(
 
 def _alone(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
     """On this rank, in the fastest way that there is."""
+    if torch.compiler.is_compiling():
+        return (
+            normalize_by_operator(layer, batch)
+            if suits_operator(layer, batch)
+            else _merged([layer], [batch], None, 1)[0]
+        )
     if suits_torch(layer, batch):
         return normalize_by_torch(layer, batch)
     whole = batches_of(layer, batch)

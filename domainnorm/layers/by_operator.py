@@ -1,0 +1,109 @@
+"""A BatchNorm's batches within `torch.compile`: an operator that the compiler calls, and does not look into."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_autograd, register_fake
+
+from ..batches import Batches
+from ..kernels import compiled_batches as kernel
+from ..kernels import prefers_operator
+from ..moments import Moments
+from .domains import DomainBatch
+
+if TYPE_CHECKING:
+    from .domain_batch_norm import DomainBatchNorm
+
+
+def suits_operator(layer: DomainBatchNorm, batch: DomainBatch) -> bool:
+    """Whether each normalization batch is one domain of this rank, or all, and the operator is the faster way."""
+    one, statistics = layer.num_domains == 1, (layer.sgd_statistics, layer.population_statistics)
+    return (
+        layer.plain
+        and batch.extra is None
+        and all(isinstance(domain, int) for domain in batch.domains)
+        and (one or statistics != ("shared", "per_domain"))
+        and prefers_operator(batch.tensors)
+    )
+
+
+def normalize_by_operator(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
+    """As `normalize_by_batch`."""
+    apart = layer.num_domains > 1 and layer.sgd_statistics == "per_domain"
+    groups, number = ([int(d) for d in batch.domains], layer.num_domains) if apart else ([0] * len(batch.tensors), 1)
+    sizes = [0] * number
+    for group, x in zip(groups, batch.tensors, strict=True):
+        sizes[group] = sizes[group] + x.shape[0] * math.prod(x.shape[2:])
+    if layer.training:
+        layer._check_counts(batch, lambda: sizes, ranks=1)
+    weight, bias = layer._of_rows(layer.weight, batch), layer._of_rows(layer.bias, batch)
+    *outputs, moments = torch.ops.domainnorm.normalize(batch.tensors, weight, bias, groups, number, layer.eps)
+    if layer.training and batch.updates:
+        mean, var = moments.detach().unbind()
+        counts = torch.cat([mean.new_full((1, 1), size) for size in sizes])
+        layer._update_population(Moments(counts, mean, var))
+    return outputs
+
+
+def _batches(xs: list[Tensor], groups: list[int], number: int) -> Batches:
+    sizes, lengths = tuple(x.shape[0] for x in xs), tuple(math.prod(x.shape[2:]) for x in xs)
+    return Batches.of(tuple(groups), sizes, lengths, number)
+
+
+define(
+    "domainnorm::normalize",
+    "(Tensor[] xs, Tensor? weight, Tensor? bias, int[] groups, int number, float eps) -> Tensor[]",
+)
+define(
+    "domainnorm::normalize_gradient",
+    "(Tensor[] grads, Tensor[] xs, Tensor moments, Tensor? weight, Tensor? bias, int[] groups, float eps) -> Tensor[]",
+)
+
+
+@impl("domainnorm::normalize", "CPU")
+def _normalize(xs, weight, bias, groups, number, eps):
+    """Each tensor normalized; last the means and variances `(2, number, C)`."""
+    ys, tables = kernel.normalize(xs, _batches(xs, groups, number), weight, bias, eps)
+    return [*ys, torch.stack(tables[:2])]
+
+
+@register_fake("domainnorm::normalize")
+def _(xs, weight, bias, groups, number, eps):
+    return [*map(torch.empty_like, xs), xs[0].new_empty((2, number, xs[0].shape[1]), dtype=kernel.wide(xs[0]))]
+
+
+@impl("domainnorm::normalize_gradient", "CPU")
+def _gradient(grads, xs, moments, weight, bias, groups, eps):
+    """Of each tensor; last of γ and β `(2, number, C)`, or where they are of rows `(2, ΣN, C)`."""
+    tables = (*moments.unbind(), *moments.unbind())
+    dxs, *affine = kernel.gradient(grads, xs, _batches(xs, groups, moments.shape[1]), weight, bias, eps, tables)
+    return [*dxs, torch.stack(affine)]
+
+
+@register_fake("domainnorm::normalize_gradient")
+def _(grads, xs, moments, weight, bias, groups, eps):
+    rows = moments.shape[1] if weight is None or weight.ndim == 1 else weight.shape[0]
+    return [*map(torch.empty_like, xs), moments.new_empty((2, rows, xs[0].shape[1]))]
+
+
+def _keep(ctx, inputs, output):
+    xs, weight, bias, ctx.groups, _, ctx.eps = inputs
+    ctx.save_for_backward(weight, bias, output[-1], *xs)
+
+
+def _backward(ctx, grads):
+    weight, bias, moments, *xs = ctx.saved_tensors
+    grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(xs, grads, strict=False)]  # but the last
+    *dxs, affine = torch.ops.domainnorm.normalize_gradient(grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
+    to_weight, to_bias = (
+        None if of is None else (grad if of.ndim == 2 else grad.sum(0)).to(of.dtype)
+        for grad, of in zip(affine, (weight, bias), strict=True)
+    )
+    return dxs, to_weight, to_bias, None, None, None
+
+
+register_autograd("domainnorm::normalize", _backward, setup_context=_keep)
