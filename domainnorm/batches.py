@@ -2,75 +2,37 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from .kernels import compiled_batches as kernel
+from .kernels.compiled_batches import Batches, Tables
 from .moments import Moments
 
 Affine = tuple[Tensor | None, Tensor | None]  # γ and β, `(C,)` or of each row `(ΣN, C)`
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Which rows of tensors `(N_i, C, *)` are normalized together: samples of a group, by neighbouring channels.
-
-    It is all of Python's numbers: to know them waits for nothing, and they can be kept.
-
-    Attributes:
-        group: of each of the ΣN samples of all tensors, in [0, len(counts)).
-        counts: of each group, the numbers that a channel has.
-        width: channels of a normalization batch; divides C.
-        together: whether what is counted is of all groups in one.
-        first: channels of the GroupNorm that comes first in a SeqNorm, where width is 1; 0: none does.
-    """
-
-    group: tuple[int, ...]
-    counts: tuple[int, ...]
-    width: int = 1
-    together: bool = False
-    first: int = 0
-
-    @staticmethod
-    @functools.lru_cache(maxsize=256)
-    def of(
-        groups: tuple[int, ...], sizes: tuple[int, ...], lengths: tuple[int, ...], number: int, *others: Any
-    ) -> Batches:
-        """Of so many neighbouring samples of such lengths, in these of `number` groups; and the other attributes."""
-        counts = [0] * number
-        for group, size, length in zip(groups, sizes, lengths, strict=True):
-            counts[group] += size * length
-        samples = (group for group, size in zip(groups, sizes, strict=True) for _ in range(size))
-        return Batches(tuple(samples), tuple(counts), *others)
-
-    @functools.cached_property
-    def array(self) -> ctypes.Array[ctypes.c_int64] | None:
-        """`group` in memory; None where there is one only."""
-        return None if len(self.counts) == 1 else (ctypes.c_int64 * len(self.group))(*self.group)
-
-    def of_rows(self, value: Moments) -> Moments:
-        """Of what is of groups, `(groups, C)`, what broadcasts against `(ΣN, C)`."""
-        return value if len(self.counts) == 1 else value[torch.tensor(self.group)]
-
-    def moments(self, tables: kernel.Tables) -> Moments:
-        """Of each batch, `(groups, C / width)`."""
-        counts = tables[2].new_tensor(self.counts).mul_(self.width).unsqueeze_(1)
-        return Moments(counts, *tables[2:4])
-
-    def counted(self, tables: kernel.Tables) -> Moments:
-        """Of each channel, `(groups, C)`, or together `(1, C)`."""
-        counts = [sum(self.counts)] if self.together else self.counts
-        return Moments(tables[0].new_tensor(counts).unsqueeze_(1), *tables[:2])
+def of_rows(batches: Batches, value: Moments) -> Moments:
+    """Of what is of groups, `(groups, C)`, what broadcasts against `(ΣN, C)`."""
+    return value if len(batches.counts) == 1 else value[torch.tensor(batches.group)]
 
 
-def read(xs: Sequence[Tensor], batches: Batches) -> kernel.Tables:
+def batch_moments(batches: Batches, tables: Tables) -> Moments:
+    """Of each batch, `(groups, C / width)`."""
+    counts = tables[2].new_tensor(batches.counts).mul_(batches.width).unsqueeze_(1)
+    return Moments(counts, *tables[2:4])
+
+
+def counted(batches: Batches, tables: Tables) -> Moments:
+    """Of each channel, `(groups, C)`, or together `(1, C)`."""
+    counts = [sum(batches.counts)] if batches.together else batches.counts
+    return Moments(tables[0].new_tensor(counts).unsqueeze_(1), *tables[:2])
+
+
+def read(xs: Sequence[Tensor], batches: Batches) -> Tables:
     """The moments that `normalize` needs, without a gradient."""
     with torch.no_grad():
         return kernel.read(xs, batches)
@@ -82,8 +44,8 @@ def normalize(
     affine: Affine,
     eps: float,
     reference: Callable[[Sequence[Tensor], Affine], list[Tensor]],
-    tables: kernel.Tables | None = None,
-) -> tuple[list[Tensor], kernel.Tables]:
+    tables: Tables | None = None,
+) -> tuple[list[Tensor], Tables]:
     """Each batch normalized, then the affine; and the moments, without a gradient.
 
     Args:

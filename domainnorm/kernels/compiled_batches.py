@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +14,47 @@ from torch import Tensor
 from . import library
 from .library import call, like, numbers, part, wide
 
-if TYPE_CHECKING:
-    from ..batches import Batches
-
 # Means and variances: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted; of the batches,
 # `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches.
 Tables = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which rows of tensors `(N_i, C, *)` are normalized together: samples of a group, by neighbouring channels.
+
+    It is all of Python's numbers: to know them waits for nothing, and they can be kept.
+
+    Attributes:
+        group: of each of the ΣN samples of all tensors, in [0, len(counts)).
+        counts: of each group, the numbers that a channel has.
+        width: channels of a normalization batch; divides C.
+        together: whether what is counted is of all groups in one.
+        first: channels of the GroupNorm that comes first in a SeqNorm, where width is 1; 0: none does.
+    """
+
+    group: tuple[int, ...]
+    counts: tuple[int, ...]
+    width: int = 1
+    together: bool = False
+    first: int = 0
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(
+        groups: tuple[int, ...], sizes: tuple[int, ...], lengths: tuple[int, ...], number: int, *others: Any
+    ) -> Batches:
+        """Of so many neighbouring samples of such lengths, in these of `number` groups; and the other attributes."""
+        counts = [0] * number
+        for group, size, length in zip(groups, sizes, lengths, strict=True):
+            counts[group] += size * length
+        samples = (group for group, size in zip(groups, sizes, strict=True) for _ in range(size))
+        return Batches(tuple(samples), tuple(counts), *others)
+
+    @functools.cached_property
+    def array(self) -> ctypes.Array[ctypes.c_int64] | None:
+        """`group` in memory; None where there is one only."""
+        return None if len(self.counts) == 1 else (ctypes.c_int64 * len(self.group))(*self.group)
 
 
 def read(xs: Sequence[Tensor], batches: Batches) -> Tables:

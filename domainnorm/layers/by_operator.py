@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
-from ..batches import Batches
 from ..kernels import compiled_batches as kernel
 from ..kernels import prefers_operator
+from ..kernels.compiled_batches import Batches
 from ..moments import Moments
+from .by_batch import groups_of
 from .domains import DomainBatch
 
 if TYPE_CHECKING:
@@ -21,27 +22,21 @@ if TYPE_CHECKING:
 
 def suits_operator(layer: DomainBatchNorm, batch: DomainBatch) -> bool:
     """Whether each normalization batch is one domain of this rank, or all, and the operator is the faster way."""
-    one, statistics = layer.num_domains == 1, (layer.sgd_statistics, layer.population_statistics)
-    return (
-        layer.plain
-        and batch.extra is None
-        and all(isinstance(domain, int) for domain in batch.domains)
-        and (one or statistics != ("shared", "per_domain"))
-        and prefers_operator(batch.tensors)
-    )
+    return layer.plain and groups_of(layer, batch) is not None and prefers_operator(batch.tensors)
 
 
 def normalize_by_operator(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
     """As `normalize_by_batch`."""
-    apart = layer.num_domains > 1 and layer.sgd_statistics == "per_domain"
-    groups, number = ([int(d) for d in batch.domains], layer.num_domains) if apart else ([0] * len(batch.tensors), 1)
-    sizes = [0] * number
+    found = groups_of(layer, batch)
+    assert found is not None
+    groups, number = found
+    sizes: list[float] = [0] * number
     for group, x in zip(groups, batch.tensors, strict=True):
         sizes[group] = sizes[group] + x.shape[0] * math.prod(x.shape[2:])
     if layer.training:
         layer._check_counts(batch, lambda: sizes, ranks=1)
     weight, bias = layer._of_rows(layer.weight, batch), layer._of_rows(layer.bias, batch)
-    *outputs, moments = torch.ops.domainnorm.normalize(batch.tensors, weight, bias, groups, number, layer.eps)
+    *outputs, moments = torch.ops.domainnorm.normalize(batch.tensors, weight, bias, list(groups), number, layer.eps)
     if layer.training and batch.updates:
         mean, var = moments.detach().unbind()
         counts = torch.cat([mean.new_full((1, 1), size) for size in sizes])
