@@ -42,3 +42,23 @@ def test_weights_and_inference_keep_their_format():
         assert parameter.is_contiguous() and (parameter.grad is None or parameter.grad.is_contiguous())
     batched, _ = model.eval().transform(images_and_targets()[0])
     assert batched.tensors.is_contiguous()
+
+
+@pytest.mark.parametrize("detector", [tiny, lambda: build("BN")])
+def test_weights_are_channels_last_while_they_train_if_asked_to_be(detector):
+    model, twin = detector(), detector()
+    twin.load_state_dict(model.state_dict())
+    model.weights_last = True
+    weights = [m.weight for m in model.train().modules() if isinstance(m, torch.nn.Conv2d)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, targets = images_and_targets() if detector is tiny else batch(2, 1)
+    for _ in range(2):  # an evaluation between them
+        optimizer.zero_grad()
+        sum(model.train()(images, targets).values()).backward()
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+        assert any(not w.is_contiguous() for w in weights)
+        optimizer.step()
+        twin.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(images), twin.eval()(images), rtol=0, atol=0)
+        assert all(w.is_contiguous() for w in weights)

@@ -20,6 +20,7 @@ from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
 from ..evaluation import evaluate, recompute
 from ..modeling import build_model
+from ..modeling.channels_last import ChannelsLast
 from ..output import output_folder
 from ..population import merge_population_statistics
 from .average import WeightAverage
@@ -65,6 +66,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
         test_loader(cfg, name, **ranks)
     _seed(cfg.SEED)  # the same weights on every rank
     model = build_model(cfg).train()
+    if isinstance(model, ChannelsLast):
+        model.weights_last = device.type == "cpu" and world_size() == 1
     check_model(cfg, model)
     folder = output_folder(cfg.OUTPUT_DIR)
     setup_logging(folder)

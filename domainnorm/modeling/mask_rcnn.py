@@ -16,6 +16,7 @@ from ..distributed import all_reduce_sum, world_size
 from ..domains import use_domains_of
 from ..layers import DomainBatchNorm, get_norm
 from ..roi_shuffle import RoIShuffle
+from .channels_last import ChannelsLast
 
 
 class RegionProposalNetwork(rpn.RegionProposalNetwork):
@@ -141,7 +142,7 @@ class RoIHeads(roi_heads.RoIHeads):
         return _wide((self.mask_shuffle or self.mask_branch)(x))
 
 
-class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
+class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN, ChannelsLast):
     """torchvision's Faster or Mask R-CNN, in which a prediction depends on its own image only.
 
     In training, images come in the size they are trained at; in inference they are resized here, and boxes and masks
@@ -155,6 +156,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         and their masks are probabilities `(n, 1, H, W)`. Where data sets are the domains of norms, targets have
         `domain`; in inference `dn.use_domain` says it.
         """
+        self.arrange_weights()
         if self.training:
             use_domains_of(self, targets)
             # torchvision counts background as class 0

@@ -16,7 +16,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from ..distributed import all_reduce_sum, world_size
 from ..domains import use_domains_of
 from ..layers import DomainBatchNorm, get_norm, normalize_in_step
-from .channels_last import Transform
+from .channels_last import ChannelsLast, Transform
 from .focal_loss import focal_loss
 
 
@@ -176,7 +176,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         return F.smooth_l1_loss(regression, target, beta=self.smooth_l1_beta, reduction="sum")
 
 
-class RetinaNet(TorchvisionRetinaNet):
+class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
     """torchvision's RetinaNet, in which a prediction depends on its own image only.
 
     In training, images come in the size they are trained at; in inference they are resized here, and boxes are in
@@ -195,6 +195,7 @@ class RetinaNet(TorchvisionRetinaNet):
 
         Where data sets are the domains of norms, targets have `domain`; in inference `dn.use_domain` says it.
         """
+        self.arrange_weights()
         if self.training:
             use_domains_of(self, targets)
             return super().forward(images, targets)

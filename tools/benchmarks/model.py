@@ -66,6 +66,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     "seconds": sorted(taken["ours"])[args.repeats // 2],
                     "time, ours / torchvision's": ratio(taken, "ours", "theirs"),
                     "relative difference": difference,
+                    "convolutions, of ours": convolutions_of(runs["ours"]),
                 }
 
 
@@ -84,6 +85,7 @@ def build(detector: str, height: int, width: int) -> dict[str, nn.Module]:
     else:
         theirs = maskrcnn_resnet50_fpn_v2(num_classes=CLASSES + 1, **options)
     theirs.load_state_dict(ours.state_dict())
+    ours.weights_last = DEVICE == "cpu"  # as dn.train has it
     return {"ours": ours, "theirs": theirs.to(DEVICE)}
 
 
@@ -157,6 +159,14 @@ def compare_detections(models: dict[str, nn.Module], runs: dict[str, Callable[[]
         with mock.patch.object(getattr(models[name], "roi_heads", models[name]), "score_thresh", 0.0):
             found.append(runs[name]()["scores"])
     return _difference(*([scores] for scores in found)) if len(found[0]) == len(found[1]) > 0 else float("inf")
+
+
+def convolutions_of(run: Callable[[], object]) -> float:
+    """The share of the processor's time that convolutions take in a run, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    of = profile.key_averages()
+    return sum(e.self_cpu_time_total for e in of if "conv" in e.key.lower()) / sum(e.self_cpu_time_total for e in of)
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
