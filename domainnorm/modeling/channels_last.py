@@ -21,7 +21,7 @@ class Transform(GeneralizedRCNNTransform):
         return batch.contiguous(memory_format=torch.channels_last) if last else batch
 
 
-class ChannelsLast(nn.Module):
+class ChannelsLast:
     """A detector whose convolutions can have their weights in channels_last while it trains, as their inputs are.
 
     In inference the weights are contiguous: a convolution rounds differently otherwise.
@@ -36,6 +36,7 @@ class ChannelsLast(nn.Module):
 
     def arrange_weights(self) -> None:
         """As this forward needs them."""
+        assert isinstance(self, nn.Module)
         last = self.weights_last and self.training
         if last != self._are_last:
             layout = torch.channels_last if last else torch.contiguous_format
