@@ -86,6 +86,26 @@ def test_whole_batches_share_the_work_among_threads(name, layout):
 
 
 @needs_library
+@pytest.mark.parametrize("empty", [(0, 16, 5, 4), (2, 16, 0, 4), (2, 16, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("choice", ["shared", "per_domain"])
+def test_tensors_of_either_layout_go_with_the_others(choice, layout, empty):
+    layer = dn.DomainBatchNorm(16, 3, choice, choice).double()
+    shapes = [(3, 16, 6, 4), empty, (2, 16, 3, 3)]
+    xs = [tensor(shape, torch.float64, k, layout).requires_grad_() for k, shape in enumerate(shapes)]
+    apart = [x[:, 1] for x in xs]
+    with counted() as calls, mock.patch.object(by_torch, "prefers_batch_norm", lambda _: False):
+        ys = layer(xs)
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    assert calls == ["normalize", "normalize_gradient"]
+    for k, (y, x) in enumerate(zip(ys, apart, strict=True)):
+        of = torch.cat([v.flatten() for v in apart]) if choice == "shared" else apart[k]
+        if x.numel():
+            torch.testing.assert_close(y[:, 1], (x - of.mean()) / (of.var(correction=0) + 1e-5).sqrt())
+    assert all(y.stride() == x.stride() for y, x in zip(ys, xs, strict=True) if x.numel())
+
+
+@needs_library
 @pytest.mark.parametrize("mean", [1e3, 1e4])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["GhostBatchNorm", "GroupedBatchNorm", "SeqNorm", "BatchGroupNorm"])

@@ -6,26 +6,17 @@
 
 using namespace domainnorm;
 
-namespace {
-
-bool is_last(const Part* parts, int64_t number) {
-  return std::all_of(parts, parts + number, [](const Part& part) { return part.last; });
-}
-
-}  // namespace
-
 #define BATCHES(NAME, T)                                                                                            \
   extern "C" void normalize_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads,            \
                                    Batches batches, Numbers weight, Numbers bias, Tables tables) {                  \
     const Work<T> work(parts, number, channels, threads, batches, weight, bias);                                    \
-    (is_last(parts, number) ? normalize_last<T> : normalize_rows<T>)(work, tables);                                 \
+    (parts->last ? normalize_last<T> : normalize_rows<T>)(work, tables);                                            \
   }                                                                                                                 \
   extern "C" void normalize_gradient_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads,   \
                                             Batches batches, Numbers weight, Numbers bias, Tables tables,           \
                                             void* to_weight, void* to_bias) {                                       \
     const Work<T> work(parts, number, channels, threads, batches, weight, bias);                                    \
-    (is_last(parts, number) ? gradient_last<T> : gradient_rows<T>)(work, tables, (One<T>*)to_weight,                \
-                                                                   (One<T>*)to_bias);                               \
+    (parts->last ? gradient_last<T> : gradient_rows<T>)(work, tables, (One<T>*)to_weight, (One<T>*)to_bias);        \
   }
 
 BATCHES(float32, float)

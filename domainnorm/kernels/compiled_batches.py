@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .library import call, like, numbers, part, wide
+from .library import call, like, numbers, part, show, wide
 
 # Means and variances: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted; of the batches,
 # `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches.
@@ -60,7 +61,8 @@ class Batches:
 def read(xs: Sequence[Tensor], batches: Batches) -> Tables:
     """The moments by which `normalize` does it."""
     tables = _empty_tables(xs, batches)
-    call("normalize", xs, [part(x) for x in xs], *_given(xs, batches, None, None, 0.0, tables, fill=True))
+    parts = [part(x, last=_last(xs)) for x in xs]
+    call("normalize", xs, parts, *_given(xs, batches, None, None, 0.0, tables, fill=True))
     return tables
 
 
@@ -75,7 +77,7 @@ def normalize(
     """`xs` normalized by `tables`, or by their own moments, which are returned too; γ and β `(C,)` or of rows."""
     known, tables = tables is not None, tables or _empty_tables(xs, batches)
     ys = [torch.empty_like(x) for x in xs]
-    parts = [part(x, out=y) for x, y in zip(xs, ys, strict=True)]
+    parts = [part(x, out=y, last=_last(xs)) for x, y in zip(xs, ys, strict=True)]
     given = _given(xs, batches, weight, bias, eps, tables, fill=not known, use=True)
     call("sequence" if batches.first else "normalize", xs, parts, *given)
     return ys, tables
@@ -96,11 +98,16 @@ def gradient(
     to_weight, to_bias = torch.zeros(shape, dtype=wide(xs[0])).unbind()
     outs = [torch.empty_like(x) for x in xs]
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
-    parts = [part(x, grad, out) for grad, x, out in zip(grads, xs, outs, strict=True)]
+    parts = [part(x, grad, out, _last(xs)) for grad, x, out in zip(grads, xs, outs, strict=True)]
     given = _given(xs, batches, weight, bias, eps, tables)
     function = "sequence_gradient" if batches.first else "normalize_gradient"
     call(function, xs, parts, *given, to_weight.data_ptr(), to_bias.data_ptr())
     return outs, to_weight, to_bias
+
+
+def _last(xs: Sequence[Tensor]) -> bool:
+    """Whether `xs` are gone through with the channels of each place together: an empty one lies in both ways."""
+    return not all(x.is_contiguous() for x in xs) or all(math.prod(x.shape[2:]) == 1 for x in xs)
 
 
 def _given(
@@ -113,6 +120,7 @@ def _given(
     fill: bool = False,
     use: bool = False,
 ) -> tuple[Any, ...]:
+    show(*tables)
     groups, width = len(batches.counts), batches.first or batches.width
     of = library.Batches(batches.array, groups, width, batches.together, eps)
     pointers = [v.data_ptr() for v in tables] + [None] * (8 - len(tables))

@@ -152,19 +152,23 @@ def call(function: str, xs: Sequence[Tensor], parts: list[Part], *others: Any) -
     )
 
 
-def part(x: Tensor, grad: Tensor | None = None, out: Tensor | None = None) -> Part:
-    """A tensor, its gradient and what is written, all in the same memory format."""
-    _show(x, *(() if grad is None else (grad,)))
+def part(x: Tensor, grad: Tensor | None = None, out: Tensor | None = None, last: bool | None = None) -> Part:
+    """A tensor, its gradient and what is written, all in the same memory format.
+
+    Args:
+        last: whether it is gone through with the channels of each place together; None: as suits `x`.
+    """
+    show(x, *(() if grad is None else (grad,)))
     pointers = (None if v is None else v.data_ptr() for v in (grad, x, out))
     length = math.prod(x.shape[2:])
-    return Part(*pointers, len(x), length, length == 1 or not x.is_contiguous())
+    return Part(*pointers, len(x), length, length == 1 or not x.is_contiguous() if last is None else last)
 
 
 def numbers(values: Tensor | None, xs: Sequence[Tensor]) -> Numbers:
     """Of the rows of `xs`."""
     if values is None:
         return Numbers(None, 0)
-    _show(values)
+    show(values)
     dtype = wide(xs[0])
     kept = values if values.dtype == dtype and values.stride(-1) == 1 else values.to(dtype).contiguous()
     step = kept.stride(0) if kept.ndim == 2 and len(kept) > 1 else 0
@@ -173,7 +177,7 @@ def numbers(values: Tensor | None, xs: Sequence[Tensor]) -> Numbers:
     return of_rows
 
 
-def _show(*tensors: Tensor) -> None:
+def show(*tensors: Tensor) -> None:
     """To who watches torch's operations, and may first have to fetch their memory (`parking`)."""
     if torch._C._len_torch_dispatch_stack():
         for tensor in tensors:
