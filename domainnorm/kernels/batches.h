@@ -30,23 +30,33 @@ struct Twos {
       : channels(channels), first(rows * channels), second(rows * channels), places(rows) {}
 };
 
+// Of each channel, `n` numbers with this mean and these squares of what lies beyond it, into the `done` before them.
+inline void merge(int64_t channels, const double* mean, const double* squares, double n, double done, double* to_mean,
+                  double* to_squares) {
+  const double share = n ? n / (done + n) : 0;
+  for (int64_t i = 0; i < channels; ++i) {
+    const double apart = mean[i] - to_mean[i];
+    to_mean[i] = done ? to_mean[i] + apart * share : n ? mean[i] : to_mean[i];
+    to_squares[i] += squares[i] + apart * apart * share * done;
+  }
+}
+
 // Into `mean` and `var`, what the caller counts: `of` has the mean and the squares of what lies beyond it of each channel of
 // each group.
 template <class N>
 void count(const Twos& of, const Batches& batches, N* mean, N* var) {
-  const int64_t channels = of.channels;
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    double centre = 0, squares = 0, places = 0;
-    for (int64_t group = 0; group < batches.groups; ++group) {
-      const int64_t at = group * channels + channel;
-      if (!batches.together) centre = squares = places = 0;
-      if (of.places[group]) merge(of.first[at], 0, of.second[at], of.places[group], places, centre, squares);
-      places += of.places[group];
-      const int64_t to = batches.together ? channel : at;
-      mean[to] = centre;
-      var[to] = squares / std::max(places, 1.);
-    }
+  Twos all(batches.together ? 1 : batches.groups, of.channels);
+  for (int64_t group = 0; group < batches.groups; ++group) {
+    const int64_t to = batches.together ? 0 : group, at = group * of.channels;
+    merge(of.channels, &of.first[at], &of.second[at], of.places[group], all.places[to], &all.first[to * of.channels],
+          &all.second[to * of.channels]);
+    all.places[to] += of.places[group];
   }
+  for (size_t row = 0; row < all.places.size(); ++row)
+    for (int64_t i = 0; i < of.channels; ++i) {
+      mean[row * of.channels + i] = all.first[row * of.channels + i];
+      var[row * of.channels + i] = all.second[row * of.channels + i] / std::max(all.places[row], 1.);
+    }
 }
 
 template <class T>

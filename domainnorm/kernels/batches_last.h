@@ -102,17 +102,18 @@ void last_moments(const Work<T>& work, Tables tables) {
   });
   for (size_t k = 0; k < all.size(); ++k) {
     const int64_t group = all[k].group;
-    for (int64_t i = 0; i < channels; ++i)
-      merge(of.first[k * channels + i], 0, of.second[k * channels + i], of.places[k], merged.places[group],
-            merged.first[group * channels + i], merged.second[group * channels + i]);
+    merge(channels, &of.first[k * channels], &of.second[k * channels], of.places[k], merged.places[group],
+          &merged.first[group * channels], &merged.second[group * channels]);
     merged.places[group] += of.places[k];
   }
   count(merged, work.batches, (One<T>*)tables.mean, (One<T>*)tables.var);
   for (int64_t set = 0; set < groups * channels / width; ++set) {
     const double n = merged.places[set * width / channels];
+    const double *means = &merged.first[set * width], *beyond = &merged.second[set * width];
     double centre = 0, squares = 0;
-    for (int64_t k = 0; n && k < width; ++k)
-      merge(merged.first[set * width + k], 0, merged.second[set * width + k], n, n * k, centre, squares);
+    for (int64_t k = 0; k < width; ++k) centre += means[k];
+    centre /= width;
+    for (int64_t k = 0; k < width; ++k) squares += beyond[k] + n * (means[k] - centre) * (means[k] - centre);
     ((One<T>*)tables.batch_mean)[set] = centre;
     ((One<T>*)tables.batch_var)[set] = squares / std::max(n * width, 1.);
   }
@@ -143,11 +144,13 @@ void normalize_last(const Work<T>& work, Tables tables) {
     each_stretch(
         all, begin, end,
         [&](const Sample<T>& of, int64_t group) {
-          for (int64_t i = 0; i < channels; ++i) {
-            const int64_t set = (group * channels + i) / width;
-            centre[i] = mean[set];
-            scale[i] = work.gamma(of, i) * One<T>(work.inverse(var[set]));
-            shift[i] = work.beta(of, i);
+          for (int64_t i = 0, set = group * channels / width; i < channels; ++set) {
+            const One<T> inverse = work.inverse(var[set]);
+            for (const int64_t next = i + width; i < next; ++i) {
+              centre[i] = mean[set];
+              scale[i] = work.gamma(of, i) * inverse;
+              shift[i] = work.beta(of, i);
+            }
           }
         },
         [=](const Sample<T>& of, int64_t place) {
@@ -171,7 +174,8 @@ void gradient_last(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>
     std::vector<One<T>> centre(channels);
     const One<T>* c = centre.data();
     for (int64_t k = begin; k < end; ++k) {
-      for (int64_t i = 0; i < channels; ++i) centre[i] = mean[(all[k].group * channels + i) / width];
+      for (int64_t i = 0, set = all[k].group * channels / width; i < channels; ++set)
+        for (const int64_t next = i + width; i < next; ++i) centre[i] = mean[set];
       double *total = of.first.data() + k * channels, *products = of.second.data() + k * channels;
       each_tile(all[k], channels, [=](const Piece<T>* at, int64_t n) {
         each_column<T>(
@@ -195,13 +199,16 @@ void gradient_last(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>
   for (size_t k = 0; k < all.size(); ++k) {
     const auto& sample = all[k].stretches[0];
     batches.places[all[k].group] += all[k].places;
-    for (int64_t i = 0; i < channels; ++i) {
-      const int64_t set = (all[k].group * channels + i) / width, row = all[k].unit * channels + i;
-      const double total = of.first[k * channels + i], products = of.second[k * channels + i];
-      to_bias[row] += total;
-      to_weight[row] += products * work.inverse(var[set]);
-      batches.first[set] += total * work.gamma(sample, i);
-      batches.second[set] += products * work.gamma(sample, i);
+    for (int64_t i = 0, set = all[k].group * channels / width; i < channels; ++set) {
+      const double inverse = work.inverse(var[set]);
+      for (const int64_t next = i + width; i < next; ++i) {
+        const int64_t row = all[k].unit * channels + i;
+        const double total = of.first[k * channels + i], products = of.second[k * channels + i];
+        to_bias[row] += total;
+        to_weight[row] += products * inverse;
+        batches.first[set] += total * work.gamma(sample, i);
+        batches.second[set] += products * work.gamma(sample, i);
+      }
     }
   }
   parallel(all.size(), work.places * channels, work.threads, [&, mean, var](int64_t begin, int64_t end) {
@@ -210,13 +217,15 @@ void gradient_last(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>
     each_stretch(
         all, begin, end,
         [&](const Sample<T>& sample, int64_t group) {
-          for (int64_t i = 0; i < channels; ++i) {
-            const int64_t set = (group * channels + i) / width;
+          for (int64_t i = 0, set = group * channels / width; i < channels; ++set) {
             const double inverse = work.inverse(var[set]), share = inverse / (batches.places[group] * width);
-            centre[i] = mean[set];
-            scale[i] = work.gamma(sample, i) * inverse;
-            slope[i] = -batches.second[set] * inverse * inverse * share;
-            offset[i] = -batches.first[set] * share;
+            const One<T> b_of = -batches.second[set] * inverse * inverse * share, d_of = -batches.first[set] * share;
+            for (const int64_t next = i + width; i < next; ++i) {
+              centre[i] = mean[set];
+              scale[i] = work.gamma(sample, i) * inverse;
+              slope[i] = b_of;
+              offset[i] = d_of;
+            }
           }
         },
         [=](const Sample<T>& sample, int64_t place) {

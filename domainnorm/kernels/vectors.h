@@ -198,9 +198,15 @@ struct Part {
 // which corrects this, and `of` that of the squares.
 inline void merge(double own, double rest, double of, double n, double done, double& centre, double& squares) {
   const double beyond = std::isfinite(rest) ? rest / n : 0;
+  const double within = std::max(of - beyond * beyond * n, 0.);
+  if (!done) {
+    centre = own + beyond;
+    squares = within;
+    return;
+  }
   const double apart = own + beyond - centre, share = n / (done + n);
   centre += apart * share;
-  squares += std::max(of - beyond * beyond * n, 0.) + apart * apart * share * done;
+  squares += within + apart * apart * share * done;
 }
 
 }  // namespace domainnorm
