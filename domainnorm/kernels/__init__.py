@@ -1,7 +1,8 @@
-"""Row by row: moments, an affine, and their gradients; the kernels of each device and layout, chosen here.
+"""The kernels of each device, layout, type and size, chosen here.
 
-Every kernel is the same four functions of tensors `(N_i, C, *)` and numbers `(ΣN, C)` of their rows. `plain` is the
-reference, which runs everywhere, on any layout and type, differentiably, and compiles.
+Those of rows are the same four functions of tensors `(N_i, C, *)` and numbers `(ΣN, C)` of their rows: `plain` is the
+reference, which runs everywhere, on any layout and type, differentiably, and compiles; `compiled` is C++. Those of
+whole normalization batches (`compiled_batches`) are C++ alone: what a layer makes of rows is their reference.
 """
 
 import math
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from . import compiled, library, plain
+from .library import takes_batches
+
+__all__ = ["SMALL", "kernel", "prefers_batch_norm", "prefers_operator", "takes_batches"]
 
 SMALL = 400_000  # elements of a tensor: with fewer, calls cost more than the work
 
@@ -31,12 +35,7 @@ def prefers_batch_norm(x: Tensor) -> bool:
     return not apart or x.numel() < SMALL or x.dtype == torch.bfloat16 or not library.takes([x])
 
 
-def takes_batches(xs: Sequence[Tensor]) -> bool:
-    """Whether there is a kernel of whole normalization batches for `xs` here."""
-    return library.takes_batches(xs)
-
-
 def prefers_operator(xs: Sequence[Tensor]) -> bool:
     """Whether within `torch.compile` the kernel of whole batches is faster for `xs` than what the compiler makes."""
     large = sum(x.numel() for x in xs) >= SMALL
-    return large and not torch.compiler.is_exporting() and library.takes_batches(xs)
+    return large and not torch.compiler.is_exporting() and takes_batches(xs)

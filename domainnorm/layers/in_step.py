@@ -47,15 +47,13 @@ def normalize_in_step(
 def _alone(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
     """On this rank, in the fastest way that there is."""
     if torch.compiler.is_compiling():
-        return (
-            normalize_by_operator(layer, batch)
-            if suits_operator(layer, batch)
-            else _merged([layer], [batch], None, 1)[0]
-        )
-    if suits_torch(layer, batch):
+        if suits_operator(layer, batch):
+            return normalize_by_operator(layer, batch)
+    elif suits_torch(layer, batch):
         return normalize_by_torch(layer, batch)
-    whole = batches_of(layer, batch)
-    return _merged([layer], [batch], None, 1)[0] if whole is None else normalize_by_batch(layer, batch, whole)
+    elif (whole := batches_of(layer, batch)) is not None:
+        return normalize_by_batch(layer, batch, whole)
+    return _merged([layer], [batch], None, 1)[0]
 
 
 def _merged(
