@@ -51,7 +51,7 @@ struct Sequence {
   }
   std::vector<One<T>> centres() const {
     std::vector<One<T>> all(samples * channels);
-    for (size_t k = 0; k < all.size(); ++k) all[k] = mean[k / batches.width];
+    for (int64_t set = 0; set < samples * sets(); ++set) std::fill_n(&all[set * batches.width], batches.width, mean[set]);
     return all;
   }
   Numbers of_rows(const std::vector<One<T>>& numbers) const { return {numbers.data(), channels}; }
