@@ -21,6 +21,8 @@ TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bf
 
 
 class Part(ctypes.Structure):
+    """A tensor: what is read of it, what is written (`vectors.h`)."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("grad", "x", "out")),
         *((name, ctypes.c_int64) for name in ("samples", "length", "last")),
@@ -32,10 +34,14 @@ class _Team(ctypes.Structure):
 
 
 class Numbers(ctypes.Structure):
+    """Numbers of rows, and how far those of one sample are from the next (`vectors.h`)."""
+
     _fields_ = [("at", ctypes.c_void_p), ("step", ctypes.c_int64)]
 
 
 class Batches(ctypes.Structure):
+    """Which rows are a normalization batch (`batches.h`)."""
+
     _fields_ = [
         ("group", ctypes.POINTER(ctypes.c_int64)),
         ("groups", ctypes.c_int64),
@@ -46,6 +52,8 @@ class Batches(ctypes.Structure):
 
 
 class Tables(ctypes.Structure):
+    """Where moments are kept (`batches.h`)."""
+
     _fields_ = [
         *((f"{of}{which}", ctypes.c_void_p) for of in ("", "batch_", "row_", "first_") for which in ("mean", "var")),
         *((name, ctypes.c_int64) for name in ("fill", "use")),
@@ -53,6 +61,8 @@ class Tables(ctypes.Structure):
 
 
 class Weighing(ctypes.Structure):
+    """How a row and the population are weighed (`weighed.cpp`)."""
+
     _fields_ = [
         *((name, ctypes.c_double) for name in ("share", "eps")),
         *((name, Numbers) for name in ("mean", "var", "weight", "bias")),
