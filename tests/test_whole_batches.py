@@ -147,6 +147,8 @@ def test_second_derivatives_of_what_has_constants():  # BatchRenorm's r and d, s
 @pytest.mark.parametrize("choices", [("shared", "shared"), ("per_domain", "per_domain"), ("per_domain", "shared")])
 def test_a_compiled_layer_calls_the_kernel(choices, affine):
     torch._dynamo.reset()
+    if torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(1)):
+        pytest.skip("this torch compiles as if it exported: layers are operations of torch then")
     eager = dn.DomainBatchNorm(64, 2, *choices, affine=affine)
     twin = copy.deepcopy(eager)
     step = torch.compile(twin, backend="aot_eager", fullgraph=True)

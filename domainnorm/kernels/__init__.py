@@ -38,4 +38,5 @@ def prefers_batch_norm(x: Tensor) -> bool:
 def prefers_operator(xs: Sequence[Tensor]) -> bool:
     """Whether within `torch.compile` the kernel of whole batches is faster for `xs` than what the compiler makes."""
     large = sum(x.numel() for x in xs) >= SMALL
+    # an exported program is to run elsewhere; the compiler of torch 2.11 always says that it exports
     return large and not torch.compiler.is_exporting() and takes_batches(xs)

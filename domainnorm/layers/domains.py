@@ -39,7 +39,7 @@ class DomainBatch:
         self.elements = [math.prod(x.shape[2:]) for x in tensors]
         self.extra: Moments | None = None
         self.updates = not is_recomputed()
-        self._read = read or _as_they_are
+        self._read = _as_they_are if read is None else read  # `or` is a branch to torch 2.11's compiler
         self._rows: tuple[Rows, Moments] | None = None
 
     @staticmethod
