@@ -184,6 +184,18 @@ def test_the_operator_keeps_the_rules_of_torch(layout, rows):
 
 
 @needs_library
+def test_the_operator_with_a_single_sample_of_all_domains():
+    layer = dn.DomainBatchNorm(4, 2, affine="per_domain").double()
+    gradients = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        xs = [tensor((n, 4, 400, 300), torch.float64, n).requires_grad_() for n in (1, 0)]
+        layer.zero_grad()
+        call(xs)[0].pow(2).sum().backward()
+        gradients.append([xs[0].grad, layer.weight.grad, layer.bias.grad])
+    torch.testing.assert_close(*gradients)
+
+
+@needs_library
 def test_an_exported_model_has_operations_of_torch_alone():
     model = torch.nn.Sequential(dn.DomainBatchNorm(64)).train()
     program = torch.export.export(model, (torch.randn(2, 64, 70, 70),))

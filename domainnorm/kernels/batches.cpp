@@ -1,5 +1,5 @@
-// Whole normalization batches: moments, merge and affine in one call, and all gradients in another; called by compiled.py,
-// which checks what comes in. The layers' own merge of rows is the reference.
+// Whole normalization batches: moments, merge and affine in one call, and all gradients in another; called by
+// compiled_batches.py; library.py checks what comes in. The layers' own merge of rows is the reference.
 
 #include "batches_last.h"
 #include "batches_rows.h"

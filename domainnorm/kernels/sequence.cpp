@@ -1,5 +1,5 @@
 // SeqNorm: GroupNorm of each sample without an affine, then a BatchNorm of groups of samples, in one call each way; called
-// by compiled.py, which checks what comes in. The layer's own merges of rows are the reference.
+// by compiled_batches.py; library.py checks what comes in. The layer's own merges of rows are the reference.
 //
 // With the mean μ and deviation σ of a sample's channel group, and M and S of the z = (x - μ) / σ of a group of samples,
 // y = γ (z - M) / S + β. The moments of z are those of the rows of x, moved and scaled: x is read for them once.

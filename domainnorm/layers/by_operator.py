@@ -81,7 +81,8 @@ def _gradient(grads, xs, moments, weight, bias, groups, eps):
 
 @register_fake("domainnorm::normalize_gradient")
 def _(grads, xs, moments, weight, bias, groups, eps):
-    rows = moments.shape[1] if weight is None or weight.ndim == 1 else weight.shape[0]
+    of_rows = weight is not None and weight.ndim == 2 and weight.shape[0] > 1
+    rows = weight.shape[0] if of_rows else moments.shape[1]
     return [*map(torch.empty_like, xs), moments.new_empty((2, rows, xs[0].shape[1]))]
 
 
@@ -95,7 +96,7 @@ def _backward(ctx, grads):
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(xs, grads, strict=False)]  # but the last
     *dxs, affine = torch.ops.domainnorm.normalize_gradient(grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
     to_weight, to_bias = (
-        None if of is None else (grad if of.ndim == 2 else grad.sum(0)).to(of.dtype)
+        None if of is None else (grad if of.shape == grad.shape else grad.sum(0).view(of.shape)).to(of.dtype)
         for grad, of in zip(affine, (weight, bias), strict=True)
     )
     return dxs, to_weight, to_bias, None, None, None
