@@ -20,16 +20,14 @@ def of_rows(batches: Batches, value: Moments) -> Moments:
     return value if len(batches.counts) == 1 else value[torch.tensor(batches.group)]
 
 
-def batch_moments(batches: Batches, tables: Tables) -> Moments:
-    """Of each batch, `(groups, C / width)`."""
-    counts = tables[2].new_tensor(batches.counts).mul_(batches.width).unsqueeze_(1)
-    return Moments(counts, *tables[2:4])
+def batch_moments(batches: Batches, tables: Tables) -> tuple[Tensor, Sequence[int]]:
+    """Means and variances of each batch, `(2, groups, C / width)`, and of how many numbers."""
+    return tables[min(len(tables) - 1, 1)], [count * batches.width for count in batches.counts]
 
 
-def counted(batches: Batches, tables: Tables) -> Moments:
-    """Of each channel, `(groups, C)`, or together `(1, C)`."""
-    counts = [sum(batches.counts)] if batches.together else batches.counts
-    return Moments(tables[0].new_tensor(counts).unsqueeze_(1), *tables[:2])
+def counted(batches: Batches, tables: Tables) -> tuple[Tensor, Sequence[int]]:
+    """The same of each channel, `(2, groups, C)`, or together `(2, 1, C)`."""
+    return tables[0], [sum(batches.counts)] if batches.together else batches.counts
 
 
 def read(xs: Sequence[Tensor], batches: Batches) -> Tables:
@@ -64,27 +62,26 @@ class _Normalize(Function):
     def forward(ctx, batches, eps, reference, tables, kept, weight, bias, *xs):
         ys, tables = kernel.normalize(xs, batches, weight, bias, eps, tables)
         kept.extend(tables)
-        ctx.save_for_backward(weight, bias, *xs, *tables)
-        ctx.batches, ctx.eps, ctx.reference, ctx.number = batches, eps, reference, len(xs)
+        ctx.save_for_backward(weight, bias, *xs)
+        ctx.batches, ctx.eps, ctx.reference, ctx.tables = batches, eps, reference, tables
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        weight, bias, *tensors = ctx.saved_tensors
-        xs, tables = tensors[: ctx.number], tuple(tensors[ctx.number :])
+        weight, bias, *xs = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return *[None] * 5, *_differentiable(ctx.reference, weight, bias, xs, grads)
-        dxs, to_weight, to_bias = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, tables)
-        return *[None] * 5, _like(to_weight, weight), _like(to_bias, bias), *dxs
+        dxs, to_weight, to_bias = kernel.gradient(grads, xs, ctx.batches, weight, bias, ctx.eps, ctx.tables)
+        return None, None, None, None, None, like(to_weight, weight), like(to_bias, bias), *dxs
 
 
-def _like(grad: Tensor, of: Tensor | None) -> Tensor | None:
-    """The gradient of `(C,)` or `(ΣN, C)`, of what is of rows or groups."""
+def like(grad: Tensor, of: Tensor | None) -> Tensor | None:
+    """The gradient of γ or β, `(C,)` or of rows, from that of channels, or of rows where the other one is of rows."""
     if of is None:
         return None
-    if of.shape != grad.shape:
-        grad = grad[0] if len(grad) == 1 else grad.sum(0)
-    return grad.view(of.shape).to(of.dtype)
+    if grad.shape != of.shape:
+        grad = (grad if grad.numel() == of.numel() else grad.sum(0)).view(of.shape)
+    return grad if grad.dtype == of.dtype else grad.to(of.dtype)
 
 
 def _differentiable(reference, weight, bias, xs, grads):

@@ -39,6 +39,11 @@ class Moments:
     var: Tensor
 
     @staticmethod
+    def of(table: Tensor, counts: Sequence[float]) -> Moments:
+        """Of means and variances `(2, R, C)` of so many numbers each."""
+        return Moments(table.new_tensor(counts).unsqueeze_(1), *table.unbind())
+
+    @staticmethod
     def rows(x: Tensor) -> Moments:
         """Moments of each row of `x` `(N, C, *)`: mean and variance `(N, C)`, count `(N, 1)`."""
         of = Rows([x]).moments
@@ -140,15 +145,8 @@ class Moments:
         """Some of the sets, by their index along dimension 0."""
         return Moments(self._counts(0)[index], self.mean[index], self.var[index])
 
-    def known_count(self) -> float | None:
-        """The count if it is one for all sets, and known without waiting for a GPU, or breaking a compiled graph."""
-        known = self.count.numel() == 1 and self.count.device.type == "cpu" and not torch.compiler.is_compiling()
-        return self.count.item() if known else None
-
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction `n / (n - 1)`; sets of fewer than two elements keep the biased one."""
-        if (count := self.known_count()) is not None:
-            return self.var * (count / (count - 1)) if count > 1 else self.var
         return self.var * (self.count / (self.count - 1).clamp_(min=1)).clamp_(min=1)
 
 

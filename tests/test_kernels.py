@@ -14,7 +14,7 @@ from torch import nn
 import domainnorm as dn
 from domainnorm import kernels
 from domainnorm.kernels import compiled, library, plain
-from domainnorm.moments import Rows
+from domainnorm.moments import Moments, Rows
 
 
 def layouts(shape):
@@ -217,6 +217,37 @@ def test_without_a_library_results_are_the_same(name):
             y.backward(tensor(y.shape, torch.float64, 1))
         results.append((y, x.grad, *(p.grad for p in one.parameters()), *one.buffers()))
     torch.testing.assert_close(*results, atol=1e-11, rtol=1e-11)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("population", ["shared", "per_domain"])
+@pytest.mark.parametrize("kind", [dn.DomainBatchNorm, dn.BatchRenorm])
+def test_compiled_statistics_move_as_the_plain_ones_do(kind, population, momentum, dtype):
+    layers = [kind(5, num_domains=3, population_statistics=population, momentum=momentum).to(dtype) for _ in range(2)]
+    table = tensor((2, 3, 5), dtype, 1).abs()
+    for counts in ([9, 1, 0], [1, 7, 2], [0, 0, 0], [5, 0, 3]):
+        with mock.patch.object(compiled, "ema", wraps=compiled.ema) as fast:
+            layers[0]._update_known(table, counts)
+        layers[1]._update_population(Moments.of(table, counts))
+        assert fast.called
+        for ours, expected in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+            torch.testing.assert_close(ours, expected, atol=TOLERANCE[dtype] / 10, rtol=TOLERANCE[dtype] / 10)
+        table = table + 1
+    assert layers[0].num_batches_tracked.sum() == 7
+
+
+@needs_library
+def test_autograd_sees_that_compiled_statistics_moved():
+    layer = dn.DomainBatchNorm(3, momentum=None)
+    x = torch.randn(4, 3, 90, 90, requires_grad=True)
+    y = x * layer.running_var.view(3, 1, 1)
+    with mock.patch.object(compiled, "ema", wraps=compiled.ema) as fast:
+        layer(torch.randn(4, 3, 200, 200))
+    assert fast.called
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @needs_library

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import compiled, library, plain
-from .library import takes_batches
+from .library import takes_batches, takes_statistics
 
-__all__ = ["SMALL", "kernel", "prefers_batch_norm", "prefers_operator", "takes_batches"]
+__all__ = ["SMALL", "kernel", "prefers_batch_norm", "prefers_operator", "takes_batches", "takes_statistics"]
 
 SMALL = 400_000  # elements of a tensor: with fewer, calls cost more than the work
 

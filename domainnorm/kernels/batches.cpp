@@ -16,7 +16,10 @@ using namespace domainnorm;
                                             Batches batches, Numbers weight, Numbers bias, Tables tables,           \
                                             void* to_weight, void* to_bias) {                                       \
     const Work<T> work(parts, number, channels, threads, batches, weight, bias);                                    \
-    (parts->last ? gradient_last<T> : gradient_rows<T>)(work, tables, (One<T>*)to_weight, (One<T>*)to_bias);        \
+    const AffineGradient<One<T>> affine(work.each() ? work.samples.size() : batches.groups, channels, work.each(),  \
+                                        to_weight, to_bias);                                                        \
+    (parts->last ? gradient_last<T> : gradient_rows<T>)(work, tables, affine);                                      \
+    affine.put();                                                                                                   \
   }
 
 BATCHES(float32, float)

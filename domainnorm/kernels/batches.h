@@ -14,11 +14,11 @@ struct Batches {
   double eps;
 };
 
-// Means and variances: of channels, which the caller counts, (groups, channels) or with `together` of all groups in one
-// (1, channels); of the batches, (groups, channels / width); of a sequence's rows, and of its first batches. Those of the
-// channels and of the batches may be the same. Whether they are to be filled, and to be used.
+// Means, and after them as many variances: of channels, which the caller counts, (groups, channels) or with `together` of
+// all groups in one (1, channels); of the batches, (groups, channels / width); of a sequence's rows, and of its first
+// batches. Those of the channels and of the batches may be the same. Whether they are to be filled, and to be used.
 struct Tables {
-  void *mean, *var, *batch_mean, *batch_var, *row_mean, *row_var, *first_mean, *first_var;
+  void *counted, *batches, *rows, *first;
   int64_t fill, use;
 };
 
@@ -41,11 +41,12 @@ inline void merge(int64_t channels, const double* mean, const double* squares, d
   }
 }
 
-// Into `mean` and `var`, what the caller counts: `of` has the mean and the squares of what lies beyond it of each channel of
-// each group.
+// Into `mean`, and the variances after it, what the caller counts: `of` has the mean and the squares of what lies beyond it
+// of each channel of each group.
 template <class N>
-void count(const Twos& of, const Batches& batches, N* mean, N* var) {
+void count(const Twos& of, const Batches& batches, N* mean) {
   Twos all(batches.together ? 1 : batches.groups, of.channels);
+  N* var = mean + all.first.size();
   for (int64_t group = 0; group < batches.groups; ++group) {
     const int64_t to = batches.together ? 0 : group, at = group * of.channels;
     merge(of.channels, &of.first[at], &of.second[at], of.places[group], all.places[to], &all.first[to * of.channels],
@@ -103,6 +104,7 @@ struct Work {
   int64_t of(const Sample<T>& sample) const { return batches.group ? batches.group[sample.row] : 0; }
   bool each() const { return weight.step || bias.step; }
   int64_t unit(const Sample<T>& sample) const { return each() ? sample.row : of(sample); }
+  int64_t sets() const { return batches.groups * channels / batches.width; }
   One<T> gamma(const Sample<T>& sample, int64_t channel) const {
     return weight.at ? of_sample<T>(weight, sample.row)[channel] : 1;
   }
@@ -116,6 +118,31 @@ struct Work {
   }
   double inverse(double var) const { return 1 / std::sqrt(var + batches.eps); }
   const Sample<T>* first(int64_t group) const { return samples.data() + begin[group]; }
+};
+
+// The gradients of γ and β while they are of units, (units, channels) each, and then where they belong: with `each` to rows,
+// else to all units in one.
+template <class N>
+struct AffineGradient {
+  int64_t units, channels;
+  N *to_weight, *to_bias;
+  std::vector<N> kept;
+  N *weight, *bias;
+
+  AffineGradient(int64_t units, int64_t channels, bool each, void* to_weight, void* to_bias)
+      : units(units), channels(channels), to_weight((N*)to_weight), to_bias((N*)to_bias),
+        kept(each || units == 1 ? 0 : 2 * units * channels), weight(kept.empty() ? this->to_weight : kept.data()),
+        bias(kept.empty() ? this->to_bias : weight + units * channels) {}
+  AffineGradient(const AffineGradient&) = delete;
+
+  void put() const {
+    if (!kept.empty())
+      for (int64_t row = 0; row < units * channels; row += channels)
+        for (int64_t i = 0; i < channels; ++i) {
+          to_weight[i] += weight[row + i];
+          to_bias[i] += bias[row + i];
+        }
+  }
 };
 
 }  // namespace domainnorm

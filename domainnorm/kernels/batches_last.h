@@ -106,16 +106,17 @@ void last_moments(const Work<T>& work, Tables tables) {
           &merged.first[group * channels], &merged.second[group * channels]);
     merged.places[group] += of.places[k];
   }
-  count(merged, work.batches, (One<T>*)tables.mean, (One<T>*)tables.var);
-  for (int64_t set = 0; set < groups * channels / width; ++set) {
+  count(merged, work.batches, (One<T>*)tables.counted);
+  One<T>*mean = (One<T>*)tables.batches, *var = mean + work.sets();
+  for (int64_t set = 0; set < work.sets(); ++set) {
     const double n = merged.places[set * width / channels];
     const double *means = &merged.first[set * width], *beyond = &merged.second[set * width];
     double centre = 0, squares = 0;
     for (int64_t k = 0; k < width; ++k) centre += means[k];
     centre /= width;
     for (int64_t k = 0; k < width; ++k) squares += beyond[k] + n * (means[k] - centre) * (means[k] - centre);
-    ((One<T>*)tables.batch_mean)[set] = centre;
-    ((One<T>*)tables.batch_var)[set] = squares / std::max(n * width, 1.);
+    mean[set] = centre;
+    var[set] = squares / std::max(n * width, 1.);
   }
 }
 
@@ -136,7 +137,7 @@ void normalize_last(const Work<T>& work, Tables tables) {
   if (tables.fill) last_moments(work, tables);
   if (!tables.use) return;
   const int64_t channels = work.channels, width = work.batches.width;
-  const One<T>*mean = (const One<T>*)tables.batch_mean, *var = (const One<T>*)tables.batch_var;
+  const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
   const auto all = chunks(work, true);
   parallel(all.size(), work.places * channels, work.threads, [&, mean, var](int64_t begin, int64_t end) {
     std::vector<One<T>> scale(channels), centre(channels), shift(channels);
@@ -165,9 +166,9 @@ void normalize_last(const Work<T>& work, Tables tables) {
 }
 
 template <class T>
-void gradient_last(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>* to_bias) {
+void gradient_last(const Work<T>& work, Tables tables, const AffineGradient<One<T>>& to_affine) {
   const int64_t channels = work.channels, width = work.batches.width, groups = work.batches.groups;
-  const One<T>*mean = (const One<T>*)tables.batch_mean, *var = (const One<T>*)tables.batch_var;
+  const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
   const auto all = chunks(work, true);
   Twos of(all.size(), channels), batches(groups, channels / width);  // Σ grad and Σ grad · (x - mean)
   parallel(all.size(), work.places * channels, work.threads, [&, mean](int64_t begin, int64_t end) {
@@ -204,8 +205,8 @@ void gradient_last(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>
       for (const int64_t next = i + width; i < next; ++i) {
         const int64_t row = all[k].unit * channels + i;
         const double total = of.first[k * channels + i], products = of.second[k * channels + i];
-        to_bias[row] += total;
-        to_weight[row] += products * inverse;
+        to_affine.bias[row] += total;
+        to_affine.weight[row] += products * inverse;
         batches.first[set] += total * work.gamma(sample, i);
         batches.second[set] += products * work.gamma(sample, i);
       }

@@ -60,8 +60,8 @@ template <class T>
 void normalize_rows(const Work<T>& work, Tables tables) {
   const int64_t channels = work.channels, width = work.batches.width, sets = channels / width;
   Twos of = work.of_groups();
-  One<T>*batch_mean = (One<T>*)tables.batch_mean, *batch_var = (One<T>*)tables.batch_var;
-  parallel(work.batches.groups * sets, work.places * channels, work.threads, [=, &work, &of](int64_t begin, int64_t end) {
+  One<T>*batch_mean = (One<T>*)tables.batches, *batch_var = batch_mean + work.sets();
+  parallel(work.sets(), work.places * channels, work.threads, [=, &work, &of](int64_t begin, int64_t end) {
     std::vector<Piece<T>> tile;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / sets, first = task % sets * width;
@@ -87,14 +87,14 @@ void normalize_rows(const Work<T>& work, Tables tables) {
         }
     }
   });
-  if (tables.fill) count(of, work.batches, (One<T>*)tables.mean, (One<T>*)tables.var);
+  if (tables.fill) count(of, work.batches, (One<T>*)tables.counted);
 }
 
 template <class T>
-void gradient_rows(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>* to_bias) {
+void gradient_rows(const Work<T>& work, Tables tables, const AffineGradient<One<T>>& to_affine) {
   const int64_t channels = work.channels, width = work.batches.width, sets = channels / width;
-  const One<T>*mean = (const One<T>*)tables.batch_mean, *var = (const One<T>*)tables.batch_var;
-  parallel(work.batches.groups * sets, work.places * channels, work.threads, [=, &work](int64_t begin, int64_t end) {
+  const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
+  parallel(work.sets(), work.places * channels, work.threads, [=, &work, &to_affine](int64_t begin, int64_t end) {
     std::vector<Piece<T>> tile;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / sets, first = task % sets * width;
@@ -120,8 +120,8 @@ void gradient_rows(const Work<T>& work, Tables tables, One<T>* to_weight, One<T>
             count += n;
           });
           const int64_t row = work.unit(*sample) * channels + channel;
-          to_weight[row] = sum_products * inverse;
-          to_bias[row] = sum_grad;
+          to_affine.weight[row] = sum_products * inverse;
+          to_affine.bias[row] = sum_grad;
           total += sum_grad * work.gamma(*sample, channel);
           products += sum_products * work.gamma(*sample, channel);
           sample = next;

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import plain
-from .library import Weighing, call, like, numbers, part, wide
+from .library import Running, Weighing, call, like, move, numbers, part, wide
 
 
 def moments(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,28 @@ def weighed(
     parts = [part(x, out=y) for x, y in zip(xs, ys, strict=True)]
     call("weighed", xs, parts, Weighing(share, eps, *(numbers(v, xs) for v in (mean, var, weight, bias))))
     return ys
+
+
+def ema(
+    table: Tensor,
+    counts: Sequence[float],
+    running: tuple[Tensor, Tensor, Tensor],
+    momentum: float | None,
+    eps: float | None,
+) -> None:
+    """One step of running means, variances and step counts `(C,)` or `(K, C)` for each of some sets.
+
+    Args:
+        table: means and variances `(2, sets, C)`.
+        counts: of each set.
+        momentum: None: the cumulative average.
+        eps: None, or what is averaged is `sqrt(var + eps)`.
+    """
+    mean, var, tracked = (v.data_ptr() for v in running)
+    momentum = -1.0 if momentum is None else momentum
+    of = Running(mean, var, tracked, running[0].ndim == 2, momentum, eps is not None, eps or 0.0)
+    move(counts, table, of)
+    increment_version(running)
 
 
 def _empty_tables(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from . import library
 from .library import call, like, numbers, part, show, wide
 
-# Means and variances: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted; of the batches,
-# `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches.
+# Means and variances, `(2, …)` each: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted;
+# of the batches, `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches.
 Tables = tuple[Tensor, ...]
 
 
@@ -92,10 +92,10 @@ def gradient(
     eps: float,
     tables: Tables,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of `xs`, and of γ and β, of rows where one of them is of rows, else of groups."""
+    """Gradients of `xs`, of γ and of β: `(ΣN, C)` where one of the two is of rows, else `(C,)`."""
     of_rows = any(v is not None and v.ndim == 2 and len(v) > 1 for v in (weight, bias))
-    shape = (2, sum(map(len, xs)) if of_rows else len(batches.counts), xs[0].shape[1])
-    to_weight, to_bias = torch.zeros(shape, dtype=wide(xs[0])).unbind()
+    shape = (sum(map(len, xs)), xs[0].shape[1]) if of_rows else xs[0].shape[1:2]
+    to_weight, to_bias = (torch.zeros(shape, dtype=wide(xs[0])) for _ in range(2))
     outs = [torch.empty_like(x) for x in xs]
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
     parts = [part(x, grad, out, _last(xs)) for grad, x, out in zip(grads, xs, outs, strict=True)]
@@ -123,8 +123,9 @@ def _given(
     show(*tables)
     groups, width = len(batches.counts), batches.first or batches.width
     of = library.Batches(batches.array, groups, width, batches.together, eps)
-    pointers = [v.data_ptr() for v in tables] + [None] * (8 - len(tables))
-    return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*pointers, fill, use)
+    # one table of channels may be that of the batches
+    at = [v.data_ptr() for v in (tables * 2 if len(tables) == 1 else tables)]
+    return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*at, *[None] * (4 - len(at)), fill, use)
 
 
 def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
@@ -138,7 +139,4 @@ def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
     else:
         shapes = [(counted, dtype)] * (1 if counted == of_batches else 2)
         shapes[-1] = (of_batches, dtype)
-    pairs = [torch.empty(2, *shape, dtype=of).unbind() for shape, of in shapes]
-    if len(pairs) == 1:
-        pairs *= 2
-    return tuple(table for pair in pairs for table in pair)
+    return tuple(torch.empty(2, *shape, dtype=of) for shape, of in shapes)

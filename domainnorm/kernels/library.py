@@ -55,8 +55,20 @@ class Tables(ctypes.Structure):
     """Where moments are kept (`batches.h`)."""
 
     _fields_ = [
-        *((f"{of}{which}", ctypes.c_void_p) for of in ("", "batch_", "row_", "first_") for which in ("mean", "var")),
+        *((name, ctypes.c_void_p) for name in ("counted", "batches", "rows", "first")),
         *((name, ctypes.c_int64) for name in ("fill", "use")),
+    ]
+
+
+class Running(ctypes.Structure):
+    """Population statistics, and how they take a step (`ema.cpp`)."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("mean", "var", "tracked")),
+        ("apart", ctypes.c_int64),
+        ("momentum", ctypes.c_double),
+        ("of_deviation", ctypes.c_int64),
+        ("eps", ctypes.c_double),
     ]
 
 
@@ -81,6 +93,7 @@ FUNCTIONS: dict[str, list[Any]] = {  # what each takes after the tensors, their 
     "sequence": [Batches, Numbers, Numbers, Tables],
     "sequence_gradient": [Batches, Numbers, Numbers, Tables, TABLE, TABLE],
 }
+COUNTS = ctypes.POINTER(ctypes.c_double)
 
 
 def _library() -> ctypes.CDLL | None:
@@ -109,6 +122,9 @@ def _library() -> ctypes.CDLL | None:
             function = getattr(library, f"{name}_{kind}")
             function.argtypes = [ctypes.POINTER(Part), *[ctypes.c_int64] * 3, *others]
             function.restype = None
+    for function in (library.ema_float32, library.ema_float64):
+        function.argtypes = [TABLE, COUNTS, *[ctypes.c_int64] * 2, Running]
+        function.restype = None
     return library
 
 
@@ -153,6 +169,31 @@ def _are_traced() -> bool:
 def takes_batches(xs: Sequence[Tensor]) -> bool:
     """Whether whole batches of `xs` can be normalized here: what `takes` says, and all in one layout."""
     return takes(xs) and (all(x.is_contiguous() for x in xs) or all(map(is_last, xs)))
+
+
+def takes_statistics(moments: Tensor, mean: Tensor, var: Tensor, tracked: Tensor) -> bool:
+    """Whether `move` can move running means and variances, and counts of steps, by given moments."""
+    if _LIBRARY is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    dtype = moments.dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and _lies_here(moments, dtype)
+        and _lies_here(mean, dtype)
+        and _lies_here(var, dtype)
+        and _lies_here(tracked, torch.long)
+    )
+
+
+def _lies_here(value: Tensor, dtype: torch.dtype) -> bool:
+    return type(value) is Tensor and value.dtype == dtype and value.device.type == "cpu" and value.is_contiguous()
+
+
+def move(counts: Sequence[float], table: Tensor, running: Running) -> None:
+    """A step for each of some sets, of means and variances `(2, sets, C)`."""
+    sets = len(counts)
+    function = getattr(_LIBRARY, f"ema_{TYPES[table.dtype]}")
+    function(table.data_ptr(), (ctypes.c_double * sets)(*counts), sets, table.shape[2], running)
 
 
 def call(function: str, xs: Sequence[Tensor], parts: list[Part], *others: Any) -> None:

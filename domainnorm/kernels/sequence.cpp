@@ -15,40 +15,39 @@ namespace {
 template <class T>
 struct Sequence {
   const Part* parts;
-  int64_t number, channels, threads;
+  int64_t number, channels, threads, samples = 0;
   Batches batches;
-  const One<T>*weight, *bias;         // (channels,), or none
-  double *z_mean, *z_var;             // of z, (groups, channels)
-  One<T>*row_mean, *row_var;          // of rows, (samples, channels)
-  One<T>*mean, *var;                  // of the channel groups of samples, (samples, channels / width)
-  One<T>*total_mean, *total_var;      // of z, which the caller counts
-  int64_t samples = 0;
-  std::vector<double> length;  // of each sample
-  std::vector<double> count;   // of each group
+  const One<T>*weight, *bias;  // (channels,), or none
+  One<T>* counted;
+  double *z_mean, *z_var;       // of z, (groups, channels)
+  One<T>*row_mean, *row_var;    // of rows, (samples, channels)
+  One<T>*mean, *var;            // of the channel groups of samples, (samples, channels / width)
+  std::vector<double> length;   // of each sample
+  std::vector<double> count;    // of each group
+  std::vector<double> inverse;  // 1 / σ of each channel group, once they are known
 
   Sequence(const Part* parts, int64_t number, int64_t channels, int64_t threads, Batches batches, Numbers weight,
            Numbers bias, Tables tables)
       : parts(parts), number(number), channels(channels), threads(threads), batches(batches),
-        weight((const One<T>*)weight.at), bias((const One<T>*)bias.at), z_mean((double*)tables.batch_mean),
-        z_var((double*)tables.batch_var), row_mean((One<T>*)tables.row_mean), row_var((One<T>*)tables.row_var),
-        mean((One<T>*)tables.first_mean), var((One<T>*)tables.first_var), total_mean((One<T>*)tables.mean),
-        total_var((One<T>*)tables.var), count(batches.groups) {
+        weight((const One<T>*)weight.at), bias((const One<T>*)bias.at), counted((One<T>*)tables.counted),
+        z_mean((double*)tables.batches), z_var(z_mean + batches.groups * channels), row_mean((One<T>*)tables.rows),
+        mean((One<T>*)tables.first), count(batches.groups) {
     for (const Part* part = parts; part < parts + number; ++part) length.insert(length.end(), part->samples, part->length);
     samples = length.size();
+    row_var = row_mean + samples * channels;
+    var = mean + samples * sets();
     for (int64_t n = 0; n < samples; ++n) count[group(n)] += length[n];
   }
 
   int64_t group(int64_t sample) const { return batches.group ? batches.group[sample] : 0; }
   int64_t sets() const { return channels / batches.width; }
-  double inverse(double var) const { return 1 / std::sqrt(var + batches.eps); }
-  One<T> gamma(int64_t channel) const { return weight ? weight[channel] : 1; }
-
-  // 1 / σ of each channel group, and μ of each row.
-  std::vector<double> inverses() const {
-    std::vector<double> all(samples * sets());
-    for (size_t k = 0; k < all.size(); ++k) all[k] = inverse(var[k]);
-    return all;
+  double inverted(double var) const { return 1 / std::sqrt(var + batches.eps); }
+  double gamma(int64_t channel) const { return weight ? weight[channel] : 1; }
+  void invert() {
+    inverse.resize(samples * sets());
+    for (size_t k = 0; k < inverse.size(); ++k) inverse[k] = inverted(var[k]);
   }
+  // μ of each row.
   std::vector<One<T>> centres() const {
     std::vector<One<T>> all(samples * channels);
     for (int64_t set = 0; set < samples * sets(); ++set) std::fill_n(&all[set * batches.width], batches.width, mean[set]);
@@ -56,58 +55,79 @@ struct Sequence {
   }
   Numbers of_rows(const std::vector<One<T>>& numbers) const { return {numbers.data(), channels}; }
 
-  // body(row, set, g, channel, length) for all rows; g is the place of its group and channel.
+  // body(sample, set, row, channel, g) for all channel groups of the samples, with the places of their first channels among
+  // the rows, the channels, and those of the groups of samples.
   template <class Body>
-  void each_row(Body body) const {
-    for (int64_t n = 0; n < samples; ++n)
-      for (int64_t set = n * sets(), channel = 0; channel < channels; ++set)
-        for (const int64_t end = channel + batches.width; channel < end; ++channel)
-          body(n * channels + channel, set, group(n) * channels + channel, channel, length[n]);
+  void each_set(Body body) const {
+    for (int64_t n = 0, set = 0; n < samples; ++n)
+      for (int64_t channel = 0; channel < channels; channel += batches.width, ++set)
+        body(n, set, n * channels + channel, channel, group(n) * channels + channel);
   }
 };
 
 // The moments of z, from those of the rows.
 template <class T>
-void merge_rows(const Sequence<T>& of) {
-  const int64_t width = of.batches.width;
-  for (int64_t set = 0; set < of.samples * of.sets(); ++set) {
-    const One<T>*mean = of.row_mean + set * width, *var = of.row_var + set * width;
+void merge_rows(Sequence<T>& of) {
+  const int64_t width = of.batches.width, numbers = of.batches.groups * of.channels;
+  of.each_set([&](int64_t, int64_t set, int64_t row, int64_t, int64_t) {
+    const One<T>*mean = of.row_mean + row, *var = of.row_var + row;
     double centre = 0, squares = 0;
     for (int64_t k = 0; k < width; ++k) centre += mean[k];
     centre /= width;
     for (int64_t k = 0; k < width; ++k) squares += var[k] + (mean[k] - centre) * (mean[k] - centre);
     of.mean[set] = centre;
     of.var[set] = squares / width;
-  }
-  const auto inverses = of.inverses();
+  });
+  of.invert();
   Twos z(of.batches.groups, of.channels);
   z.places = of.count;
-  of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double length) {
-    z.first[g] += length * (of.row_mean[row] - of.mean[set]) * inverses[set];
+  of.each_set([&](int64_t n, int64_t set, int64_t row, int64_t, int64_t g) {
+    const One<T>* mean = of.row_mean + row;
+    const double centre = of.mean[set], share = of.length[n] * of.inverse[set];
+    double* to = &z.first[g];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < width; ++k) to[k] += share * (mean[k] - centre);
   });
-  for (size_t g = 0; g < z.first.size(); ++g) z.first[g] /= std::max(of.count[g / of.channels], 1.);
-  of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double length) {
-    const double apart = (of.row_mean[row] - of.mean[set]) * inverses[set] - z.first[g];
-    z.second[g] += length * (of.row_var[row] * inverses[set] * inverses[set] + apart * apart);
+  for (int64_t g = 0; g < numbers; ++g) z.first[g] /= std::max(of.count[g / of.channels], 1.);
+  of.each_set([&](int64_t n, int64_t set, int64_t row, int64_t, int64_t g) {
+    const One<T>*mean = of.row_mean + row, *var = of.row_var + row;
+    const double centre = of.mean[set], s = of.inverse[set], length = of.length[n];
+    const double* m = &z.first[g];
+    double* to = &z.second[g];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < width; ++k) {
+      const double apart = (mean[k] - centre) * s - m[k];
+      to[k] += length * (var[k] * s * s + apart * apart);
+    }
   });
-  for (size_t g = 0; g < z.first.size(); ++g) {
+  for (int64_t g = 0; g < numbers; ++g) {
     of.z_mean[g] = z.first[g];
     of.z_var[g] = z.second[g] / std::max(of.count[g / of.channels], 1.);
   }
-  domainnorm::count(z, of.batches, of.total_mean, of.total_var);
+  domainnorm::count(z, of.batches, of.counted);
 }
 
 template <class T>
-void normalize_sequence(const Sequence<T>& of) {
+void normalize_sequence(Sequence<T> of) {
   moments<T>(of.parts, of.number, of.channels, of.threads, of.row_mean, of.row_var);
   merge_rows(of);
-  const auto inverses = of.inverses(), centre = of.centres();
-  std::vector<double> factor(of.batches.groups * of.channels);
+  const int64_t width = of.batches.width;
+  const auto centre = of.centres();
+  std::vector<double> factor(of.batches.groups * of.channels), offset(factor.size());  // γ / S, and β - M γ / S
+  for (int64_t group = 0, g = 0; group < of.batches.groups; ++group)
+    for (int64_t channel = 0; channel < of.channels; ++channel, ++g) {
+      factor[g] = of.gamma(channel) * of.inverted(of.z_var[g]);
+      offset[g] = (of.bias ? of.bias[channel] : 0) - of.z_mean[g] * factor[g];
+    }
   std::vector<One<T>> scale(centre.size()), shift(centre.size());
-  for (size_t g = 0; g < factor.size(); ++g) factor[g] = of.gamma(g % of.channels) * of.inverse(of.z_var[g]);
-  of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t channel, double) {
-    scale[row] = inverses[set] * factor[g];
-    shift[row] = (of.bias ? of.bias[channel] : 0) - of.z_mean[g] * factor[g];
+  of.each_set([&](int64_t, int64_t set, int64_t row, int64_t, int64_t g) {
+    const double s = of.inverse[set], *f = &factor[g], *o = &offset[g];
+    One<T>*a = &scale[row], *b = &shift[row];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < width; ++k) {
+      a[k] = s * f[k];
+      b[k] = o[k];
+    }
   });
   affine<T>(of.parts, of.number, of.channels, of.threads, of.of_rows(scale), of.of_rows(centre), of.of_rows(shift));
 }
@@ -115,40 +135,55 @@ void normalize_sequence(const Sequence<T>& of) {
 // With F = γ / S, the gradient of z is F g - A - B (z - M): A and B are its means over the group of samples, of itself and
 // times z - M, as in a BatchNorm. Then that of x is the same again, over the channel group of the sample.
 template <class T>
-void gradient_sequence(const Sequence<T>& of, One<T>* to_weight, One<T>* to_bias) {
-  const int64_t groups = of.batches.groups;
-  const auto inverses = of.inverses(), centre = of.centres();
+void gradient_sequence(Sequence<T> of, const AffineGradient<One<T>>& to_affine) {
+  of.invert();
+  const int64_t width = of.batches.width;
+  const auto centre = of.centres();
   std::vector<One<T>> total(centre.size()), products(centre.size());  // Σ g and Σ g (x - μ) of rows
   sums<T>(of.parts, of.number, of.channels, of.threads, total.data(), products.data(), of.of_rows(centre));
 
-  std::vector<double> all(groups * of.channels), beyond(groups * of.channels);  // Σ g and Σ g (z - M) of groups
-  of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double) {
-    all[g] += total[row];
-    beyond[g] += inverses[set] * products[row] - of.z_mean[g] * total[row];
+  std::vector<double> all(of.batches.groups * of.channels), beyond(all.size());  // Σ g and Σ g (z - M) of groups
+  of.each_set([&](int64_t, int64_t set, int64_t row, int64_t, int64_t g) {
+    const One<T>*t = &total[row], *p = &products[row];
+    const double s = of.inverse[set], *m = of.z_mean + g;
+    double *to_all = &all[g], *to_beyond = &beyond[g];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < width; ++k) {
+      to_all[k] += t[k];
+      to_beyond[k] += s * p[k] - m[k] * t[k];
+    }
   });
   std::vector<double> factor(all.size()), a(all.size()), b(all.size());
-  for (size_t g = 0; g < all.size(); ++g) {
-    const double inverse = of.inverse(of.z_var[g]), count = std::max(of.count[g / of.channels], 1.);
-    to_bias[g] = all[g];
-    to_weight[g] = beyond[g] * inverse;
-    factor[g] = of.gamma(g % of.channels) * inverse;
-    a[g] = factor[g] * all[g] / count;
-    b[g] = factor[g] * beyond[g] * inverse * inverse / count;
-  }
+  for (int64_t group = 0, g = 0; group < of.batches.groups; ++group)
+    for (int64_t channel = 0; channel < of.channels; ++channel, ++g) {
+      const double inverse = of.inverted(of.z_var[g]), count = std::max(of.count[group], 1.);
+      to_affine.bias[g] = all[g];
+      to_affine.weight[g] = beyond[g] * inverse;
+      factor[g] = of.gamma(channel) * inverse;
+      a[g] = factor[g] * all[g] / count;
+      b[g] = factor[g] * beyond[g] * inverse * inverse / count;
+    }
 
-  std::vector<double> sum(inverses.size()), sum_of_products(inverses.size());  // of z's gradient, of channel groups
-  of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double length) {
-    const double s = inverses[set], apart = of.row_mean[row] - of.mean[set], m = of.z_mean[g];
-    sum[set] += factor[g] * total[row] - length * (a[g] + b[g] * (apart * s - m));
-    sum_of_products[set] += factor[g] * products[row] - length * ((a[g] - b[g] * m) * apart +
-                                                                  b[g] * s * (of.row_var[row] + apart * apart));
-  });
   std::vector<One<T>> scale(centre.size()), to_mean(centre.size()), to_var(centre.size());
-  of.each_row([&](int64_t row, int64_t set, int64_t g, int64_t, double length) {
-    const double s = inverses[set], count = length * of.batches.width;
-    scale[row] = s * factor[g];
-    to_var[row] = -length / 2 * s * s * (b[g] + s * sum_of_products[set] / count);
-    to_mean[row] = -length * s * (a[g] - b[g] * of.z_mean[g] + sum[set] / count);
+  of.each_set([&](int64_t n, int64_t set, int64_t row, int64_t, int64_t g) {
+    const One<T>*t = &total[row], *p = &products[row], *mean = of.row_mean + row, *var = of.row_var + row;
+    const double s = of.inverse[set], length = of.length[n], centre = of.mean[set], *m = of.z_mean + g;
+    const double *f = &factor[g], *of_a = &a[g], *of_b = &b[g];
+    double sum = 0, sum_of_products = 0;  // of z's gradient, of the channel group
+    for (int64_t k = 0; k < width; ++k) {
+      const double apart = mean[k] - centre, rest = of_a[k] - of_b[k] * m[k];
+      sum += f[k] * t[k] - length * (rest + of_b[k] * apart * s);
+      sum_of_products += f[k] * p[k] - length * (rest * apart + of_b[k] * s * (var[k] + apart * apart));
+    }
+    sum /= length * width;
+    sum_of_products *= s / (length * width);
+    One<T>*to_scale = &scale[row], *mean_to = &to_mean[row], *var_to = &to_var[row];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < width; ++k) {
+      to_scale[k] = s * f[k];
+      var_to[k] = -length / 2 * s * s * (of_b[k] + sum_of_products);
+      mean_to[k] = -length * s * (of_a[k] - of_b[k] * m[k] + sum);
+    }
   });
   gradient<T>(of.parts, of.number, of.channels, of.threads, of.of_rows(scale), of.of_rows(centre), of.of_rows(to_mean),
               of.of_rows(to_var));
@@ -159,13 +194,14 @@ void gradient_sequence(const Sequence<T>& of, One<T>* to_weight, One<T>* to_bias
 #define SEQUENCE(NAME, T)                                                                                           \
   extern "C" void sequence_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads,             \
                                   Batches batches, Numbers weight, Numbers bias, Tables tables) {                   \
-    normalize_sequence(Sequence<T>(parts, number, channels, threads, batches, weight, bias, tables));         \
+    normalize_sequence(Sequence<T>(parts, number, channels, threads, batches, weight, bias, tables));               \
   }                                                                                                                 \
   extern "C" void sequence_gradient_##NAME(const Part* parts, int64_t number, int64_t channels, int64_t threads,    \
                                            Batches batches, Numbers weight, Numbers bias, Tables tables,            \
                                            void* to_weight, void* to_bias) {                                        \
-    gradient_sequence(Sequence<T>(parts, number, channels, threads, batches, weight, bias, tables),           \
-                      (One<T>*)to_weight, (One<T>*)to_bias);                                                        \
+    const AffineGradient<One<T>> affine(batches.groups, channels, false, to_weight, to_bias);                       \
+    gradient_sequence(Sequence<T>(parts, number, channels, threads, batches, weight, bias, tables), affine);        \
+    affine.put();                                                                                                   \
   }
 
 SEQUENCE(float32, float)

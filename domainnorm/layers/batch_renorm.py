@@ -44,6 +44,7 @@ class BatchRenorm(DomainBatchNorm):
     """
 
     plain = False
+    averages_deviation = True
 
     def __init__(
         self,
@@ -117,15 +118,6 @@ class BatchRenorm(DomainBatchNorm):
             )
         self._recent = deque((r for r in self._recent if r is not found[0]), maxlen=RECENT)
         return found[0][1]
-
-    def _move_var(self, moments: Moments, step: Tensor | float) -> None:
-        var = self.running_var.view(moments.var.shape)
-        sigma, new = ((v.to(var.dtype) + self.eps).sqrt() for v in (var, moments.var))
-        moved = sigma.lerp(new, step).square() - self.eps
-        if isinstance(step, Tensor):
-            var.copy_(torch.where(step > 0, moved, var))
-        elif step:
-            var.copy_(moved)
 
     def grouping(self) -> str:
         return "" if self.group_size is None else f"group_size={self.group_size}"

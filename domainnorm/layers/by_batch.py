@@ -53,13 +53,15 @@ def batches_of(layer: DomainBatchNorm, batch: DomainBatch) -> Batches | None:
 
 def normalize_by_batch(layer: DomainBatchNorm, batch: DomainBatch, batches: Batches) -> list[Tensor]:
     """Normalized by the moments of each of `batches`; updates the buffers."""
-    if layer.training:
+    few = layer.split is not None and len(batch.tensors[0]) < layer.split.least
+    if layer.training and (few or (1 in batches.counts and batches.width == 1)):
         layer._check_counts(batch, lambda: [count * batches.width for count in batches.counts], ranks=1)
     known = []
 
     def moments() -> tuple[Moments, Moments]:
         known.append(read(batch.tensors, batches))
-        return counted(batches, known[0]), of_rows(batches, batch_moments(batches, known[0]))
+        own, of = (Moments.of(*part(batches, known[0])) for part in (counted, batch_moments))
+        return own, of_rows(batches, of)
 
     def by_rows(xs: Sequence[Tensor], affine: Affine) -> list[Tensor]:
         rows, of = layer._read(list(xs))
@@ -69,6 +71,6 @@ def normalize_by_batch(layer: DomainBatchNorm, batch: DomainBatch, batches: Batc
     affine = layer._affine(batch, moments)
     outputs, tables = normalize(batch.tensors, batches, affine, layer.eps, by_rows, *known)
     if layer.training and batch.updates:
-        of_channels = tables[0].shape[1] == layer.running_mean.shape[-1]
-        layer._update_population((counted if of_channels else batch_moments)(batches, tables))
+        of_channels = tables[0].shape[-1] == layer.running_mean.shape[-1]
+        layer._update_known(*(counted if of_channels else batch_moments)(batches, tables))
     return outputs

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
+from ..batches import like
 from ..kernels import compiled_batches as kernel
 from ..kernels import prefers_operator
 from ..kernels.compiled_batches import Batches
@@ -63,7 +64,7 @@ define(
 def _normalize(xs, weight, bias, groups, number, eps):
     """Each tensor normalized; last the means and variances `(2, number, C)`."""
     ys, tables = kernel.normalize(xs, _batches(xs, groups, number), weight, bias, eps)
-    return [*ys, torch.stack(tables[:2])]
+    return [*ys, tables[0]]
 
 
 @register_fake("domainnorm::normalize")
@@ -73,17 +74,17 @@ def _(xs, weight, bias, groups, number, eps):
 
 @impl("domainnorm::normalize_gradient", "CPU")
 def _gradient(grads, xs, moments, weight, bias, groups, eps):
-    """Of each tensor; last of γ and β `(2, number, C)`, or where they are of rows `(2, ΣN, C)`."""
-    tables = (*moments.unbind(), *moments.unbind())
-    dxs, *affine = kernel.gradient(grads, xs, _batches(xs, groups, moments.shape[1]), weight, bias, eps, tables)
-    return [*dxs, torch.stack(affine)]
+    """Of each tensor; last of γ and of β, `(C,)`, or `(ΣN, C)` where they are of rows."""
+    batches = _batches(xs, groups, moments.shape[1])
+    dxs, *affine = kernel.gradient(grads, xs, batches, weight, bias, eps, (moments,))
+    return [*dxs, *affine]
 
 
 @register_fake("domainnorm::normalize_gradient")
 def _(grads, xs, moments, weight, bias, groups, eps):
     of_rows = weight is not None and weight.ndim == 2 and weight.shape[0] > 1
-    rows = weight.shape[0] if of_rows else moments.shape[1]
-    return [*map(torch.empty_like, xs), moments.new_empty((2, rows, xs[0].shape[1]))]
+    shape = weight.shape if of_rows else xs[0].shape[1:2]
+    return [*map(torch.empty_like, xs), moments.new_empty(shape), moments.new_empty(shape)]
 
 
 def _keep(ctx, inputs, output):
@@ -94,12 +95,9 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grads):
     weight, bias, moments, *xs = ctx.saved_tensors
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(xs, grads, strict=False)]  # but the last
-    *dxs, affine = torch.ops.domainnorm.normalize_gradient(grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
-    to_weight, to_bias = (
-        None if of is None else (grad if of.shape == grad.shape else grad.sum(0).view(of.shape)).to(of.dtype)
-        for grad, of in zip(affine, (weight, bias), strict=True)
-    )
-    return dxs, to_weight, to_bias, None, None, None
+    given = (grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
+    *dxs, to_weight, to_bias = torch.ops.domainnorm.normalize_gradient(*given)
+    return dxs, like(to_weight, weight), like(to_bias, bias), None, None, None
 
 
 register_autograd("domainnorm::normalize", _backward, setup_context=_keep)

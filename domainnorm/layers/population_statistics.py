@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import compiled, takes_statistics
 from ..moments import Moments
 
 STATISTICS = ("auto", "minibatch", "population")
@@ -17,6 +18,7 @@ class PopulationStatistics(nn.Module):
     See `DomainBatchNorm` for the attributes.
     """
 
+    averages_deviation = False  # whether the EMA is of √(variance + eps), and not of the unbiased variance
     num_domains: int
     population_statistics: str
     eps: float
@@ -79,28 +81,29 @@ class PopulationStatistics(nn.Module):
                 for k in range(len(moments.mean)):  # one step each, in order: a shared BatchNorm called K times
                     self._ema_step(moments[k : k + 1])
 
+    def _update_known(self, table: Tensor, counts: Sequence[int]) -> None:
+        """As `_update_population`, with means and variances `(2, K, C)` of so many numbers."""
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        if takes_statistics(table, *running):
+            compiled.ema(table, counts, running, self.momentum, self.eps if self.averages_deviation else None)
+        else:
+            self._update_population(Moments.of(table, counts))
+
     def _ema_step(self, moments: Moments) -> None:
         """With moments `(1, C)` of all domains, or `(K, C)`."""
         shape, dtype = moments.mean.shape, self.running_mean.dtype
-        some: Tensor | float
-        several: Tensor | float
-        if shape[0] == 1 and (count := moments.known_count()) is not None:
-            self.num_batches_tracked.add_(count > 0)
-            momentum = 1 / max(self.num_batches_tracked.item(), 1) if self.momentum is None else self.momentum
-            some, several = momentum * (count > 0), momentum * (count > 1)
-        else:
-            counts = moments.count.to(dtype)
-            tracked = self.num_batches_tracked.view(-1, 1).add_(counts > 0)
-            each = 1 / tracked.clamp(min=1).to(dtype) if self.momentum is None else self.momentum
-            some, several = counts.clamp(max=1).mul_(each), (counts - 1).clamp_(0, 1).mul_(each)
-        # No step without elements; one is no variance.
+        counts = moments.count.to(dtype)
+        tracked = self.num_batches_tracked.view(-1, 1).add_(counts > 0)
+        each = 1 / tracked.clamp(min=1).to(dtype) if self.momentum is None else self.momentum
+        # no step without elements; one is no variance
+        some, several = counts.clamp(max=1).mul_(each), (counts - 1).clamp_(0, 1).mul_(each)
         self.running_mean.view(shape).lerp_(moments.mean.to(dtype), some)
-        self._move_var(moments, several)
-
-    def _move_var(self, moments: Moments, step: Tensor | float) -> None:
-        """One EMA step of the variance; `step` broadcasts against the moments, and is 0 where there is none."""
-        of = moments.unbiased_var().to(self.running_var.dtype)
-        self.running_var.view(of.shape).lerp_(of, step)
+        var = self.running_var.view(shape)
+        if self.averages_deviation:
+            sigma, new = ((v.to(dtype) + self.eps).sqrt() for v in (var, moments.var))
+            var.copy_(torch.where(several > 0, sigma.lerp(new, several).square() - self.eps, var))
+        else:
+            var.lerp_(moments.unbiased_var().to(dtype), several)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
