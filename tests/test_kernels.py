@@ -220,26 +220,6 @@ def test_without_a_library_results_are_the_same(name):
 
 
 @needs_library
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [24, 32])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_what_is_written_past_the_caches(dtype, channels, layout, threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        xs = [tensor((2, channels, 215, 210 + k), dtype, k, layout) for k in range(2)]
-        assert sum(x.numel() * x.element_size() for x in xs) > 4 << 20
-        assert_equal_kernels(xs, [tensor((4, channels), compiled.wide(xs[0]), k) for k in range(4)])
-        layer = dn.DomainBatchNorm(channels, 2, affine=None).to(compiled.wide(xs[0]))
-        for y, x in zip(layer(xs), xs, strict=True):
-            expected = F.batch_norm(x.double(), None, None, training=True)
-            torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[dtype] * 2, rtol=TOLERANCE[dtype])
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
 @pytest.mark.parametrize("population", ["shared", "per_domain"])

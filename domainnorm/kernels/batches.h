@@ -104,7 +104,6 @@ struct Work {
   int64_t of(const Sample<T>& sample) const { return batches.group ? batches.group[sample.row] : 0; }
   bool each() const { return weight.step || bias.step; }
   int64_t unit(const Sample<T>& sample) const { return each() ? sample.row : of(sample); }
-  int64_t bytes() const { return places * channels * sizeof(T); }
   int64_t sets() const { return batches.groups * channels / batches.width; }
   One<T> gamma(const Sample<T>& sample, int64_t channel) const {
     return weight.at ? of_sample<T>(weight, sample.row)[channel] : 1;

@@ -136,7 +136,7 @@ template <class T>
 void normalize_last(const Work<T>& work, Tables tables) {
   if (tables.fill) last_moments(work, tables);
   if (!tables.use) return;
-  const int64_t channels = work.channels, width = work.batches.width, bytes = work.bytes();
+  const int64_t channels = work.channels, width = work.batches.width;
   const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
   const auto all = chunks(work, true);
   parallel(all.size(), work.places * channels, work.threads, [&, mean, var](int64_t begin, int64_t end) {
@@ -157,9 +157,9 @@ void normalize_last(const Work<T>& work, Tables tables) {
         [=](const Sample<T>& of, int64_t place) {
           const T* from = of.x + place * channels;
           T* to = of.out + place * channels;
-          write(to, channels, bytes, [=](int64_t i, auto v) {
+          each<T>(channels, [=](int64_t i, auto v) {
             using V = decltype(v);
-            return load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i);
+            store(to + i, load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
           });
         });
   });
@@ -168,7 +168,6 @@ void normalize_last(const Work<T>& work, Tables tables) {
 template <class T>
 void gradient_last(const Work<T>& work, Tables tables, const AffineGradient<One<T>>& to_affine) {
   const int64_t channels = work.channels, width = work.batches.width, groups = work.batches.groups;
-  const int64_t bytes = work.bytes();
   const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
   const auto all = chunks(work, true);
   Twos of(all.size(), channels), batches(groups, channels / width);  // Σ grad and Σ grad · (x - mean)
@@ -233,10 +232,10 @@ void gradient_last(const Work<T>& work, Tables tables, const AffineGradient<One<
         [=](const Sample<T>& sample, int64_t place) {
           const T *g = sample.grad + place * channels, *from = sample.x + place * channels;
           T* to = sample.out + place * channels;
-          write(to, channels, bytes, [=](int64_t i, auto v) {
+          each<T>(channels, [=](int64_t i, auto v) {
             using V = decltype(v);
             const V rest = load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
-            return load<V>(a + i) * load<V>(g + i) + rest;
+            store(to + i, load<V>(a + i) * load<V>(g + i) + rest);
           });
         });
   });

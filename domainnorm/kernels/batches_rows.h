@@ -58,7 +58,7 @@ void moments(const Work<T>& work, int64_t group, int64_t channel, std::vector<Pi
 
 template <class T>
 void normalize_rows(const Work<T>& work, Tables tables) {
-  const int64_t channels = work.channels, width = work.batches.width, sets = channels / width, bytes = work.bytes();
+  const int64_t channels = work.channels, width = work.batches.width, sets = channels / width;
   Twos of = work.of_groups();
   One<T>*batch_mean = (One<T>*)tables.batches, *batch_var = batch_mean + work.sets();
   parallel(work.sets(), work.places * channels, work.threads, [=, &work, &of](int64_t begin, int64_t end) {
@@ -83,7 +83,7 @@ void normalize_rows(const Work<T>& work, Tables tables) {
           const One<T> a = work.gamma(*sample, channel) * scale, b = work.beta(*sample, channel);
           const T* from = sample->x + channel * sample->length;
           T* to = sample->out + channel * sample->length;
-          write(to, sample->length, bytes, [=](int64_t i, auto v) { return a * (load<decltype(v)>(from + i) - c) + b; });
+          each<T>(sample->length, [=](int64_t i, auto v) { store(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
         }
     }
   });
@@ -92,7 +92,7 @@ void normalize_rows(const Work<T>& work, Tables tables) {
 
 template <class T>
 void gradient_rows(const Work<T>& work, Tables tables, const AffineGradient<One<T>>& to_affine) {
-  const int64_t channels = work.channels, width = work.batches.width, sets = channels / width, bytes = work.bytes();
+  const int64_t channels = work.channels, width = work.batches.width, sets = channels / width;
   const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
   parallel(work.sets(), work.places * channels, work.threads, [=, &work, &to_affine](int64_t begin, int64_t end) {
     std::vector<Piece<T>> tile;
@@ -133,9 +133,9 @@ void gradient_rows(const Work<T>& work, Tables tables, const AffineGradient<One<
           const int64_t at = channel * sample->length;
           const T *g = sample->grad + at, *from = sample->x + at;
           T* to = sample->out + at;
-          write(to, sample->length, bytes, [=](int64_t i, auto v) {
+          each<T>(sample->length, [=](int64_t i, auto v) {
             using V = decltype(v);
-            return a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d);
+            store(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
           });
         }
     }

@@ -10,7 +10,7 @@
 namespace domainnorm {
 
 struct Size {
-  int64_t samples, channels, length, threads, bytes;  // that are written of all tensors
+  int64_t samples, channels, length, threads;
   int64_t rows() const { return samples * channels; }
   int64_t elements() const { return rows() * length; }
   template <class T>
@@ -50,7 +50,7 @@ void row_affine(const T* x, T* y, Numbers scale, Numbers centre, Numbers shift, 
       const One<T> a = size.of<T>(scale, row), b = size.of<T>(shift, row), c = size.of<T>(centre, row);
       const T* from = x + row * size.length;
       T* to = y + row * size.length;
-      write(to, size.length, size.bytes, [=](int64_t i, auto v) { return a * (load<decltype(v)>(from + i) - c) + b; });
+      each<T>(size.length, [=](int64_t i, auto v) { store(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
     }
   });
 }
@@ -87,9 +87,9 @@ void row_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cent
       const One<T> c = size.of<T>(centre, row), d = size.of<T>(to_mean, row) / size.length;
       const T *g = grad + row * size.length, *from = x + row * size.length;
       T* to = out + row * size.length;
-      write(to, size.length, size.bytes, [=](int64_t i, auto v) {
+      each<T>(size.length, [=](int64_t i, auto v) {
         using V = decltype(v);
-        return a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d);
+        store(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
       });
     }
   });
@@ -195,9 +195,9 @@ void last_affine(const T* x, T* y, Numbers scale, Numbers centre, Numbers shift,
       const One<T> *a = of_sample<T>(scale, n), *b = of_sample<T>(shift, n), *c = of_sample<T>(centre, n);
       const T* from = x + place * size.channels;
       T* to = y + place * size.channels;
-      write(to, size.channels, size.bytes, [=](int64_t i, auto v) {
+      each<T>(size.channels, [=](int64_t i, auto v) {
         using V = decltype(v);
-        return load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i);
+        store(to + i, load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
       });
     }
   });
@@ -213,10 +213,10 @@ void last_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cen
       const One<T>*d = of_sample<T>(to_mean, n), share = One<T>(1) / size.length;
       const T *g = grad + place * size.channels, *from = x + place * size.channels;
       T* to = out + place * size.channels;
-      write(to, size.channels, size.bytes, [=](int64_t i, auto v) {
+      each<T>(size.channels, [=](int64_t i, auto v) {
         using V = decltype(v);
-        const V rest = 2 * load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
-        return load<V>(a + i) * load<V>(g + i) + share * rest;
+        V rest = 2 * load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
+        store(to + i, load<V>(a + i) * load<V>(g + i) + share * rest);
       });
     }
   });
@@ -225,13 +225,11 @@ void last_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cen
 // Of all parts, whose rows follow each other.
 
 // run(part, size, first) for all parts; `first` is the number of the samples before.
-template <class T, class Run>
+template <class Run>
 void each_part(const Part* parts, int64_t number, int64_t channels, int64_t threads, Run run) {
-  int64_t samples = 0, places = 0;
-  for (int64_t k = 0; k < number; ++k) places += parts[k].samples * parts[k].length;
+  int64_t samples = 0;
   for (int64_t k = 0; k < number; samples += parts[k++].samples)
-    run(parts[k], Size{parts[k].samples, channels, parts[k].length, threads, places * channels * (int64_t)sizeof(T)},
-        samples);
+    run(parts[k], Size{parts[k].samples, channels, parts[k].length, threads}, samples);
 }
 
 template <class T>
@@ -241,7 +239,7 @@ Numbers from(Numbers numbers, int64_t sample) {
 
 template <class T>
 void moments(const Part* parts, int64_t number, int64_t channels, int64_t threads, One<T>* mean, One<T>* var) {
-  each_part<T>(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
+  each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
     (part.last ? last_moments<T> : row_moments<T>)((const T*)part.x, mean + first * channels, var + first * channels,
                                                    size);
   });
@@ -250,7 +248,7 @@ void moments(const Part* parts, int64_t number, int64_t channels, int64_t thread
 template <class T>
 void affine(const Part* parts, int64_t number, int64_t channels, int64_t threads, Numbers scale, Numbers centre,
             Numbers shift) {
-  each_part<T>(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
+  each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
     (part.last ? last_affine<T> : row_affine<T>)((const T*)part.x, (T*)part.out, from<T>(scale, first),
                                                  from<T>(centre, first), from<T>(shift, first), size);
   });
@@ -259,7 +257,7 @@ void affine(const Part* parts, int64_t number, int64_t channels, int64_t threads
 template <class T>
 void sums(const Part* parts, int64_t number, int64_t channels, int64_t threads, One<T>* total, One<T>* products,
           Numbers centre) {
-  each_part<T>(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
+  each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
     (part.last ? last_sums<T> : row_sums<T>)((const T*)part.grad, (const T*)part.x, from<T>(centre, first),
                                              total + first * channels, products + first * channels, size);
   });
@@ -268,7 +266,7 @@ void sums(const Part* parts, int64_t number, int64_t channels, int64_t threads, 
 template <class T>
 void gradient(const Part* parts, int64_t number, int64_t channels, int64_t threads, Numbers scale, Numbers centre,
               Numbers to_mean, Numbers to_var) {
-  each_part<T>(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
+  each_part(parts, number, channels, threads, [=](const Part& part, Size size, int64_t first) {
     (part.last ? last_gradient<T> : row_gradient<T>)((const T*)part.grad, (const T*)part.x, (T*)part.out,
                                                      from<T>(scale, first), from<T>(centre, first),
                                                      from<T>(to_mean, first), from<T>(to_var, first), size);

@@ -8,15 +8,10 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 namespace domainnorm {
 
 constexpr int64_t TILE = 8192;          // elements that stay in the first-level cache while their moments are taken
 constexpr int64_t FEWEST = 1 << 17;     // elements worth a thread
-constexpr int64_t CACHED = 4 << 20;     // bytes written in a call that may stay in the second-level cache
 
 struct bfloat16 {
   uint16_t bits;
@@ -83,42 +78,6 @@ inline void store(bfloat16* to, Many<float> value) {
   words = value != value ? Words{} + 0x7fc0 : words;
   Halves halves = __builtin_convertvector(words, Halves);
   std::memcpy(to, &halves, 32);
-}
-
-// `value` to memory, past the caches; `to` is a multiple of its size.
-template <class V, class T>
-inline void stream(T* to, V value) {
-  alignas(64) T bits[sizeof(V) / sizeof(One<T>)];
-  store(bits, value);
-#if defined(__AVX512F__)
-  if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)to, _mm512_load_si512(bits));
-#endif
-#if defined(__AVX2__)
-  for (size_t k = 0; k < sizeof bits / 32; ++k) _mm256_stream_si256((__m256i*)to + k, _mm256_load_si256((__m256i*)bits + k));
-#else
-  store(to, value);
-#endif
-}
-// Before other threads read what went past the caches.
-inline void fence() {
-#ifdef __AVX2__
-  _mm_sfence();
-#endif
-}
-
-// to[i] = value(i, V{}) for all places i < n, of one number or of a vector of them. Where a call writes more `bytes` than the
-// caches hold, past them: they would first fetch what is there, and whoever reads it next comes too late to find it.
-template <class T, class Value>
-inline void write(T* to, int64_t n, int64_t bytes, Value value) {
-  constexpr int64_t W = WIDTH<T>;
-  const int64_t first = -(uintptr_t)to / sizeof(T) % W;  // that begins where a vector may
-  int64_t i = 0;
-  if (bytes > CACHED && (n >= 16 * W || (!first && n % W == 0))) {
-    for (; i < first; ++i) store(to + i, value(i, One<T>{}));
-    for (; i + W <= n; i += W) stream(to + i, value(i, Many<T>{}));
-  }
-  for (; i + W <= n; i += W) store(to + i, value(i, Many<T>{}));
-  for (; i < n; ++i) store(to + i, value(i, One<T>{}));
 }
 
 // body(i, V{}) for all places i < n, of one number or of a vector of them.
@@ -202,10 +161,7 @@ inline Team team = {};
 template <class Run>
 void parallel(int64_t tasks, int64_t elements, int64_t threads, Run run) {
   threads = std::max<int64_t>(1, std::min({threads, tasks, elements / FEWEST}));
-  if (threads == 1 || !team.run) {
-    run(0, tasks);
-    return fence();
-  }
+  if (threads == 1 || !team.run) return run(0, tasks);
   struct Work {
     Run run;
     int64_t tasks;
@@ -215,7 +171,6 @@ void parallel(int64_t tasks, int64_t elements, int64_t threads, Run run) {
         const Work& work = *static_cast<Work*>(of);
         const int64_t member = team.member(), members = team.members();
         work.run(work.tasks * member / members, work.tasks * (member + 1) / members);
-        fence();
       },
       &work, threads, 0);
 }

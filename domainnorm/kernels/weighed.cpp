@@ -30,13 +30,13 @@ struct Row {
 // A row at a time, or with `last` a sample, is read and written while it is in a cache.
 template <class T>
 void weigh(const Part& part, int64_t first, int64_t channels, int64_t threads, const Weighing& by) {
-  const int64_t length = part.length, bytes = part.samples * channels * length * sizeof(T);
+  const int64_t length = part.length;
   const T* x = (const T*)part.x;
   T* y = (T*)part.out;
   if (!part.last)
     return parallel(part.samples * channels, part.samples * channels * length, threads, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const Size one{1, 1, length, 1, bytes};
+        const Size one{1, 1, length, 1};
         One<T> mean, var;
         row_moments<T>(x + row * length, &mean, &var, one);
         const Row<T> of(by, mean, var, first + row / channels, row % channels);
@@ -46,7 +46,7 @@ void weigh(const Part& part, int64_t first, int64_t channels, int64_t threads, c
   parallel(part.samples, part.samples * channels * length, threads, [=](int64_t begin, int64_t end) {
     std::vector<One<T>> mean(channels), var(channels), scale(channels), shift(channels);
     for (int64_t sample = begin; sample < end; ++sample) {
-      const Size one{1, channels, length, 1, bytes};
+      const Size one{1, channels, length, 1};
       const int64_t at = sample * channels * length;
       last_moments<T>(x + at, mean.data(), var.data(), one);
       for (int64_t i = 0; i < channels; ++i) {
