@@ -82,9 +82,13 @@ void last_moments(const Work<T>& work, Tables tables) {
     One<T>*o = own.data(), *r = rest.data(), *s = squares.data();
     for (int64_t k = begin; k < end; ++k)
       each_tile(all[k], channels, [&](const Piece<T>* at, int64_t n) {
-        each_column<T>(
-            channels, n, [=](int64_t place, int64_t i, auto v) { return load<decltype(v)>(at[place].x + i); },
-            [=](int64_t i, auto sum) { store(o + i, sum / One<T>(n)); });
+        double *centre = &of.first[k * channels], *beyond = &of.second[k * channels];
+        if (of.places[k])
+          std::copy(centre, centre + channels, o);
+        else
+          each_column<T>(
+              channels, n, [=](int64_t place, int64_t i, auto v) { return load<decltype(v)>(at[place].x + i); },
+              [=](int64_t i, auto sum) { store(o + i, sum / One<T>(n)); });
         each_column<T>(
             channels, n,
             [=](int64_t place, int64_t i, auto v) {
@@ -96,7 +100,7 @@ void last_moments(const Work<T>& work, Tables tables) {
               store(s + i, sums.second);
             });
         for (int64_t i = 0; i < channels; ++i)
-          merge(own[i], rest[i], squares[i], n, of.places[k], of.first[k * channels + i], of.second[k * channels + i]);
+          merge(own[i], rest[i], squares[i], n, of.places[k], centre[i], beyond[i]);
         of.places[k] += n;
       });
   });

@@ -194,10 +194,11 @@ struct Part {
 };
 
 // A tile's moments into `centre` and `squares`, those of the `done` numbers before it, as Moments.merge does. Of its `n`
-// numbers `own` is the mean, to the rounding of a sum in single precision; `rest` is the sum of what lies beyond it,
-// which corrects this, and `of` that of the squares.
+// numbers `own` is the mean, to the rounding of a sum in single precision, or that of the numbers before: what it is off by
+// then, which cancels, is in the squares of all, too. `rest` is the sum of what lies beyond it, which corrects this, and
+// `of` that of the squares.
 inline void merge(double own, double rest, double of, double n, double done, double& centre, double& squares) {
-  const double beyond = std::isfinite(rest) ? rest / n : 0;
+  const double beyond = std::isfinite(own) ? rest / n : 0;
   const double within = std::max(of - beyond * beyond * n, 0.);
   if (!done) {
     centre = own + beyond;
