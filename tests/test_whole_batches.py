@@ -65,6 +65,25 @@ def test_whole_batches_are_what_merged_rows_are(name, samples, size, dtype, layo
 
 
 @needs_library
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 30])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_no_number_stays_in_its_channel(layout, place, value):
+    x = tensor((2, 16, 40, 40), torch.float32, 0, layout)
+    x[1, 3, place, place] = value
+    found = []
+    for takes in (kernels.takes_batches, lambda _: False):
+        layer = dn.GhostBatchNorm(16, num_groups=1)
+        with mock.patch.object(by_batch, "takes_batches", takes), counted() as calls:
+            found.append((layer(x), *layer.buffers()))
+        assert calls[0] == ("normalize" if takes is kernels.takes_batches else "moments")
+    y, mean, var, _ = found[0]
+    assert not y[:, 3].isfinite().any() and y[:, 4:].isfinite().all()
+    assert not mean[3].isfinite() and not var[3].isfinite()
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+@needs_library
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_batches_share_the_work_among_threads(name, layout):

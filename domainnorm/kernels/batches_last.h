@@ -99,8 +99,10 @@ void last_moments(const Work<T>& work, Tables tables) {
               store(r + i, sums.first);
               store(s + i, sums.second);
             });
-        for (int64_t i = 0; i < channels; ++i)
-          merge(own[i], rest[i], squares[i], n, of.places[k], centre[i], beyond[i]);
+        for (int64_t i = 0; i < channels; ++i) {
+          const One<T> of_tile = std::isfinite(rest[i]) ? own[i] : own[i] + rest[i];  // infinite or NaN, as the tile is
+          merge(of_tile, rest[i], squares[i], n, of.places[k], centre[i], beyond[i]);
+        }
         of.places[k] += n;
       });
   });

@@ -198,7 +198,7 @@ struct Part {
 // then, which cancels, is in the squares of all, too. `rest` is the sum of what lies beyond it, which corrects this, and
 // `of` that of the squares.
 inline void merge(double own, double rest, double of, double n, double done, double& centre, double& squares) {
-  const double beyond = std::isfinite(own) ? rest / n : 0;
+  const double beyond = std::isfinite(rest) ? rest / n : 0;
   const double within = std::max(of - beyond * beyond * n, 0.);
   if (!done) {
     centre = own + beyond;
