@@ -20,8 +20,13 @@ WHOLE = LAYERS | {
     "no affine": lambda: dn.DomainBatchNorm(16, affine=None),
     "GroupNorm": lambda: dn.GroupedBatchNorm(16, channel_groups=2, examples_per_group=1),
     "micro-batches": lambda: dn.BatchRenorm(16, group_size=2, allow_smaller_batch=True),
+    "corrected domains": lambda: dn.BatchRenorm(16, r_max=1.2, d_max=0.3, num_domains=3, affine="per_domain"),
+    "towards one population": lambda: dn.BatchRenorm(
+        16, r_max=[(0, 1.1), (9, 2)], num_domains=3, population_statistics="shared", affine=None
+    ),
     "one group": lambda: dn.BatchGroupNorm(16, num_groups=1),
 }
+CORRECTED = ["BatchRenorm", "micro-batches", "corrected domains", "towards one population"]
 
 
 @needs_library
@@ -135,7 +140,7 @@ def test_whole_batches_at_large_means(name, layout, mean):
 
 
 @needs_library
-@pytest.mark.parametrize("name", [name for name in WHOLE if name not in ("BatchRenorm", "micro-batches")])
+@pytest.mark.parametrize("name", [name for name in WHOLE if name not in CORRECTED])
 def test_whole_batches_have_second_derivatives(name):
     layer = WHOLE[name]().double()
     layer.momentum = 0.0  # each run is the same
@@ -151,14 +156,33 @@ def test_whole_batches_have_second_derivatives(name):
 
 
 @needs_library
-def test_second_derivatives_of_what_has_constants():  # BatchRenorm's r and d, so that numbers cannot tell
+@pytest.mark.parametrize("name", CORRECTED)
+def test_second_derivatives_of_what_has_constants(name):  # r and d, so that numbers cannot tell
     penalties = []
     for takes in (kernels.takes_batches, lambda _: False):
-        layer, x = dn.BatchRenorm(16).double(), tensor((4, 16, 3, 2), torch.float64, 0).requires_grad_()
+        layer = WHOLE[name]().double()
+        xs = [tensor((4, 16, 3, 2), torch.float64, k).requires_grad_() for k in range(layer.num_domains)]
         with mock.patch.object(by_batch, "takes_batches", takes):
-            (grad,) = torch.autograd.grad(layer(x).pow(3).sum(), [x], create_graph=True)
-        penalties.append(torch.autograd.grad(grad.pow(2).sum(), [x, *layer.parameters()], allow_unused=True))
+            grads = torch.autograd.grad(sum(y.pow(3).sum() for y in layer(xs)), xs, create_graph=True)
+        penalty = sum(grad.pow(2).sum() for grad in grads)
+        penalties.append(torch.autograd.grad(penalty, [*xs, *layer.parameters()], allow_unused=True))
     torch.testing.assert_close(*penalties)
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", WHOLE)
+def test_layers_of_half_types(name, layout):
+    found = []
+    for takes in (kernels.takes_batches, lambda _: False):
+        layer = WHOLE[name]().bfloat16()
+        xs = [tensor((4, 16, 9, 7), torch.bfloat16, k, layout).requires_grad_() for k in range(layer.num_domains)]
+        with mock.patch.object(by_batch, "takes_batches", takes):
+            for _ in range(2):
+                ys = layer(xs)
+        torch.autograd.backward(ys, [tensor(y.shape, torch.bfloat16, 9, layout) for y in ys])
+        found.append([*ys, *(x.grad for x in xs), *layer.buffers()])
+    torch.testing.assert_close(*found, atol=5e-2, rtol=2e-2)
 
 
 @needs_library

@@ -16,10 +16,16 @@ struct Batches {
 
 // Means, and after them as many variances: of channels, which the caller counts, (groups, channels) or with `together` of
 // all groups in one (1, channels); of the batches, (groups, channels / width); of a sequence's rows, and of its first
-// batches. Those of the channels and of the batches may be the same. Whether they are to be filled, and to be used.
+// batches. Those of the channels and of the batches may be the same. And r and d of a Batch Renorm, (groups, channels).
 struct Tables {
-  void *counted, *batches, *rows, *first;
-  int64_t fill, use;
+  void *counted, *batches, *rows, *first, *corrections;
+  int64_t write;  // whether more is asked for than what is read
+};
+
+// What a Batch Renorm corrects its batches towards, and how far, of each group; none: no mean.
+struct Towards {
+  Numbers mean, var;
+  const double *r_max, *d_max;
 };
 
 // Two numbers of each of (rows, channels), and of each row how many places they are of.
@@ -81,10 +87,12 @@ struct Work {
   int64_t channels, threads, places = 0;
   Batches batches;
   Numbers weight, bias;
+  One<T>*r, *d;  // of each channel of each group, or none
 
   Work(const Part* parts, int64_t number, int64_t channels, int64_t threads, Batches batches, Numbers weight,
-       Numbers bias)
-      : begin(batches.groups + 1), channels(channels), threads(threads), batches(batches), weight(weight), bias(bias) {
+       Numbers bias, Tables tables)
+      : begin(batches.groups + 1), channels(channels), threads(threads), batches(batches), weight(weight), bias(bias),
+        r((One<T>*)tables.corrections), d(r ? r + batches.groups * channels : r) {
     std::vector<Sample<T>> all;
     for (const Part* part = parts; part < parts + number; ++part)
       for (int64_t k = 0; k < part->samples; ++k) {
@@ -105,11 +113,29 @@ struct Work {
   bool each() const { return weight.step || bias.step; }
   int64_t unit(const Sample<T>& sample) const { return each() ? sample.row : of(sample); }
   int64_t sets() const { return batches.groups * channels / batches.width; }
+  // γ and β of what is normalized: y = γ r (x - mean) / σ + γ d + β.
   One<T> gamma(const Sample<T>& sample, int64_t channel) const {
-    return weight.at ? of_sample<T>(weight, sample.row)[channel] : 1;
+    return given_gamma(sample, channel) * (r ? r[of(sample) * channels + channel] : 1);
   }
   One<T> beta(const Sample<T>& sample, int64_t channel) const {
-    return bias.at ? of_sample<T>(bias, sample.row)[channel] : 0;
+    const One<T> given = bias.at ? of_sample<T>(bias, sample.row)[channel] : 0;
+    return d ? given_gamma(sample, channel) * d[of(sample) * channels + channel] + given : given;
+  }
+  One<T> given_gamma(const Sample<T>& sample, int64_t channel) const {
+    return weight.at ? of_sample<T>(weight, sample.row)[channel] : 1;
+  }
+  // The gradient of γ, from those of `gamma` and `beta`.
+  double to_gamma(const Sample<T>& sample, int64_t channel, double of_gamma, double of_beta) const {
+    const int64_t at = of(sample) * channels + channel;
+    return r ? r[at] * of_gamma + d[at] * of_beta : of_gamma;
+  }
+  // r and d of one channel of a group, which has these moments (Batch Renormalization, Alg. 1).
+  void correct(const Towards& towards, int64_t group, int64_t channel, double mean, double var) const {
+    const double sigma = std::sqrt(of_sample<T>(towards.var, group)[channel] + batches.eps);
+    const double apart = (mean - of_sample<T>(towards.mean, group)[channel]) / sigma;
+    const double r_max = towards.r_max[group], d_max = towards.d_max[group];
+    r[group * channels + channel] = std::min(std::max(std::sqrt(var + batches.eps) / sigma, 1 / r_max), r_max);
+    d[group * channels + channel] = std::min(std::max(apart, -d_max), d_max);
   }
   Twos of_groups() const {  // still 0, with their places
     Twos all(batches.groups, channels);

@@ -139,11 +139,13 @@ void each_stretch(const std::vector<Chunk<T>>& all, int64_t begin, int64_t end, 
 }
 
 template <class T>
-void normalize_last(const Work<T>& work, Tables tables) {
-  if (tables.fill) last_moments(work, tables);
-  if (!tables.use) return;
+void normalize_last(const Work<T>& work, Tables tables, Towards towards) {
+  last_moments(work, tables);
+  if (!tables.write) return;
   const int64_t channels = work.channels, width = work.batches.width;
   const One<T>*mean = (const One<T>*)tables.batches, *var = mean + work.sets();
+  for (int64_t set = 0; work.r && set < work.sets(); ++set)
+    work.correct(towards, set / channels, set % channels, mean[set], var[set]);
   const auto all = chunks(work, true);
   parallel(all.size(), work.places * channels, work.threads, [&, mean, var](int64_t begin, int64_t end) {
     std::vector<One<T>> scale(channels), centre(channels), shift(channels);
@@ -212,7 +214,7 @@ void gradient_last(const Work<T>& work, Tables tables, const AffineGradient<One<
         const int64_t row = all[k].unit * channels + i;
         const double total = of.first[k * channels + i], products = of.second[k * channels + i];
         to_affine.bias[row] += total;
-        to_affine.weight[row] += products * inverse;
+        to_affine.weight[row] += work.to_gamma(sample, i, products * inverse, total);
         batches.first[set] += total * work.gamma(sample, i);
         batches.second[set] += products * work.gamma(sample, i);
       }

@@ -57,7 +57,7 @@ void moments(const Work<T>& work, int64_t group, int64_t channel, std::vector<Pi
 }
 
 template <class T>
-void normalize_rows(const Work<T>& work, Tables tables) {
+void normalize_rows(const Work<T>& work, Tables tables, Towards towards) {
   const int64_t channels = work.channels, width = work.batches.width, sets = channels / width;
   Twos of = work.of_groups();
   One<T>*batch_mean = (One<T>*)tables.batches, *batch_var = batch_mean + work.sets();
@@ -65,18 +65,17 @@ void normalize_rows(const Work<T>& work, Tables tables) {
     std::vector<Piece<T>> tile;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / sets, first = task % sets * width;
-      if (tables.fill) {
-        const double places = of.places[group];
-        double all_centre = 0, all_squares = 0;
-        for (int64_t channel = first; channel < first + width; ++channel) {
-          double &centre = of.first[group * channels + channel], &squares = of.second[group * channels + channel];
-          moments(work, group, channel, tile, centre, squares);
-          if (places) merge(centre, 0, squares, places, places * (channel - first), all_centre, all_squares);
-        }
-        batch_mean[task] = all_centre;
-        batch_var[task] = all_squares / std::max(places * width, 1.);
+      const double places = of.places[group];
+      double all_centre = 0, all_squares = 0;
+      for (int64_t channel = first; channel < first + width; ++channel) {
+        double &centre = of.first[group * channels + channel], &squares = of.second[group * channels + channel];
+        moments(work, group, channel, tile, centre, squares);
+        if (places) merge(centre, 0, squares, places, places * (channel - first), all_centre, all_squares);
       }
-      if (!tables.use) continue;
+      batch_mean[task] = all_centre;
+      batch_var[task] = all_squares / std::max(places * width, 1.);
+      if (!tables.write) continue;
+      if (work.r) work.correct(towards, group, first, all_centre, batch_var[task]);
       const One<T> c = batch_mean[task], scale = work.inverse(batch_var[task]);
       for (const auto* sample = work.first(group); sample < work.first(group + 1); ++sample)
         for (int64_t channel = first; channel < first + width; ++channel) {
@@ -87,7 +86,7 @@ void normalize_rows(const Work<T>& work, Tables tables) {
         }
     }
   });
-  if (tables.fill) count(of, work.batches, (One<T>*)tables.counted);
+  count(of, work.batches, (One<T>*)tables.counted);
 }
 
 template <class T>
@@ -120,7 +119,7 @@ void gradient_rows(const Work<T>& work, Tables tables, const AffineGradient<One<
             count += n;
           });
           const int64_t row = work.unit(*sample) * channels + channel;
-          to_affine.weight[row] = sum_products * inverse;
+          to_affine.weight[row] = work.to_gamma(*sample, channel, sum_products * inverse, sum_grad);
           to_affine.bias[row] = sum_grad;
           total += sum_grad * work.gamma(*sample, channel);
           products += sum_products * work.gamma(*sample, channel);

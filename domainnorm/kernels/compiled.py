@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import plain
-from .library import Running, Weighing, call, like, move, numbers, part, wide
+from .library import Running, Weighing, call, keeping, like, move, numbers, part, wide
 
 
 def moments(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,8 @@ def weighed(
     """
     ys = [torch.empty_like(x) for x in xs]
     parts = [part(x, out=y) for x, y in zip(xs, ys, strict=True)]
-    call("weighed", xs, parts, Weighing(share, eps, *(numbers(v, xs) for v in (mean, var, weight, bias))))
+    by = keeping(Weighing, share, eps, *(numbers(v, xs) for v in (mean, var, weight, bias)))
+    call("weighed", xs, parts, by)
     return ys
 
 

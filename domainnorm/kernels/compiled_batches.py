@@ -7,17 +7,44 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library
-from .library import call, like, numbers, part, show, wide
+from .library import call, keeping, like, numbers, part, show, wide
 
-# Means and variances, `(2, …)` each: of channels, `(groups, C)` or of all groups together `(1, C)`, which are counted;
-# of the batches, `(groups, C / width)`; and for a SeqNorm of the rows, and of its first batches.
-Tables = tuple[Tensor, ...]
+
+class Tables(NamedTuple):
+    """Means and variances `(2, …)`.
+
+    Attributes:
+        counted: of channels, `(groups, C)` or of all groups together `(1, C)`.
+        batches: of the batches, `(groups, C / width)`; may be `counted`.
+        rows, first: of a SeqNorm's rows, and of its first batches.
+        corrections: r and d of a Batch Renorm, `(groups, C)`.
+    """
+
+    counted: Tensor
+    batches: Tensor
+    rows: Tensor | None = None
+    first: Tensor | None = None
+    corrections: Tensor | None = None
+
+
+class Towards(NamedTuple):
+    """What a Batch Renorm corrects its batches towards.
+
+    Attributes:
+        mean, var: of the population, `(C,)`, or of each group, `(groups, C)`.
+        r_max, d_max: of each group.
+    """
+
+    mean: Tensor
+    var: Tensor
+    r_max: Sequence[float]
+    d_max: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,7 @@ def read(xs: Sequence[Tensor], batches: Batches) -> Tables:
     """The moments by which `normalize` does it."""
     tables = _empty_tables(xs, batches)
     parts = [part(x, last=_last(xs)) for x in xs]
-    call("normalize", xs, parts, *_given(xs, batches, None, None, 0.0, tables, fill=True))
+    call("normalize", xs, parts, *_given(xs, batches, None, None, 0.0, tables, write=False), library.Towards())
     return tables
 
 
@@ -72,14 +99,19 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    tables: Tables | None = None,
+    towards: Towards | None = None,
 ) -> tuple[list[Tensor], Tables]:
-    """`xs` normalized by `tables`, or by their own moments, which are returned too; γ and β `(C,)` or of rows."""
-    known, tables = tables is not None, tables or _empty_tables(xs, batches)
+    """`xs` normalized by their moments, which are returned too; γ and β `(C,)` or of rows."""
+    tables = _empty_tables(xs, batches)
+    if towards is not None:
+        tables = tables._replace(corrections=torch.empty(2, len(batches.counts), xs[0].shape[1], dtype=wide(xs[0])))
     ys = [torch.empty_like(x) for x in xs]
     parts = [part(x, out=y, last=_last(xs)) for x, y in zip(xs, ys, strict=True)]
-    given = _given(xs, batches, weight, bias, eps, tables, fill=not known, use=True)
-    call("sequence" if batches.first else "normalize", xs, parts, *given)
+    given = _given(xs, batches, weight, bias, eps, tables)
+    if batches.first:
+        call("sequence", xs, parts, *given)
+    else:
+        call("normalize", xs, parts, *given, _towards(xs, batches, towards))
     return ys, tables
 
 
@@ -117,15 +149,20 @@ def _given(
     bias: Tensor | None,
     eps: float,
     tables: Tables,
-    fill: bool = False,
-    use: bool = False,
+    write: bool = True,
 ) -> tuple[Any, ...]:
-    show(*tables)
+    show(*(v for v in tables if v is not None))
     groups, width = len(batches.counts), batches.first or batches.width
     of = library.Batches(batches.array, groups, width, batches.together, eps)
-    # one table of channels may be that of the batches
-    at = [v.data_ptr() for v in (tables * 2 if len(tables) == 1 else tables)]
-    return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*at, *[None] * (4 - len(at)), fill, use)
+    at = (None if v is None else v.data_ptr() for v in tables)
+    return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*at, write)
+
+
+def _towards(xs: Sequence[Tensor], batches: Batches, towards: Towards | None) -> library.Towards:
+    if towards is None:
+        return library.Towards()
+    limits = ((ctypes.c_double * len(batches.counts))(*limit) for limit in (towards.r_max, towards.d_max))
+    return keeping(library.Towards, numbers(towards.mean, xs), numbers(towards.var, xs), *limits)
 
 
 def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
@@ -133,10 +170,12 @@ def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
     counted = (1 if batches.together else len(batches.counts), channels)
     of_batches = (len(batches.counts), channels // batches.width)
     if batches.first:
-        # what a GroupNorm leaves of a few numbers may vary little: in double precision it still does
-        shapes = [(counted, dtype), (of_batches, torch.float64)]
-        shapes += [((rows, channels), dtype), ((rows, channels // batches.first), dtype)]
-    else:
-        shapes = [(counted, dtype)] * (1 if counted == of_batches else 2)
-        shapes[-1] = (of_batches, dtype)
-    return tuple(torch.empty(2, *shape, dtype=of) for shape, of in shapes)
+        return Tables(
+            torch.empty(2, *counted, dtype=dtype),
+            # what a GroupNorm leaves of a few numbers may vary little: in double precision it still does
+            torch.empty(2, *of_batches, dtype=torch.float64),
+            torch.empty(2, rows, channels, dtype=dtype),
+            torch.empty(2, rows, channels // batches.first, dtype=dtype),
+        )
+    own = torch.empty(2, *of_batches, dtype=dtype)
+    return Tables(own if counted == of_batches else torch.empty(2, *counted, dtype=dtype), own)

@@ -55,8 +55,17 @@ class Tables(ctypes.Structure):
     """Where moments are kept (`batches.h`)."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("counted", "batches", "rows", "first")),
-        *((name, ctypes.c_int64) for name in ("fill", "use")),
+        *((name, ctypes.c_void_p) for name in ("counted", "batches", "rows", "first", "corrections")),
+        ("write", ctypes.c_int64),
+    ]
+
+
+class Towards(ctypes.Structure):
+    """What a Batch Renorm corrects its batches towards (`batches.h`)."""
+
+    _fields_ = [
+        *((name, Numbers) for name in ("mean", "var")),
+        *((name, ctypes.POINTER(ctypes.c_double)) for name in ("r_max", "d_max")),
     ]
 
 
@@ -88,7 +97,7 @@ FUNCTIONS: dict[str, list[Any]] = {  # what each takes after the tensors, their 
     "sums": [TABLE] * 2 + [Numbers],
     "gradient": [Numbers] * 4,
     "weighed": [Weighing],
-    "normalize": [Batches, Numbers, Numbers, Tables],
+    "normalize": [Batches, Numbers, Numbers, Tables, Towards],
     "normalize_gradient": [Batches, Numbers, Numbers, Tables, TABLE, TABLE],
     "sequence": [Batches, Numbers, Numbers, Tables],
     "sequence_gradient": [Batches, Numbers, Numbers, Tables, TABLE, TABLE],
@@ -226,6 +235,13 @@ def numbers(values: Tensor | None, xs: Sequence[Tensor]) -> Numbers:
     of_rows = Numbers(kept.data_ptr(), step)
     of_rows.kept = kept  # as long as these are
     return of_rows
+
+
+def keeping(kind: type[ctypes.Structure], *values: Any) -> Any:
+    """A structure of `values`, which live as long: it holds their bytes only."""
+    of = kind(*values)
+    of.kept = values
+    return of
 
 
 def show(*tensors: Tensor) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batches import Affine, corrected, read
+from ..kernels.compiled_batches import Batches, Towards
 from ..moments import Moments
-from .domain_batch_norm import Affine, DomainBatchNorm
+from .domain_batch_norm import DomainBatchNorm
 from .domains import DomainBatch
 from .split import Split
 
@@ -75,20 +77,31 @@ class BatchRenorm(DomainBatchNorm):
         # and activation checkpointing computes the forward again.
         self._recent: deque[tuple[Tensor, _Buffers]] = deque(maxlen=RECENT)
 
-    def _affine(self, batch: DomainBatch, moments: Callable[[], tuple[Moments, Moments]]) -> Affine:
-        """γ · r and γ · d + β, in training."""
-        weight, bias = super()._affine(batch, moments)
+    def _corrected(self, affine: Affine, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
         if not self.training:
-            return weight, bias
-        merged, of = moments()
-        towards: _Buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+            return affine
         if torch.compiler.is_compiling():
-            r, d = map(_saved, self._correction(batch, of, towards))
-        else:
-            r, d = self._correction(batch, of, self._remembered(merged.mean.detach(), towards, batch.updates))
-        if weight is not None:
-            r, d = weight * r, weight * d
-        return r, d if bias is None else d + bias
+            return corrected(affine, *map(_saved, self._correction(batch, of, self._moving())))
+        mean = merged.mean.detach()
+        if batch.updates:
+            self._remember(mean)
+            return corrected(affine, *self._correction(batch, of, self._moving()))
+        return corrected(affine, *self._correction(batch, of, self._remembered(mean)))
+
+    def _towards(self, batch: DomainBatch, batches: Batches) -> Towards | None:
+        if not self.training:
+            return None
+        # activation checkpointing runs this forward again
+        again = not batch.updates
+        mean, var, steps = self._remembered(read(batch.tensors, batches).counted[0]) if again else self._moving()
+        limits = []
+        for limit in (self.r_max, self.d_max):
+            values = [limit] if isinstance(limit, (int, float)) else _at(limit, steps).flatten().tolist()
+            limits.append(values * (len(batches.counts) // len(values)))
+        return Towards(mean, var, *limits)
+
+    def _moving(self) -> _Buffers:
+        return self.running_mean, self.running_var, self.num_batches_tracked
 
     @torch.no_grad()
     def _correction(self, batch: DomainBatch, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
@@ -105,11 +118,11 @@ class BatchRenorm(DomainBatchNorm):
         d = (of.mean - mean) / sigma
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
-    def _remembered(self, mean: Tensor, towards: _Buffers, first: bool) -> _Buffers:
-        """The buffers that this batch is normalized towards, also when its forward pass is recomputed."""
-        if first:
-            self._recent.append((mean, tuple(v.clone() for v in towards)))
-            return towards
+    def _remember(self, mean: Tensor) -> None:
+        self._recent.append((mean, tuple(v.clone() for v in self._moving())))
+
+    def _remembered(self, mean: Tensor) -> _Buffers:
+        """The buffers that the batch with this mean was normalized towards, for a forward pass that is recomputed."""
         found = [record for record in self._recent if torch.equal(record[0], mean)]
         if len(found) != 1:
             raise RuntimeError(

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..batches import Affine, batch_moments, counted, normalize, of_rows, read
+from ..batches import Affine, batch_moments, corrected, counted, normalize, of_rows
 from ..kernels import takes_batches
-from ..kernels.compiled_batches import Batches
-from ..moments import Moments
+from ..kernels.compiled_batches import Batches, Tables
 from .domains import DomainBatch
 
 if TYPE_CHECKING:
@@ -56,21 +55,18 @@ def normalize_by_batch(layer: DomainBatchNorm, batch: DomainBatch, batches: Batc
     few = layer.split is not None and len(batch.tensors[0]) < layer.split.least
     if layer.training and (few or (1 in batches.counts and batches.width == 1)):
         layer._check_counts(batch, lambda: [count * batches.width for count in batches.counts], ranks=1)
-    known = []
+    towards = layer._towards(batch, batches)
 
-    def moments() -> tuple[Moments, Moments]:
-        known.append(read(batch.tensors, batches))
-        own, of = (Moments.of(*part(batches, known[0])) for part in (counted, batch_moments))
-        return own, of_rows(batches, of)
-
-    def by_rows(xs: Sequence[Tensor], affine: Affine) -> list[Tensor]:
+    def by_rows(xs: Sequence[Tensor], affine: Affine, tables: Tables) -> list[Tensor]:
         rows, of = layer._read(list(xs))
-        of = of.merge_by(torch.tensor(batches.group), len(batches.counts))
-        return layer._normalize_by(rows, of_rows(batches, of), *affine)
+        of = of_rows(batches, of.merge_by(torch.tensor(batches.group), len(batches.counts)))
+        if tables.corrections is not None:
+            affine = corrected(affine, *(of_rows(batches, v) for v in tables.corrections))
+        return layer._normalize_by(rows, of, *affine)
 
-    affine = layer._affine(batch, moments)
-    outputs, tables = normalize(batch.tensors, batches, affine, layer.eps, by_rows, *known)
+    outputs, tables = normalize(batch.tensors, batches, layer._affine(batch), layer.eps, by_rows, towards)
     if layer.training and batch.updates:
-        of_channels = tables[0].shape[-1] == layer.running_mean.shape[-1]
+        layer._remember(tables.counted[0])
+        of_channels = tables.counted.shape[-1] == layer.running_mean.shape[-1]
         layer._update_known(*(counted if of_channels else batch_moments)(batches, tables))
     return outputs

@@ -12,7 +12,7 @@ from torch.library import define, impl, register_autograd, register_fake
 from ..batches import like
 from ..kernels import compiled_batches as kernel
 from ..kernels import prefers_operator
-from ..kernels.compiled_batches import Batches
+from ..kernels.compiled_batches import Batches, Tables
 from ..moments import Moments
 from .by_batch import groups_of
 from .domains import DomainBatch
@@ -64,7 +64,7 @@ define(
 def _normalize(xs, weight, bias, groups, number, eps):
     """Each tensor normalized; last the means and variances `(2, number, C)`."""
     ys, tables = kernel.normalize(xs, _batches(xs, groups, number), weight, bias, eps)
-    return [*ys, tables[0]]
+    return [*ys, tables.counted]
 
 
 @register_fake("domainnorm::normalize")
@@ -76,7 +76,7 @@ def _(xs, weight, bias, groups, number, eps):
 def _gradient(grads, xs, moments, weight, bias, groups, eps):
     """Of each tensor; last of γ and of β, `(C,)`, or `(ΣN, C)` where they are of rows."""
     batches = _batches(xs, groups, moments.shape[1])
-    dxs, *affine = kernel.gradient(grads, xs, batches, weight, bias, eps, (moments,))
+    dxs, *affine = kernel.gradient(grads, xs, batches, weight, bias, eps, Tables(moments, moments))
     return [*dxs, *affine]
 
 

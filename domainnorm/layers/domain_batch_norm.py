@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..batches import Affine
 from ..distributed import Group, deepcopy_over_group
 from ..kernels import compiled, kernel
+from ..kernels.compiled_batches import Batches, Towards
 from ..moments import Moments, Rows, is_recomputed
 from .domains import Domain, DomainBatch, Domains, Input, of_domain
 from .in_step import normalize_in_step
@@ -17,7 +19,6 @@ from .population_statistics import PopulationStatistics, one_of
 from .split import Split
 
 CHOICES = ("shared", "per_domain")
-Affine = tuple[Tensor | None, Tensor | None]  # γ and β
 
 
 class DomainBatchNorm(PopulationStatistics):
@@ -151,9 +152,20 @@ class DomainBatchNorm(PopulationStatistics):
         scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
         return (x * scale + shift).to(x.dtype)
 
-    def _affine(self, batch: DomainBatch, moments: Callable[[], tuple[Moments, Moments]]) -> Affine:
-        """γ and β of all rows; `moments()` are those of the domains, and those by which each row is normalized."""
+    def _affine(self, batch: DomainBatch) -> Affine:
+        """γ and β of all rows."""
         return self._of_rows(self.weight, batch), self._of_rows(self.bias, batch)
+
+    def _corrected(self, affine: Affine, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
+        """γ and β where what is normalized by the moments `of` of rows, `merged` of domains, is corrected."""
+        return affine
+
+    def _towards(self, batch: DomainBatch, batches: Batches) -> Towards | None:
+        """What whole batches are corrected towards."""
+        return None
+
+    def _remember(self, mean: Tensor) -> None:
+        """Called with the batch's mean, before the statistics move."""
 
     def _of_rows(self, value: Any, batch: DomainBatch) -> Any:
         """Of something `(C,)` for all domains, or `(K, C)`, what broadcasts against the rows `(ΣN, C)`."""
@@ -228,7 +240,8 @@ class DomainBatchNorm(PopulationStatistics):
             of = self.split.merge(batch, shared)  # (ΣN, C)
         else:
             of = total if len(total.mean) == 1 else batch.of_rows(total)
-        outputs = self._normalize_by(batch.rows, of, *self._affine(batch, lambda: (merged, of)))
+        affine = self._corrected(self._affine(batch), batch, merged, of)
+        outputs = self._normalize_by(batch.rows, of, *affine)
         if self.training and batch.updates:
             self._update_population(total if self.population_statistics == "shared" else merged)
         return outputs
