@@ -25,7 +25,7 @@ setup(
             [str(path.relative_to(HERE)) for path in KERNELS if path.suffix == ".cpp"],
             depends=[str(path.relative_to(HERE)) for path in KERNELS],
             define_macros=[("SOURCE", str(zlib.crc32(b"".join(path.read_bytes() for path in KERNELS))))],
-            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-Wno-psabi", *options],
+            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi", *options],
             optional=True,  # without a compiler, operations of torch do the same, slower
         )
         for kind, options in KINDS.items()

@@ -72,11 +72,27 @@ void each_tile(const Chunk<T>& chunk, int64_t channels, Run run) {
   if (!tile.empty()) run(tile.data(), (int64_t)tile.size());
 }
 
+// What is of chunks merged into what is of groups: of most groups one chunk is all.
+template <class T>
+Twos of_groups(Twos of, const std::vector<Chunk<T>>& all, int64_t groups) {
+  int64_t alone = 0;
+  while (alone < (int64_t)all.size() && all[alone].group == alone) ++alone;
+  if (alone == (int64_t)all.size() && alone == groups) return of;
+  Twos merged(groups, of.channels);
+  for (size_t k = 0; k < all.size(); ++k) {
+    const int64_t group = all[k].group;
+    merge(of.channels, &of.first[k * of.channels], &of.second[k * of.channels], of.places[k], merged.places[group],
+          &merged.first[group * of.channels], &merged.second[group * of.channels]);
+    merged.places[group] += of.places[k];
+  }
+  return merged;
+}
+
 template <class T>
 void last_moments(const Work<T>& work, Tables tables) {
   const int64_t channels = work.channels, groups = work.batches.groups, width = work.batches.width;
   const auto all = chunks(work, false);
-  Twos of(all.size(), channels), merged(groups, channels);  // means, and squares of what lies beyond them
+  Twos of(all.size(), channels);  // means, and squares of what lies beyond them
   parallel(all.size(), work.places * channels, work.threads, [&](int64_t begin, int64_t end) {
     std::vector<One<T>> own(channels), rest(channels), squares(channels);  // of a tile
     One<T>*o = own.data(), *r = rest.data(), *s = squares.data();
@@ -106,20 +122,17 @@ void last_moments(const Work<T>& work, Tables tables) {
         of.places[k] += n;
       });
   });
-  for (size_t k = 0; k < all.size(); ++k) {
-    const int64_t group = all[k].group;
-    merge(channels, &of.first[k * channels], &of.second[k * channels], of.places[k], merged.places[group],
-          &merged.first[group * channels], &merged.second[group * channels]);
-    merged.places[group] += of.places[k];
-  }
+  const Twos merged = of_groups(std::move(of), all, groups);
   count(merged, work.batches, (One<T>*)tables.counted);
   One<T>*mean = (One<T>*)tables.batches, *var = mean + work.sets();
   for (int64_t set = 0; set < work.sets(); ++set) {
     const double n = merged.places[set * width / channels];
     const double *means = &merged.first[set * width], *beyond = &merged.second[set * width];
     double centre = 0, squares = 0;
+#pragma omp simd reduction(+ : centre)
     for (int64_t k = 0; k < width; ++k) centre += means[k];
     centre /= width;
+#pragma omp simd reduction(+ : squares)
     for (int64_t k = 0; k < width; ++k) squares += beyond[k] + n * (means[k] - centre) * (means[k] - centre);
     mean[set] = centre;
     var[set] = squares / std::max(n * width, 1.);

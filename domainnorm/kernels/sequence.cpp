@@ -72,8 +72,10 @@ void merge_rows(Sequence<T>& of) {
   of.each_set([&](int64_t, int64_t set, int64_t row, int64_t, int64_t) {
     const One<T>*mean = of.row_mean + row, *var = of.row_var + row;
     double centre = 0, squares = 0;
+#pragma omp simd reduction(+ : centre)
     for (int64_t k = 0; k < width; ++k) centre += mean[k];
     centre /= width;
+#pragma omp simd reduction(+ : squares)
     for (int64_t k = 0; k < width; ++k) squares += var[k] + (mean[k] - centre) * (mean[k] - centre);
     of.mean[set] = centre;
     of.var[set] = squares / width;
@@ -85,7 +87,7 @@ void merge_rows(Sequence<T>& of) {
     const One<T>* mean = of.row_mean + row;
     const double centre = of.mean[set], share = of.length[n] * of.inverse[set];
     double* to = &z.first[g];
-#pragma GCC ivdep
+#pragma omp simd
     for (int64_t k = 0; k < width; ++k) to[k] += share * (mean[k] - centre);
   });
   for (int64_t g = 0; g < numbers; ++g) z.first[g] /= std::max(of.count[g / of.channels], 1.);
@@ -94,7 +96,7 @@ void merge_rows(Sequence<T>& of) {
     const double centre = of.mean[set], s = of.inverse[set], length = of.length[n];
     const double* m = &z.first[g];
     double* to = &z.second[g];
-#pragma GCC ivdep
+#pragma omp simd
     for (int64_t k = 0; k < width; ++k) {
       const double apart = (mean[k] - centre) * s - m[k];
       to[k] += length * (var[k] * s * s + apart * apart);
@@ -123,7 +125,7 @@ void normalize_sequence(Sequence<T> of) {
   of.each_set([&](int64_t, int64_t set, int64_t row, int64_t, int64_t g) {
     const double s = of.inverse[set], *f = &factor[g], *o = &offset[g];
     One<T>*a = &scale[row], *b = &shift[row];
-#pragma GCC ivdep
+#pragma omp simd
     for (int64_t k = 0; k < width; ++k) {
       a[k] = s * f[k];
       b[k] = o[k];
@@ -147,7 +149,7 @@ void gradient_sequence(Sequence<T> of, const AffineGradient<One<T>>& to_affine) 
     const One<T>*t = &total[row], *p = &products[row];
     const double s = of.inverse[set], *m = of.z_mean + g;
     double *to_all = &all[g], *to_beyond = &beyond[g];
-#pragma GCC ivdep
+#pragma omp simd
     for (int64_t k = 0; k < width; ++k) {
       to_all[k] += t[k];
       to_beyond[k] += s * p[k] - m[k] * t[k];
@@ -170,6 +172,7 @@ void gradient_sequence(Sequence<T> of, const AffineGradient<One<T>>& to_affine) 
     const double s = of.inverse[set], length = of.length[n], centre = of.mean[set], *m = of.z_mean + g;
     const double *f = &factor[g], *of_a = &a[g], *of_b = &b[g];
     double sum = 0, sum_of_products = 0;  // of z's gradient, of the channel group
+#pragma omp simd reduction(+ : sum, sum_of_products)
     for (int64_t k = 0; k < width; ++k) {
       const double apart = mean[k] - centre, rest = of_a[k] - of_b[k] * m[k];
       sum += f[k] * t[k] - length * (rest + of_b[k] * apart * s);
@@ -178,7 +181,7 @@ void gradient_sequence(Sequence<T> of, const AffineGradient<One<T>>& to_affine) 
     sum /= length * width;
     sum_of_products *= s / (length * width);
     One<T>*to_scale = &scale[row], *mean_to = &to_mean[row], *var_to = &to_var[row];
-#pragma GCC ivdep
+#pragma omp simd
     for (int64_t k = 0; k < width; ++k) {
       to_scale[k] = s * f[k];
       var_to[k] = -length / 2 * s * s * (of_b[k] + sum_of_products);
