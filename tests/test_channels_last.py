@@ -62,3 +62,26 @@ def test_weights_are_channels_last_while_they_train_if_asked_to_be(detector):
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(images), twin.eval()(images), rtol=0, atol=0)
         assert all(w.is_contiguous() for w in weights)
+
+
+@pytest.mark.parametrize("detector", [tiny, lambda: build("BN")])
+def test_inference_in_half_precision_is_channels_last_too(detector):
+    model = detector().eval()
+    model.weights_last = True
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    images, _ = images_and_targets() if detector is tiny else batch(2, 1)
+    ours, seen = model.transform.__class__, []
+    model.backbone.register_forward_hook(lambda _, args, out: seen.append([args[0], *out.values()]))
+    with torch.no_grad():
+        for transform in (ours, GeneralizedRCNNTransform):
+            model.transform.__class__ = transform
+            with torch.autocast("cpu", torch.bfloat16):
+                model(images[:1])
+            assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+        model(images[:1])
+    assert all(w.is_contiguous() for w in weights)
+    lasts, expected, _ = seen
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in lasts)
+    assert expected[0].is_contiguous()
+    for x, y in zip(lasts, expected, strict=True):
+        assert (x.float() - y.float()).abs().max() <= 0.05 * y.float().abs().max()

@@ -1,4 +1,4 @@
-"""The memory format of a detector on a CPU: channels last, in which its convolutions are trained faster."""
+"""The memory format of a detector on a CPU: channels last, in which its convolutions are faster."""
 
 import torch
 from torch import Tensor, nn
@@ -7,24 +7,28 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from ..distributed import world_size
 
 
-class Transform(GeneralizedRCNNTransform):
-    """torchvision's, whose batches for training on a CPU are channels_last; so is then all that is computed of them.
+def runs_last(training: bool) -> bool:
+    """Whether a forward pass on a CPU is in channels_last: in training, and in half precision.
 
-    Not with several processes: gradients of depthwise convolutions would come in another format than the buckets in
-    which DDP sends them.
+    In inference in float32 it is not: convolutions would round otherwise than in torchvision's models. Nor with
+    several processes: gradients of depthwise convolutions would come in another format than the buckets in which DDP
+    sends them.
     """
+    return (training or torch.is_autocast_enabled("cpu")) and world_size() == 1
+
+
+class Transform(GeneralizedRCNNTransform):
+    """torchvision's, whose batches are channels_last where `runs_last`; so is then all that is computed of them."""
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Images `(3, H, W)` -> `(N, 3, H', W')`, padded by zeros to multiples of `size_divisible`."""
         batch = super().batch_images(images, size_divisible)
-        last = self.training and batch.device.type == "cpu" and world_size() == 1
+        last = batch.device.type == "cpu" and runs_last(self.training)
         return batch.contiguous(memory_format=torch.channels_last) if last else batch
 
 
 class ChannelsLast:
-    """A detector whose convolutions can have their weights in channels_last while it trains, as their inputs are.
-
-    In inference the weights are contiguous: a convolution rounds differently otherwise.
+    """A detector whose convolutions can have their weights in channels_last where `runs_last`, as their inputs are.
 
     Attributes:
         weights_last: whether a forward arranges them. False at first: not every program takes weights that are not
@@ -37,7 +41,7 @@ class ChannelsLast:
     def arrange_weights(self) -> None:
         """As this forward needs them."""
         assert isinstance(self, nn.Module)
-        last = self.weights_last and self.training
+        last = self.weights_last and runs_last(self.training)
         if last != self._are_last:
             layout = torch.channels_last if last else torch.contiguous_format
             for module in self.modules():
