@@ -88,7 +88,8 @@ class Batches:
 def read(xs: Sequence[Tensor], batches: Batches) -> Tables:
     """The moments by which `normalize` does it."""
     tables = _empty_tables(xs, batches)
-    parts = [part(x, last=_last(xs)) for x in xs]
+    last = _last(xs)
+    parts = [part(x, last=last) for x in xs]
     call("normalize", xs, parts, *_given(xs, batches, None, None, 0.0, tables, write=False), library.Towards())
     return tables
 
@@ -105,8 +106,8 @@ def normalize(
     tables = _empty_tables(xs, batches)
     if towards is not None:
         tables = tables._replace(corrections=torch.empty(2, len(batches.counts), xs[0].shape[1], dtype=wide(xs[0])))
-    ys = [torch.empty_like(x) for x in xs]
-    parts = [part(x, out=y, last=_last(xs)) for x, y in zip(xs, ys, strict=True)]
+    ys, last = [torch.empty_like(x) for x in xs], _last(xs)
+    parts = [part(x, out=y, last=last) for x, y in zip(xs, ys, strict=True)]
     given = _given(xs, batches, weight, bias, eps, tables)
     if batches.first:
         call("sequence", xs, parts, *given)
@@ -128,9 +129,9 @@ def gradient(
     of_rows = any(v is not None and v.ndim == 2 and len(v) > 1 for v in (weight, bias))
     shape = (sum(map(len, xs)), xs[0].shape[1]) if of_rows else xs[0].shape[1:2]
     to_weight, to_bias = (torch.zeros(shape, dtype=wide(xs[0])) for _ in range(2))
-    outs = [torch.empty_like(x) for x in xs]
+    outs, last = [torch.empty_like(x) for x in xs], _last(xs)
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
-    parts = [part(x, grad, out, _last(xs)) for grad, x, out in zip(grads, xs, outs, strict=True)]
+    parts = [part(x, grad, out, last) for grad, x, out in zip(grads, xs, outs, strict=True)]
     given = _given(xs, batches, weight, bias, eps, tables)
     function = "sequence_gradient" if batches.first else "normalize_gradient"
     call(function, xs, parts, *given, to_weight.data_ptr(), to_bias.data_ptr())
