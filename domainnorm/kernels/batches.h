@@ -74,6 +74,19 @@ struct Sample {
 };
 
 template <class T>
+std::vector<Sample<T>> samples_of(const Part* parts, int64_t number, int64_t channels) {
+  std::vector<Sample<T>> all;
+  for (const Part* part = parts; part < parts + number; ++part)
+    for (int64_t k = 0; k < part->samples; ++k) {
+      const int64_t at = k * channels * part->length;
+      const void* grad = part->grad ? part->grad : part->x;  // none is read in the forward pass
+      all.push_back({(const T*)grad + at, (const T*)part->x + at, (T*)part->out + at, part->length,
+                     (int64_t)all.size()});
+    }
+  return all;
+}
+
+template <class T>
 struct Piece {
   const T *grad, *x;
   int64_t length;
@@ -93,16 +106,11 @@ struct Work {
        Numbers bias, Tables tables)
       : begin(batches.groups + 1), channels(channels), threads(threads), batches(batches), weight(weight), bias(bias),
         r((One<T>*)tables.corrections), d(r ? r + batches.groups * channels : r) {
-    std::vector<Sample<T>> all;
-    for (const Part* part = parts; part < parts + number; ++part)
-      for (int64_t k = 0; k < part->samples; ++k) {
-        const int64_t at = k * channels * part->length;
-        const void* grad = part->grad ? part->grad : part->x;  // none is read in the forward pass
-        all.push_back({(const T*)grad + at, (const T*)part->x + at, (T*)part->out + at, part->length,
-                       (int64_t)all.size()});
-        places += part->length;
-      }
-    for (const auto& sample : all) ++begin[of(sample) + 1];
+    const auto all = samples_of<T>(parts, number, channels);
+    for (const auto& sample : all) {
+      places += sample.length;
+      ++begin[of(sample) + 1];
+    }
     for (int64_t g = 0; g < batches.groups; ++g) begin[g + 1] += begin[g];
     samples.resize(all.size());
     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
