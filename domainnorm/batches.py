@@ -18,7 +18,7 @@ Reference = Callable[[Sequence[Tensor], Affine, Tables], list[Tensor]]
 
 def of_rows(batches: Batches, value: Any) -> Any:
     """Of what is of groups, `(groups, C)`, what broadcasts against `(ΣN, C)`."""
-    return value if len(batches.counts) == 1 else value[torch.tensor(batches.group)]
+    return value if len(batches.counts) == 1 else value[batches.ids]
 
 
 def corrected(affine: Affine, r: Tensor, d: Tensor) -> Affine:
@@ -87,6 +87,8 @@ def like(grad: Tensor, of: Tensor | None) -> Tensor | None:
     """The gradient of γ or β, `(C,)` or of rows, from that of channels, or of rows where the other one is of rows."""
     if of is None:
         return None
+    if not of.numel():  # there are no rows
+        return torch.zeros_like(of)
     if grad.shape != of.shape:
         grad = (grad if grad.numel() == of.numel() else grad.sum(0)).view(of.shape)
     return grad if grad.dtype == of.dtype else grad.to(of.dtype)

@@ -85,3 +85,13 @@ def test_inference_in_half_precision_is_channels_last_too(detector):
     assert expected[0].is_contiguous()
     for x, y in zip(lasts, expected, strict=True):
         assert (x.float() - y.float()).abs().max() <= 0.05 * y.float().abs().max()
+
+
+def test_what_an_inference_arranges_is_trained_on():
+    model = tiny()
+    model.weights_last = True
+    images, targets = images_and_targets()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model.eval()(images)
+    sum(model.train()(images, targets).values()).backward()
+    assert any(p.grad is not None for p in model.parameters())

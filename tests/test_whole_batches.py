@@ -170,6 +170,21 @@ def test_second_derivatives_of_what_has_constants(name):  # r and d, so that num
 
 
 @needs_library
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("affine", ["shared", "per_domain", None])
+@pytest.mark.parametrize("kind", [dn.DomainBatchNorm, dn.BatchRenorm])
+def test_no_samples_at_all(kind, affine, create_graph):
+    layer = kind(16, num_domains=3, affine=affine)
+    xs = [torch.randn(0, 16, 3, 3, requires_grad=True) for _ in range(2)]
+    with counted() as calls:
+        ys = layer(xs, domain=[0, 2])
+    assert calls == ["normalize"]
+    of = [*xs, *layer.parameters()]
+    for grad, v in zip(torch.autograd.grad(sum(y.sum() for y in ys), of, create_graph=create_graph), of, strict=True):
+        assert grad.shape == v.shape and not grad.any()
+
+
+@needs_library
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", WHOLE)
 def test_layers_of_half_types(name, layout):

@@ -121,7 +121,7 @@ struct Work {
   bool each() const { return weight.step || bias.step; }
   int64_t unit(const Sample<T>& sample) const { return each() ? sample.row : of(sample); }
   int64_t sets() const { return batches.groups * channels / batches.width; }
-  // γ and β of what is normalized: y = γ r (x - mean) / σ + γ d + β.
+  // γ and β, which are of channels or rows, with r and d, which are of groups: y = γ r (x - mean) / σ + γ d + β.
   One<T> gamma(const Sample<T>& sample, int64_t channel) const {
     return given_gamma(sample, channel) * (r ? r[of(sample) * channels + channel] : 1);
   }
@@ -154,8 +154,8 @@ struct Work {
   const Sample<T>* first(int64_t group) const { return samples.data() + begin[group]; }
 };
 
-// The gradients of γ and β while they are of units, (units, channels) each, and then where they belong: with `each` to rows,
-// else to all units in one.
+// The gradients of γ and β, zeros at first: with `each` those of rows, (units, channels), else of all units in one. Where
+// units are to be summed they are kept apart until `put`.
 template <class N>
 struct AffineGradient {
   int64_t units, channels;

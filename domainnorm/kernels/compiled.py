@@ -76,7 +76,7 @@ def weighed(
 
 def ema(
     table: Tensor,
-    counts: Sequence[float],
+    counts: Sequence[int],
     running: tuple[Tensor, Tensor, Tensor],
     momentum: float | None,
     eps: float | None,

@@ -79,6 +79,11 @@ class Batches:
         samples = (group for group, size in zip(groups, sizes, strict=True) for _ in range(size))
         return Batches(tuple(samples), tuple(counts), *others)
 
+    @property
+    def ids(self) -> Tensor:
+        """`group` as a LongTensor."""
+        return torch.tensor(self.group, dtype=torch.long)
+
     @functools.cached_property
     def array(self) -> ctypes.Array[ctypes.c_int64] | None:
         """`group` in memory; None where there is one only."""

@@ -198,7 +198,7 @@ def _lies_here(value: Tensor, dtype: torch.dtype) -> bool:
     return type(value) is Tensor and value.dtype == dtype and value.device.type == "cpu" and value.is_contiguous()
 
 
-def move(counts: Sequence[float], table: Tensor, running: Running) -> None:
+def move(counts: Sequence[int], table: Tensor, running: Running) -> None:
     """A step for each of some sets, of means and variances `(2, sets, C)`."""
     sets = len(counts)
     function = getattr(_LIBRARY, f"ema_{TYPES[table.dtype]}")

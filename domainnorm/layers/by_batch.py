@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..batches import Affine, batch_moments, corrected, counted, normalize, of_rows
@@ -59,7 +58,7 @@ def normalize_by_batch(layer: DomainBatchNorm, batch: DomainBatch, batches: Batc
 
     def by_rows(xs: Sequence[Tensor], affine: Affine, tables: Tables) -> list[Tensor]:
         rows, of = layer._read(list(xs))
-        of = of_rows(batches, of.merge_by(torch.tensor(batches.group), len(batches.counts)))
+        of = of_rows(batches, of.merge_by(batches.ids, len(batches.counts)))
         if tables.corrections is not None:
             affine = corrected(affine, *(of_rows(batches, v) for v in tables.corrections))
         return layer._normalize_by(rows, of, *affine)

@@ -95,8 +95,8 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grads):
     weight, bias, moments, *xs = ctx.saved_tensors
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(xs, grads, strict=False)]  # but the last
-    given = (grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
-    *dxs, to_weight, to_bias = torch.ops.domainnorm.normalize_gradient(*given)
+    args = (grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
+    *dxs, to_weight, to_bias = torch.ops.domainnorm.normalize_gradient(*args)
     return dxs, like(to_weight, weight), like(to_bias, bias), None, None, None
 
 

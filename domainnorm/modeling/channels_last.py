@@ -44,7 +44,8 @@ class ChannelsLast:
         last = self.weights_last and runs_last(self.training)
         if last != self._are_last:
             layout = torch.channels_last if last else torch.contiguous_format
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.weight.data = module.weight.data.contiguous(memory_format=layout)
+            with torch.inference_mode(False):  # what an inference makes, training is to use
+                for module in self.modules():
+                    if isinstance(module, nn.Conv2d):
+                        module.weight.data = module.weight.data.contiguous(memory_format=layout)
             self._are_last = last
