@@ -103,12 +103,12 @@ void last_moments(const Work<T>& work, Tables tables) {
           std::copy(centre, centre + channels, o);
         else
           each_column<T>(
-              channels, n, [=](int64_t place, int64_t i, auto v) { return load<decltype(v)>(at[place].x + i); },
+              channels, n, [=](int64_t place, int64_t i, auto v) { return load_ahead<decltype(v)>(at[place].x + i); },
               [=](int64_t i, auto sum) { store(o + i, sum / One<T>(n)); });
         each_column<T>(
             channels, n,
             [=](int64_t place, int64_t i, auto v) {
-              const auto beyond = load<decltype(v)>(at[place].x + i) - load<decltype(v)>(o + i);
+              const auto beyond = load_ahead<decltype(v)>(at[place].x + i) - load<decltype(v)>(o + i);
               return Pair<decltype(v)>{beyond, beyond * beyond};
             },
             [=](int64_t i, const auto& sums) {
@@ -180,7 +180,7 @@ void normalize_last(const Work<T>& work, Tables tables, Towards towards) {
           T* to = of.out + place * channels;
           each<T>(channels, [=](int64_t i, auto v) {
             using V = decltype(v);
-            store(to + i, load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
+            store_ahead(to + i, load<V>(a + i) * (load_ahead<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
           });
         });
   });
@@ -204,8 +204,8 @@ void gradient_last(const Work<T>& work, Tables tables, const AffineGradient<One<
             channels, n,
             [=](int64_t place, int64_t i, auto v) {
               using V = decltype(v);
-              const V of_grad = load<V>(at[place].grad + i);
-              return Pair<V>{of_grad, of_grad * (load<V>(at[place].x + i) - load<V>(c + i))};
+              const V of_grad = load_ahead<V>(at[place].grad + i);
+              return Pair<V>{of_grad, of_grad * (load_ahead<V>(at[place].x + i) - load<V>(c + i))};
             },
             [=](int64_t i, const auto& sums) {
               One<T> both[2][sizeof(sums.first) / sizeof(One<T>)];
@@ -255,8 +255,8 @@ void gradient_last(const Work<T>& work, Tables tables, const AffineGradient<One<
           T* to = sample.out + place * channels;
           each<T>(channels, [=](int64_t i, auto v) {
             using V = decltype(v);
-            const V rest = load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
-            store(to + i, load<V>(a + i) * load<V>(g + i) + rest);
+            const V rest = load<V>(b + i) * (load_ahead<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
+            store_ahead(to + i, load<V>(a + i) * load_ahead<V>(g + i) + rest);
           });
         });
   });

@@ -42,7 +42,7 @@ void moments(const Work<T>& work, int64_t group, int64_t channel, std::vector<Pi
   each_tile(work.first(group), work.first(group + 1), channel, tile, [&](const auto& pieces, int64_t n) {
     Sum<T, Many<T>> all;
     for (const auto& piece : pieces)
-      all.add(piece.length, [x = piece.x](int64_t i, auto v) { return load<decltype(v)>(x + i); });
+      all.add(piece.length, [x = piece.x](int64_t i, auto v) { return load_ahead<decltype(v)>(x + i); });
     const One<T> own = all.value() / n;
     Sum<T, Pair<Many<T>>> of;
     for (const auto& piece : pieces)
@@ -82,7 +82,7 @@ void normalize_rows(const Work<T>& work, Tables tables, Towards towards) {
           const One<T> a = work.gamma(*sample, channel) * scale, b = work.beta(*sample, channel);
           const T* from = sample->x + channel * sample->length;
           T* to = sample->out + channel * sample->length;
-          each<T>(sample->length, [=](int64_t i, auto v) { store(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
+          each<T>(sample->length, [=](int64_t i, auto v) { store_ahead(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
         }
     }
   });
@@ -110,8 +110,8 @@ void gradient_rows(const Work<T>& work, Tables tables, const AffineGradient<One<
             for (const auto& piece : pieces)
               both.add(piece.length, [g = piece.grad, x = piece.x, c](int64_t i, auto v) {
                 using V = decltype(v);
-                const V of_grad = load<V>(g + i);
-                return Pair<V>{of_grad, of_grad * (load<V>(x + i) - c)};
+                const V of_grad = load_ahead<V>(g + i);
+                return Pair<V>{of_grad, of_grad * (load_ahead<V>(x + i) - c)};
               });
             const auto of = both.value();
             sum_grad += of.first;
@@ -134,7 +134,7 @@ void gradient_rows(const Work<T>& work, Tables tables, const AffineGradient<One<
           T* to = sample->out + at;
           each<T>(sample->length, [=](int64_t i, auto v) {
             using V = decltype(v);
-            store(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
+            store_ahead(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
           });
         }
     }

@@ -9,21 +9,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import plain
-from .library import Running, Weighing, call, keeping, like, move, numbers, part, wide
+from .library import Running, Weighing, call, keeping, like, move, numbers, parts, wide
 
 
 def moments(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """As `plain.moments`, in one pass over each tensor."""
     mean, var = _empty_tables(xs)
-    call("moments", xs, [part(x) for x in xs], mean.data_ptr(), var.data_ptr())
+    call("moments", xs, parts(xs), mean.data_ptr(), var.data_ptr())
     return mean, var
 
 
 def affine(xs: Sequence[Tensor], scale: Tensor, centre: Tensor, shift: Tensor) -> list[Tensor]:
     """As `plain.affine`, in one pass."""
     ys = [torch.empty_like(x) for x in xs]
-    parts = [part(x, out=y) for x, y in zip(xs, ys, strict=True)]
-    call("affine", xs, parts, *(numbers(v, xs) for v in (scale, centre, shift)))
+    call("affine", xs, parts(xs, ys), *(numbers(v, xs) for v in (scale, centre, shift)))
     return ys
 
 
@@ -31,8 +30,7 @@ def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], centre: Tensor) -> tuple
     """As `plain.sums`, in one pass."""
     total, products = _empty_tables(xs)
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
-    parts = [part(x, grad) for grad, x in zip(grads, xs, strict=True)]
-    call("sums", xs, parts, total.data_ptr(), products.data_ptr(), numbers(centre, xs))
+    call("sums", xs, parts(xs, grads=grads), total.data_ptr(), products.data_ptr(), numbers(centre, xs))
     return total, products
 
 
@@ -49,8 +47,7 @@ def gradient(
         return plain.gradient(grads, xs, scale, centre, to_mean, to_var)
     outs = [torch.empty_like(x) for x in xs]
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
-    parts = [part(x, grad, out) for grad, x, out in zip(grads, xs, outs, strict=True)]
-    call("gradient", xs, parts, *(numbers(v, xs) for v in (scale, centre, to_mean, to_var)))
+    call("gradient", xs, parts(xs, outs, grads), *(numbers(v, xs) for v in (scale, centre, to_mean, to_var)))
     return outs
 
 
@@ -68,9 +65,8 @@ def weighed(
     The numbers are `(C,)` or `(ΣN, C)`. A layer's merge of rows is the reference.
     """
     ys = [torch.empty_like(x) for x in xs]
-    parts = [part(x, out=y) for x, y in zip(xs, ys, strict=True)]
     by = keeping(Weighing, share, eps, *(numbers(v, xs) for v in (mean, var, weight, bias)))
-    call("weighed", xs, parts, by)
+    call("weighed", xs, parts(xs, ys), by)
     return ys
 
 

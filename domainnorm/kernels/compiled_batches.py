@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .library import call, keeping, like, numbers, part, show, wide
+from .library import call, keeping, like, numbers, parts, show, wide
 
 
 class Tables(NamedTuple):
@@ -93,9 +93,8 @@ class Batches:
 def read(xs: Sequence[Tensor], batches: Batches) -> Tables:
     """The moments by which `normalize` does it."""
     tables = _empty_tables(xs, batches)
-    last = _last(xs)
-    parts = [part(x, last=last) for x in xs]
-    call("normalize", xs, parts, *_given(xs, batches, None, None, 0.0, tables, write=False), library.Towards())
+    given = _given(xs, batches, None, None, 0.0, tables, write=False)
+    call("normalize", xs, parts(xs, last=_last(xs)), *given, library.Towards())
     return tables
 
 
@@ -111,13 +110,12 @@ def normalize(
     tables = _empty_tables(xs, batches)
     if towards is not None:
         tables = tables._replace(corrections=torch.empty(2, len(batches.counts), xs[0].shape[1], dtype=wide(xs[0])))
-    ys, last = [torch.empty_like(x) for x in xs], _last(xs)
-    parts = [part(x, out=y, last=last) for x, y in zip(xs, ys, strict=True)]
-    given = _given(xs, batches, weight, bias, eps, tables)
+    ys = [torch.empty_like(x) for x in xs]
+    of, given = parts(xs, ys, last=_last(xs)), _given(xs, batches, weight, bias, eps, tables)
     if batches.first:
-        call("sequence", xs, parts, *given)
+        call("sequence", xs, of, *given)
     else:
-        call("normalize", xs, parts, *given, _towards(xs, batches, towards))
+        call("normalize", xs, of, *given, _towards(xs, batches, towards))
     return ys, tables
 
 
@@ -132,14 +130,13 @@ def gradient(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of `xs`, of γ and of β: `(ΣN, C)` where one of the two is of rows, else `(C,)`."""
     of_rows = any(v is not None and v.ndim == 2 and len(v) > 1 for v in (weight, bias))
-    shape = (sum(map(len, xs)), xs[0].shape[1]) if of_rows else xs[0].shape[1:2]
+    shape = (len(batches.group), xs[0].shape[1]) if of_rows else xs[0].shape[1:2]
     to_weight, to_bias = (torch.zeros(shape, dtype=wide(xs[0])) for _ in range(2))
-    outs, last = [torch.empty_like(x) for x in xs], _last(xs)
+    outs = [torch.empty_like(x) for x in xs]
     grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
-    parts = [part(x, grad, out, last) for grad, x, out in zip(grads, xs, outs, strict=True)]
-    given = _given(xs, batches, weight, bias, eps, tables)
+    of, given = parts(xs, outs, grads, _last(xs)), _given(xs, batches, weight, bias, eps, tables)
     function = "sequence_gradient" if batches.first else "normalize_gradient"
-    call(function, xs, parts, *given, to_weight.data_ptr(), to_bias.data_ptr())
+    call(function, xs, of, *given, to_weight.data_ptr(), to_bias.data_ptr())
     return outs, to_weight, to_bias
 
 
@@ -157,10 +154,10 @@ def _given(
     tables: Tables,
     write: bool = True,
 ) -> tuple[Any, ...]:
-    show(*(v for v in tables if v is not None))
+    show(*tables)
     groups, width = len(batches.counts), batches.first or batches.width
     of = library.Batches(batches.array, groups, width, batches.together, eps)
-    at = (None if v is None else v.data_ptr() for v in tables)
+    at = [None if v is None else v.data_ptr() for v in tables]
     return of, numbers(weight, xs), numbers(bias, xs), library.Tables(*at, write)
 
 
@@ -172,10 +169,11 @@ def _towards(xs: Sequence[Tensor], batches: Batches, towards: Towards | None) ->
 
 
 def _empty_tables(xs: Sequence[Tensor], batches: Batches) -> Tables:
-    rows, channels, dtype = sum(map(len, xs)), xs[0].shape[1], wide(xs[0])
+    channels, dtype = xs[0].shape[1], wide(xs[0])
     counted = (1 if batches.together else len(batches.counts), channels)
     of_batches = (len(batches.counts), channels // batches.width)
     if batches.first:
+        rows = len(batches.group)
         return Tables(
             torch.empty(2, *counted, dtype=dtype),
             # what a GroupNorm leaves of a few numbers may vary little: in double precision it still does

@@ -161,7 +161,7 @@ def takes(xs: Sequence[Tensor]) -> bool:
     return dtype in TYPES and all(
         type(x) in (Tensor, Parameter)  # others may have no memory
         and x.dtype == dtype
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.shape[1] > 0
         and (x.is_contiguous() or is_last(x))
         for x in xs
@@ -195,7 +195,7 @@ def takes_statistics(moments: Tensor, mean: Tensor, var: Tensor, tracked: Tensor
 
 
 def _lies_here(value: Tensor, dtype: torch.dtype) -> bool:
-    return type(value) is Tensor and value.dtype == dtype and value.device.type == "cpu" and value.is_contiguous()
+    return type(value) is Tensor and value.dtype == dtype and value.is_cpu and value.is_contiguous()
 
 
 def move(counts: Sequence[int], table: Tensor, running: Running) -> None:
@@ -205,23 +205,39 @@ def move(counts: Sequence[int], table: Tensor, running: Running) -> None:
     function(table.data_ptr(), (ctypes.c_double * sets)(*counts), sets, table.shape[2], running)
 
 
-def call(function: str, xs: Sequence[Tensor], parts: list[Part], *others: Any) -> None:
+def call(function: str, xs: Sequence[Tensor], parts: ctypes.Array[Part], *others: Any) -> None:
     """A function of `FUNCTIONS`, for the type of `xs`, on torch's threads."""
     getattr(_LIBRARY, f"{function}_{TYPES[xs[0].dtype]}")(
-        (Part * len(parts))(*parts), len(parts), xs[0].shape[1], torch.get_num_threads(), *others
+        parts, len(parts), xs[0].shape[1], torch.get_num_threads(), *others
     )
 
 
-def part(x: Tensor, grad: Tensor | None = None, out: Tensor | None = None, last: bool | None = None) -> Part:
-    """A tensor, its gradient and what is written, all in the same memory format.
+def parts(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor] = (),
+    grads: Sequence[Tensor] = (),
+    last: bool | None = None,
+) -> ctypes.Array[Part]:
+    """Tensors, what is written and their gradients, of each all in the same memory format.
 
     Args:
-        last: whether it is gone through with the channels of each place together; None: as suits `x`.
+        last: whether they are gone through with the channels of each place together; None: each as suits it.
     """
-    show(x, *(() if grad is None else (grad,)))
-    pointers = (None if v is None else v.data_ptr() for v in (grad, x, out))
-    length = math.prod(x.shape[2:])
-    return Part(*pointers, len(x), length, length == 1 or not x.is_contiguous() if last is None else last)
+    show(*xs, *grads)
+    of = []
+    for k, x in enumerate(xs):
+        length = math.prod(x.shape[2:])
+        of.append(
+            (
+                grads[k].data_ptr() if grads else None,
+                x.data_ptr(),
+                outs[k].data_ptr() if outs else None,
+                x.shape[0],
+                length,
+                (length == 1 or not x.is_contiguous()) if last is None else last,
+            )
+        )
+    return (Part * len(of))(*of)
 
 
 def numbers(values: Tensor | None, xs: Sequence[Tensor]) -> Numbers:
@@ -244,11 +260,12 @@ def keeping(kind: type[ctypes.Structure], *values: Any) -> Any:
     return of
 
 
-def show(*tensors: Tensor) -> None:
+def show(*tensors: Tensor | None) -> None:
     """To who watches torch's operations, and may first have to fetch their memory (`parking`)."""
     if torch._C._len_torch_dispatch_stack():
         for tensor in tensors:
-            tensor.view_as(tensor)
+            if tensor is not None:
+                tensor.view_as(tensor)
 
 
 def wide(x: Tensor) -> torch.dtype:

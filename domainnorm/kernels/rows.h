@@ -30,7 +30,7 @@ void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
       for (int64_t done = 0; done < size.length; done += TILE) {
         const int64_t n = std::min(TILE, size.length - done);
         const T* tile = x + row * size.length + done;
-        const One<T> own = sum<T>(n, [=](int64_t i, auto v) { return load<decltype(v)>(tile + i); }) / n;
+        const One<T> own = sum<T>(n, [=](int64_t i, auto v) { return load_ahead<decltype(v)>(tile + i); }) / n;
         const auto of = sum<T>(n, [=](int64_t i, auto v) {
           auto rest = load<decltype(v)>(tile + i) - own;
           return Pair<decltype(v)>{rest, rest * rest};
@@ -50,7 +50,7 @@ void row_affine(const T* x, T* y, Numbers scale, Numbers centre, Numbers shift, 
       const One<T> a = size.of<T>(scale, row), b = size.of<T>(shift, row), c = size.of<T>(centre, row);
       const T* from = x + row * size.length;
       T* to = y + row * size.length;
-      each<T>(size.length, [=](int64_t i, auto v) { store(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
+      each<T>(size.length, [=](int64_t i, auto v) { store_ahead(to + i, a * (load<decltype(v)>(from + i) - c) + b); });
     }
   });
 }
@@ -66,8 +66,8 @@ void row_sums(const T* grad, const T* x, Numbers centre, One<T>* total, One<T>* 
         const T *g = grad + first, *of = x + first;
         const auto both = sum<T>(n, [=](int64_t i, auto v) {
           using V = decltype(v);
-          const V of_grad = load<V>(g + i);
-          return Pair<V>{of_grad, of_grad * (load<V>(of + i) - c)};
+          const V of_grad = load_ahead<V>(g + i);
+          return Pair<V>{of_grad, of_grad * (load_ahead<V>(of + i) - c)};
         });
         sum_grad += both.first;
         sum_products += both.second;
@@ -89,7 +89,7 @@ void row_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cent
       T* to = out + row * size.length;
       each<T>(size.length, [=](int64_t i, auto v) {
         using V = decltype(v);
-        store(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
+        store_ahead(to + i, a * load<V>(g + i) + (b * (load<V>(from + i) - c) + d));
       });
     }
   });
@@ -197,7 +197,7 @@ void last_affine(const T* x, T* y, Numbers scale, Numbers centre, Numbers shift,
       T* to = y + place * size.channels;
       each<T>(size.channels, [=](int64_t i, auto v) {
         using V = decltype(v);
-        store(to + i, load<V>(a + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
+        store_ahead(to + i, load<V>(a + i) * (load_ahead<V>(from + i) - load<V>(c + i)) + load<V>(b + i));
       });
     }
   });
@@ -215,8 +215,8 @@ void last_gradient(const T* grad, const T* x, T* out, Numbers scale, Numbers cen
       T* to = out + place * size.channels;
       each<T>(size.channels, [=](int64_t i, auto v) {
         using V = decltype(v);
-        V rest = 2 * load<V>(b + i) * (load<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
-        store(to + i, load<V>(a + i) * load<V>(g + i) + share * rest);
+        V rest = 2 * load<V>(b + i) * (load_ahead<V>(from + i) - load<V>(c + i)) + load<V>(d + i);
+        store_ahead(to + i, load<V>(a + i) * load_ahead<V>(g + i) + share * rest);
       });
     }
   });

@@ -12,6 +12,7 @@ namespace domainnorm {
 
 constexpr int64_t TILE = 8192;          // elements that stay in the first-level cache while their moments are taken
 constexpr int64_t FEWEST = 1 << 17;     // elements worth a thread
+constexpr int64_t AHEAD = 4096;         // bytes: a page
 
 struct bfloat16 {
   uint16_t bits;
@@ -78,6 +79,18 @@ inline void store(bfloat16* to, Many<float> value) {
   words = value != value ? Words{} + 0x7fc0 : words;
   Halves halves = __builtin_convertvector(words, Halves);
   std::memcpy(to, &halves, 32);
+}
+
+// For a way through memory: what lies AHEAD is fetched, too. Unasked, a processor fetches what follows within a page only.
+template <class V, class T>
+inline V load_ahead(const T* from) {
+  __builtin_prefetch((const char*)from + AHEAD);
+  return load<V>(from);
+}
+template <class V, class T>
+inline void store_ahead(T* to, V value) {
+  __builtin_prefetch((const char*)to + AHEAD, 1);
+  store(to, value);
 }
 
 // body(i, V{}) for all places i < n, of one number or of a vector of them.

@@ -65,7 +65,8 @@ def normalize_by_batch(layer: DomainBatchNorm, batch: DomainBatch, batches: Batc
 
     outputs, tables = normalize(batch.tensors, batches, layer._affine(batch), layer.eps, by_rows, towards)
     if layer.training and batch.updates:
-        layer._remember(tables.counted[0])
+        if towards is not None:
+            layer._remember(tables.counted[0])
         of_channels = tables.counted.shape[-1] == layer.running_mean.shape[-1]
         layer._update_known(*(counted if of_channels else batch_moments)(batches, tables))
     return outputs

@@ -174,9 +174,7 @@ class DomainBatchNorm(PopulationStatistics):
     def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
         if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
             domain = self.domain_in_use()
-        batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read)
-        batch.elements = [self._elements(tensor) for tensor in batch.tensors]
-        return batch
+        return DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read, self._elements)
 
     def take_domains(self, layer: "DomainBatchNorm") -> None:
         """The domains of a layer that has as many: their names, and which one is in use."""

@@ -31,12 +31,17 @@ class DomainBatch:
         domains: Sequence[Domain],
         num_domains: int,
         read: Callable[[list[Tensor]], tuple[Rows, Moments]] | None = None,
+        elements: Callable[[Tensor], int] | None = None,
     ) -> None:
-        """`read`: of tensors, their rows and the moments of these that the statistics count; None: just the rows'."""
+        """
+        Args:
+            read: of tensors, their rows and the moments of these that the statistics count; None: just the rows'.
+            elements: of a tensor, how many numbers its row brings; None: as many as it has.
+        """
         self.tensors = tensors
         self.domains = domains
         self.num_domains = num_domains
-        self.elements = [math.prod(x.shape[2:]) for x in tensors]
+        self.elements = [math.prod(x.shape[2:]) if elements is None else elements(x) for x in tensors]
         self.extra: Moments | None = None
         self.updates = not is_recomputed()
         self._read = _as_they_are if read is None else read  # `or` is a branch to torch 2.11's compiler
@@ -49,6 +54,7 @@ class DomainBatch:
         num_domains: int,
         num_features: int,
         read: Callable[[list[Tensor]], tuple[Rows, Moments]] | None = None,
+        elements: Callable[[Tensor], int] | None = None,
     ) -> DomainBatch:
         """The input of a layer: a tensor and its `domain`, a list with one tensor per domain, or a list with domains.
 
@@ -82,7 +88,7 @@ class DomainBatch:
             _check_domain(of, tensor, num_domains)
             if tensor.ndim < 2 or tensor.shape[1] != num_features:
                 raise ValueError(f"expected inputs (N, {num_features}, …), got {tuple(tensor.shape)}")
-        return DomainBatch(tensors, domains, num_domains, read)
+        return DomainBatch(tensors, domains, num_domains, read, elements)
 
     @property
     def rows(self) -> Rows:

@@ -43,6 +43,8 @@ def _row(name: str, shape: tuple[int, ...], layout: str, args: argparse.Namespac
     else:
         ours, theirs = LAYERS[name](*shape[:2])
         peers = {"ours": ours, "torch": nn.BatchNorm2d(shape[1]), "textbook": textbook.Textbook(theirs, shape[1])}
+        if name != "BN":
+            peers["our BN"] = dn.DomainBatchNorm(shape[1])
         runs = {who: _training(layer.to(args.device), x, grad) for who, layer in peers.items()}
     torch.testing.assert_close(runs["ours"](), runs["textbook"](), atol=1e-4, rtol=1e-4)
     taken = times(runs, args.repeats, seconds=0.01)
@@ -53,6 +55,7 @@ def _row(name: str, shape: tuple[int, ...], layout: str, args: argparse.Namespac
         "ours / nn.BatchNorm2d": ratio(taken, "ours", "torch"),
         "textbook / nn.BatchNorm2d": ratio(taken, "textbook", "torch"),
         "ours / textbook": ratio(taken, "ours", "textbook"),
+        "ours / our BN": ratio(taken, "ours", "our BN") if "our BN" in taken else 1.0,
     }
 
 
