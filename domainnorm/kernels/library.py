@@ -224,7 +224,7 @@ def parts(
         last: whether they are gone through with the channels of each place together; None: each as suits it.
     """
     show(*xs, *grads)
-    of = []
+    of: list[Any] = []
     for k, x in enumerate(xs):
         length = math.prod(x.shape[2:])
         of.append(

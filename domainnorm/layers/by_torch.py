@@ -5,6 +5,7 @@ Results are then torch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import prefers_batch_norm
-from .domains import DomainBatch, of_domain
+from .domains import Domain, DomainBatch, of_domain
 
 if TYPE_CHECKING:
     from .domain_batch_norm import DomainBatchNorm
@@ -20,20 +21,13 @@ if TYPE_CHECKING:
 
 def suits_torch(layer: DomainBatchNorm, batch: DomainBatch) -> bool:
     """Whether every tensor is a normalization batch of its own, and torch's kernel the faster one for all."""
-    domains, one = batch.domains, layer.num_domains == 1
-    return (
-        layer.plain
-        and layer.momentum is not None
-        and batch.extra is None
-        and (one or layer.sgd_statistics == "per_domain")
-        and all(isinstance(domain, int) for domain in domains)
-        and len(set(domains)) == len(domains)
-        and (one or layer.population_statistics == "per_domain" or list(domains) == sorted(domains))
-        and all(
-            len(x) * elements > 1 and prefers_batch_norm(x) and _may_mix(x, layer.running_mean)
-            for x, elements in zip(batch.tensors, batch.elements, strict=True)
-        )
-    )
+    if not layer.plain or layer.momentum is None or batch.extra is not None or not _are_apart(layer, batch.domains):
+        return False
+    running = layer.running_mean
+    for x, elements in zip(batch.tensors, batch.elements, strict=True):
+        if x.shape[0] * elements < 2 or not prefers_batch_norm(x) or not _may_mix(x, running):
+            return False
+    return True
 
 
 def normalize_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
@@ -54,6 +48,19 @@ def normalize_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tenso
             mean, var = mean.clone(), var.clone()
         outputs.append(F.batch_norm(x, mean, var, weight, bias, True, layer.momentum, layer.eps))
     return outputs
+
+
+def _are_apart(layer: DomainBatchNorm, domains: Sequence[Domain]) -> bool:
+    """Whether tensors of these domains are normalized one by one, and the statistics move in their order."""
+    one = layer.num_domains == 1
+    if one and len(domains) == 1:
+        return isinstance(domains[0], int)
+    return (
+        (one or layer.sgd_statistics == "per_domain")
+        and all(isinstance(domain, int) for domain in domains)
+        and len(set(domains)) == len(domains)
+        and (one or layer.population_statistics == "per_domain" or list(domains) == sorted(domains))
+    )
 
 
 def _may_mix(x: Tensor, value: Tensor) -> bool:

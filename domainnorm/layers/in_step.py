@@ -28,10 +28,11 @@ def normalize_in_step(
     equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
     """
     first = layers[0]
-    batches = [layer._batch(x, domain) for layer, x in zip(layers, inputs, strict=True)]
-    for layer, batch in zip(layers, batches, strict=True):
+    batches = []
+    for layer, x in zip(layers, inputs, strict=True):
+        batches.append(layer._batch(x, domain))
         if layer.batch_hook is not None:
-            layer.batch_hook(layer, batch)
+            layer.batch_hook(layer, batches[-1])
     if not first.uses_minibatch:
         outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
     else:
