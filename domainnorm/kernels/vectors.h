@@ -14,6 +14,14 @@ constexpr int64_t TILE = 8192;          // elements that stay in the first-level
 constexpr int64_t FEWEST = 1 << 17;     // elements worth a thread
 constexpr int64_t AHEAD = 4096;         // bytes: a page
 
+#if defined(__AVX512F__)
+constexpr int64_t VECTOR = 64;  // bytes that the processor computes with at once
+#elif defined(__AVX2__)
+constexpr int64_t VECTOR = 32;
+#else
+constexpr int64_t VECTOR = 16;
+#endif
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -22,22 +30,22 @@ struct bfloat16 {
 template <class T>
 struct Wide {
   using One = float;
-  typedef float Many __attribute__((vector_size(64)));
+  typedef float Many __attribute__((vector_size(VECTOR)));
 };
 template <>
 struct Wide<double> {
   using One = double;
-  typedef double Many __attribute__((vector_size(64)));
+  typedef double Many __attribute__((vector_size(VECTOR)));
 };
 template <class T>
 using One = typename Wide<T>::One;
 template <class T>
 using Many = typename Wide<T>::Many;
 template <class T>
-constexpr int64_t WIDTH = 64 / sizeof(One<T>);
+constexpr int64_t WIDTH = VECTOR / sizeof(One<T>);
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR / 2)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR)));
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -55,10 +63,10 @@ inline float load<float, bfloat16>(const bfloat16* from) {
 template <>
 inline Many<float> load<Many<float>, bfloat16>(const bfloat16* from) {
   Halves halves;
-  std::memcpy(&halves, from, 32);
+  std::memcpy(&halves, from, sizeof halves);
   Words words = __builtin_convertvector(halves, Words) << 16;
   Many<float> value;
-  std::memcpy(&value, &words, 64);
+  std::memcpy(&value, &words, sizeof words);
   return value;
 }
 
@@ -74,11 +82,11 @@ inline void store(bfloat16* to, float value) {
 }
 inline void store(bfloat16* to, Many<float> value) {
   Words words;
-  std::memcpy(&words, &value, 64);
+  std::memcpy(&words, &value, sizeof words);
   words = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
   words = value != value ? Words{} + 0x7fc0 : words;
   Halves halves = __builtin_convertvector(words, Halves);
-  std::memcpy(to, &halves, 32);
+  std::memcpy(to, &halves, sizeof halves);
 }
 
 // For a way through memory: what lies AHEAD is fetched, too. Unasked, a processor fetches what follows within a page only.
