@@ -230,6 +230,28 @@ def test_without_a_library_results_are_the_same(name):
     torch.testing.assert_close(*results, atol=1e-11, rtol=1e-11)
 
 
+KINDS = ["default", "avx2", "avx512"]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", KINDS[: KINDS.index(library.kind()) + 1])
+def test_the_libraries_of_lesser_processors_compute_the_same(kind, name, layout, dtype):
+    if (of := library.load(kind)) is None:
+        pytest.skip(f"not built for {kind}")
+    layer, twin = LAYERS[name](), LAYERS[name]()
+    results = []
+    for one, chosen in ((layer, of), (twin, None)):
+        x = tensor((6, 16, 9, 37), dtype, 0, layout).requires_grad_()
+        with mock.patch.object(library, "_LIBRARY", chosen):
+            y = one(x)
+            y.backward(tensor(y.shape, dtype, 1, layout))
+        results.append((y, x.grad, *one.buffers()))
+    torch.testing.assert_close(*results, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
@@ -269,10 +291,10 @@ def test_a_library_of_another_source_is_not_used(tmp_path):
         mock.patch.object(library, "SOURCE", [*library.SOURCE[:-1], changed]),
         pytest.warns(UserWarning, match="another version of its source"),
     ):
-        assert library._library() is None
+        assert library.load(library.kind()) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert library._library() is not None
+        assert library.load(library.kind()) is not None
 
 
 @needs_library

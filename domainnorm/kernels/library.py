@@ -105,11 +105,15 @@ FUNCTIONS: dict[str, list[Any]] = {  # what each takes after the tensors, their 
 COUNTS = ctypes.POINTER(ctypes.c_double)
 
 
-def _library() -> ctypes.CDLL | None:
-    """Built for the instructions that torch itself uses here; None if there is none of this source."""
+def kind() -> str:
+    """Of processor: that of the instructions which torch itself uses here."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    name = capability if capability in ("avx512", "avx2") else "default"
-    spec = importlib.util.find_spec(f"{__package__}._kernels_{name}")
+    return capability if capability in ("avx512", "avx2") else "default"
+
+
+def load(kind: str) -> ctypes.CDLL | None:
+    """Built for a kind of processor; None if there is none of this source."""
+    spec = importlib.util.find_spec(f"{__package__}._kernels_{kind}")
     if spec is None or spec.origin is None:
         return None
     try:
@@ -127,8 +131,8 @@ def _library() -> ctypes.CDLL | None:
     if (team := _team()) is not None:
         library.use_team(team)
     for name, others in FUNCTIONS.items():
-        for kind in TYPES.values():
-            function = getattr(library, f"{name}_{kind}")
+        for dtype in TYPES.values():
+            function = getattr(library, f"{name}_{dtype}")
             function.argtypes = [ctypes.POINTER(Part), *[ctypes.c_int64] * 3, *others]
             function.restype = None
     for function in (library.ema_float32, library.ema_float64):
@@ -150,7 +154,7 @@ def _team() -> _Team | None:
     return None
 
 
-_LIBRARY = _library()
+_LIBRARY = load(kind())
 
 
 def takes(xs: Sequence[Tensor]) -> bool:
