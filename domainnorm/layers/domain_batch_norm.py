@@ -14,7 +14,7 @@ from ..kernels import compiled, kernel
 from ..kernels.compiled_batches import Batches, Towards
 from ..moments import Moments, Rows, is_recomputed
 from .domains import Domain, DomainBatch, Domains, Input, of_domain
-from .in_step import normalize_in_step
+from .in_step import normalize
 from .population_statistics import PopulationStatistics, one_of
 from .split import Split
 
@@ -120,7 +120,8 @@ class DomainBatchNorm(PopulationStatistics):
     bias: nn.Parameter | None
 
     def forward(self, x: Input, domain: Domains | None = None) -> Input:
-        return normalize_in_step([self], [x], domain)[0]
+        outputs = normalize(self, self._batch(x, domain))
+        return outputs if isinstance(x, (list, tuple)) else outputs[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
         return deepcopy_over_group(self, self.sync, memo)
@@ -174,7 +175,10 @@ class DomainBatchNorm(PopulationStatistics):
     def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
         if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
             domain = self.domain_in_use()
-        return DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read, self._elements)
+        batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read, self._elements)
+        if self.batch_hook is not None:
+            self.batch_hook(self, batch)
+        return batch
 
     def take_domains(self, layer: "DomainBatchNorm") -> None:
         """The domains of a layer that has as many: their names, and which one is in use."""

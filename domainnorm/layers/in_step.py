@@ -27,26 +27,33 @@ def normalize_in_step(
     For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
     equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
     """
-    first = layers[0]
-    batches = []
-    for layer, x in zip(layers, inputs, strict=True):
-        batches.append(layer._batch(x, domain))
-        if layer.batch_hook is not None:
-            layer.batch_hook(layer, batches[-1])
-    if not first.uses_minibatch:
-        outputs = [layer._population(batch) for layer, batch in zip(layers, batches, strict=True)]
+    batches = [layer._batch(x, domain) for layer, x in zip(layers, inputs, strict=True)]
+    group, ranks = _ranks(layers[0])
+    if ranks > 1:
+        outputs = _merged(layers, batches, group, ranks)
     else:
-        group = None if isinstance(first.sync, bool) else first.sync
-        ranks = world_size(group) if first.sync and first.training else 1
-        if ranks == 1:
-            outputs = [_alone(layer, batch) for layer, batch in zip(layers, batches, strict=True)]
-        else:
-            outputs = _merged(layers, batches, group, ranks)
+        outputs = [_alone(layer, batch) for layer, batch in zip(layers, batches, strict=True)]
     return [out if isinstance(x, (list, tuple)) else out[0] for x, out in zip(inputs, outputs, strict=True)]
+
+
+def normalize(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
+    """The input of one layer."""
+    group, ranks = _ranks(layer)
+    return _merged([layer], [batch], group, ranks)[0] if ranks > 1 else _alone(layer, batch)
+
+
+def _ranks(layer: DomainBatchNorm) -> tuple[Group, int]:
+    """The process group over which this forward merges moments, and its size."""
+    if not layer.sync or not layer.training or not layer.uses_minibatch:
+        return None, 1
+    group = None if isinstance(layer.sync, bool) else layer.sync
+    return group, world_size(group)
 
 
 def _alone(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tensor]:
     """On this rank, in the fastest way that there is."""
+    if not layer.uses_minibatch:
+        return layer._population(batch)
     if torch.compiler.is_compiling():
         if suits_operator(layer, batch):
             return normalize_by_operator(layer, batch)
