@@ -6,7 +6,7 @@ Results are then torch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,10 @@ def normalize_by_torch(layer: DomainBatchNorm, batch: DomainBatch) -> list[Tenso
     assert layer.momentum is not None
     outputs = []
     for x, domain in zip(batch.tensors, batch.domains, strict=True):
-        values = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-        mean, var, weight, bias = (of_domain(v, domain) for v in values)
+        values: Sequence[Any] = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        if layer.num_domains > 1:
+            values = [of_domain(value, domain) for value in values]
+        mean, var, weight, bias = values
         if not layer.training:
             mean = var = None
         elif batch.updates:

@@ -70,7 +70,7 @@ class DomainBatch:
                         f"{num_domains} tensors, or say domain=k, or domain=ids with one domain per sample"
                     )
                 domain = 0
-            if not isinstance(domain, (int, Tensor)):
+            elif not isinstance(domain, (int, Tensor)):
                 raise ValueError(f"a single tensor has one domain, or LongTensor of each sample's: got {domain!r}")
             tensors, domains = [x], [domain]
         elif domain is None:
