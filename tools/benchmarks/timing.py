@@ -12,12 +12,14 @@ def times(candidates: Mapping[str, Callable[[], object]], repeats: int, seconds:
     """Seconds of each candidate in each round; all run in a round, in an order of its own.
 
     Args:
-        repeats: rounds, after one that does not count.
+        repeats: rounds, after two that do not count.
         seconds: a round runs each candidate as often as fits into this time, once at least.
 
     On one thread it is that thread's own CPU time, on several the wall clock, on CUDA that of events.
     """
     clock = _cuda_seconds if torch.cuda.is_available() else _cpu_seconds
+    for run in candidates.values():
+        run()  # what is compiled is compiled now
     once = {name: clock(run, 1) for name, run in candidates.items()}
     times_a_round = {name: max(1, int(seconds / max(once[name], 1e-9))) for name in candidates}
     taken: dict[str, list[float]] = {name: [] for name in candidates}
