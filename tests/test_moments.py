@@ -170,7 +170,7 @@ def test_a_compiled_file_that_is_none_is_not_used(tmp_path, monkeypatch):
     spec = importlib.machinery.ModuleSpec("_rows", None, origin=str(path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.warns(UserWarning, match="cannot be used: run pip install again"):
-        assert library.load(library.kind()) is None
+        assert library.load(library.processor()) is None
 
 
 def test_traced_and_fake_tensors():

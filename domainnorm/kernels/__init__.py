@@ -18,6 +18,7 @@ from .library import takes_batches, takes_statistics
 __all__ = ["SMALL", "kernel", "prefers_batch_norm", "prefers_operator", "takes_batches", "takes_statistics"]
 
 SMALL = 400_000  # elements of a tensor: with fewer, calls cost more than the work
+SHORT = 32  # elements of a row: with fewer, starting it does
 
 
 def kernel(xs: Sequence[Tensor]) -> ModuleType:
@@ -30,7 +31,7 @@ def kernel(xs: Sequence[Tensor]) -> ModuleType:
 
 def prefers_batch_norm(x: Tensor) -> bool:
     """Whether torch's own kernel is the faster one where a normalization batch is `x` and nothing else."""
-    return x.numel() < SMALL or math.prod(x.shape[2:]) == 1 or not library.takes([x])
+    return x.numel() < SMALL or math.prod(x.shape[2:]) < SHORT or not library.takes([x])
 
 
 def prefers_operator(xs: Sequence[Tensor]) -> bool:

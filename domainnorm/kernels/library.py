@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 SOURCE = sorted(path for kind in ("cpp", "h") for path in Path(__file__).parent.glob(f"*.{kind}"))
@@ -105,14 +106,14 @@ FUNCTIONS: dict[str, list[Any]] = {  # what each takes after the tensors, their 
 COUNTS = ctypes.POINTER(ctypes.c_double)
 
 
-def kind() -> str:
-    """Of processor: that of the instructions which torch itself uses here."""
+def processor() -> str:
+    """The kind of this one, by the instructions that torch itself uses here."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return capability if capability in ("avx512", "avx2") else "default"
 
 
 def load(kind: str) -> ctypes.CDLL | None:
-    """Built for a kind of processor; None if there is none of this source."""
+    """The library for a kind of processor; None if none was built of this source."""
     spec = importlib.util.find_spec(f"{__package__}._kernels_{kind}")
     if spec is None or spec.origin is None:
         return None
@@ -154,12 +155,12 @@ def _team() -> _Team | None:
     return None
 
 
-_LIBRARY = load(kind())
+_LIBRARY = load(processor())
 
 
 def takes(xs: Sequence[Tensor]) -> bool:
     """Whether the functions here can be given `xs`."""
-    if _LIBRARY is None or _are_traced():
+    if _LIBRARY is None or _are_watched():
         return False
     dtype = xs[0].dtype
     return dtype in TYPES and all(
@@ -172,11 +173,15 @@ def takes(xs: Sequence[Tensor]) -> bool:
     )
 
 
-def _are_traced() -> bool:
-    """Whether operations are recorded, but not by a compiler: what is done here would not be seen."""
+def _are_watched() -> bool:
+    """Whether operations are recorded or transformed, but not by a compiler: what is done here would not be seen."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        or forward_ad._current_level >= 0
+    )
 
 
 def takes_batches(xs: Sequence[Tensor]) -> bool:

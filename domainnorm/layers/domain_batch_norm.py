@@ -173,6 +173,7 @@ class DomainBatchNorm(PopulationStatistics):
         return value if value is None or value.ndim == 1 else batch.of_rows(value)
 
     def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
+        """The input and its domains, once `batch_hook` has seen them."""
         if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
             domain = self.domain_in_use()
         batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read, self._elements)
