@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .library import call, keeping, like, numbers, parts, show, wide
+from .library import call, is_last, keeping, like, numbers, parts, show, wide
 
 
 class Tables(NamedTuple):
@@ -69,14 +69,12 @@ class Batches:
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
-    def of(
-        groups: tuple[int, ...], sizes: tuple[int, ...], lengths: tuple[int, ...], number: int, *others: Any
-    ) -> Batches:
-        """Of so many neighbouring samples of such lengths, in these of `number` groups; and the other attributes."""
+    def of(groups: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], number: int, *others: Any) -> Batches:
+        """Of neighbouring samples, `(N_i, C, *)` in each of these of `number` groups; and the other attributes."""
         counts = [0] * number
-        for group, size, length in zip(groups, sizes, lengths, strict=True):
-            counts[group] += size * length
-        samples = (group for group, size in zip(groups, sizes, strict=True) for _ in range(size))
+        for group, shape in zip(groups, shapes, strict=True):
+            counts[group] += shape[0] * math.prod(shape[2:])
+        samples = (group for group, shape in zip(groups, shapes, strict=True) for _ in range(shape[0]))
         return Batches(tuple(samples), tuple(counts), *others)
 
     @property
@@ -141,8 +139,13 @@ def gradient(
 
 
 def _last(xs: Sequence[Tensor]) -> bool:
-    """Whether `xs` are gone through with the channels of each place together: an empty one lies in both ways."""
-    return not all(x.is_contiguous() for x in xs) or all(math.prod(x.shape[2:]) == 1 for x in xs)
+    """Whether `xs`, all in one layout, are gone through with the channels of each place together."""
+    for x in xs:
+        if not x.is_contiguous():
+            return True
+        if not is_last(x) and math.prod(x.shape[2:]) > 1:
+            return False
+    return all(math.prod(x.shape[2:]) == 1 for x in xs)
 
 
 def _given(

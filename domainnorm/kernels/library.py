@@ -18,16 +18,11 @@ from torch.nn import Parameter
 
 SOURCE = sorted(path for kind in ("cpp", "h") for path in Path(__file__).parent.glob(f"*.{kind}"))
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
-class Part(ctypes.Structure):
-    """A tensor: what is read of it, what is written (`vectors.h`)."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("grad", "x", "out")),
-        *((name, ctypes.c_int64) for name in ("samples", "length", "last")),
-    ]
+WORDS = 6  # of a tensor: addresses of its gradient, itself and what is written; samples, length, last (`vectors.h`)
 
 
 class _Team(ctypes.Structure):
@@ -92,6 +87,7 @@ class Weighing(ctypes.Structure):
 
 
 TABLE = ctypes.c_void_p
+PARTS = ctypes.POINTER(ctypes.c_int64)
 FUNCTIONS: dict[str, list[Any]] = {  # what each takes after the tensors, their number and channels, and the threads
     "moments": [TABLE] * 2,
     "affine": [Numbers] * 3,
@@ -134,7 +130,7 @@ def load(kind: str) -> ctypes.CDLL | None:
     for name, others in FUNCTIONS.items():
         for dtype in TYPES.values():
             function = getattr(library, f"{name}_{dtype}")
-            function.argtypes = [ctypes.POINTER(Part), *[ctypes.c_int64] * 3, *others]
+            function.argtypes = [PARTS, *[ctypes.c_int64] * 3, *others]
             function.restype = None
     for function in (library.ema_float32, library.ema_float64):
         function.argtypes = [TABLE, COUNTS, *[ctypes.c_int64] * 2, Running]
@@ -214,10 +210,10 @@ def move(counts: Sequence[int], table: Tensor, running: Running) -> None:
     function(table.data_ptr(), (ctypes.c_double * sets)(*counts), sets, table.shape[2], running)
 
 
-def call(function: str, xs: Sequence[Tensor], parts: ctypes.Array[Part], *others: Any) -> None:
+def call(function: str, xs: Sequence[Tensor], parts: ctypes.Array[ctypes.c_int64], *others: Any) -> None:
     """A function of `FUNCTIONS`, for the type of `xs`, on torch's threads."""
     getattr(_LIBRARY, f"{function}_{TYPES[xs[0].dtype]}")(
-        parts, len(parts), xs[0].shape[1], torch.get_num_threads(), *others
+        parts, len(xs), xs[0].shape[1], torch.get_num_threads(), *others
     )
 
 
@@ -226,27 +222,26 @@ def parts(
     outs: Sequence[Tensor] = (),
     grads: Sequence[Tensor] = (),
     last: bool | None = None,
-) -> ctypes.Array[Part]:
+) -> ctypes.Array[ctypes.c_int64]:
     """Tensors, what is written and their gradients, of each all in the same memory format.
 
     Args:
         last: whether they are gone through with the channels of each place together; None: each as suits it.
     """
     show(*xs, *grads)
-    of: list[Any] = []
+    of: list[int] = []
     for k, x in enumerate(xs):
-        length = math.prod(x.shape[2:])
-        of.append(
-            (
-                grads[k].data_ptr() if grads else None,
-                x.data_ptr(),
-                outs[k].data_ptr() if outs else None,
-                x.shape[0],
-                length,
-                (length == 1 or not x.is_contiguous()) if last is None else last,
-            )
+        shape = x.shape
+        length = math.prod(shape[2:])
+        of += (
+            grads[k].data_ptr() if grads else 0,
+            x.data_ptr(),
+            outs[k].data_ptr() if outs else 0,
+            shape[0],
+            length,
+            (length == 1 or not x.is_contiguous()) if last is None else last,
         )
-    return (Part * len(of))(*of)
+    return (ctypes.c_int64 * (WORDS * len(xs)))(*of)
 
 
 def numbers(values: Tensor | None, xs: Sequence[Tensor]) -> Numbers:
@@ -284,11 +279,12 @@ def wide(x: Tensor) -> torch.dtype:
 
 def is_last(x: Tensor) -> bool:
     """Whether the channels of each place lie side by side."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in layouts and x.is_contiguous(memory_format=layouts[x.ndim])
+    layout = LAST.get(x.ndim)
+    return layout is not None and x.is_contiguous(memory_format=layout)
 
 
 def like(grad: Tensor, x: Tensor) -> Tensor:
     """`grad` in the type and the memory of `x`."""
-    grad = grad.to(x.dtype)
-    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+    if grad.dtype == x.dtype and grad.stride() == x.stride():
+        return grad
+    return torch.empty_like(x).copy_(grad)

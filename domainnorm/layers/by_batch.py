@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,14 +38,15 @@ def batches_of(layer: DomainBatchNorm, batch: DomainBatch) -> Batches | None:
     if found is None or not width or not takes_batches(batch.tensors):
         return None
     groups, number = found
-    sizes = tuple(x.shape[0] for x in batch.tensors)
-    lengths = tuple(math.prod(x.shape[2:]) for x in batch.tensors)
+    shapes: tuple[tuple[int, ...], ...] = tuple([x.shape for x in batch.tensors])
     if layer.split is not None:
-        if layer.num_domains > 1 or len(sizes) > 1:
+        if layer.num_domains > 1 or len(shapes) > 1:
             return None
-        sizes = tuple(layer.split.sizes(sizes[0], batch.elements[0])) or (0,)
-        groups, number, lengths = tuple(range(len(sizes))), len(sizes), lengths * len(sizes)
-    return Batches.of(groups, sizes, lengths, number, width, layer.split is not None, first)
+        ((samples, *row),) = shapes
+        sizes = layer.split.sizes(samples, batch.elements[0]) or [0]
+        shapes = tuple([(size, *row) for size in sizes])
+        groups, number = tuple(range(len(sizes))), len(sizes)
+    return Batches.of(groups, shapes, number, width, layer.split is not None, first)
 
 
 def normalize_by_batch(layer: DomainBatchNorm, batch: DomainBatch, batches: Batches) -> list[Tensor]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_autograd, register_fake
+from torch.autograd import Function
+from torch.library import define, impl, register_fake
 
 from ..batches import like
 from ..kernels import compiled_batches as kernel
@@ -37,7 +38,7 @@ def normalize_by_operator(layer: DomainBatchNorm, batch: DomainBatch) -> list[Te
     if layer.training:
         layer._check_counts(batch, lambda: sizes, ranks=1)
     weight, bias = layer._of_rows(layer.weight, batch), layer._of_rows(layer.bias, batch)
-    *outputs, moments = torch.ops.domainnorm.normalize(batch.tensors, weight, bias, list(groups), number, layer.eps)
+    *outputs, moments = _Normalize.apply(list(groups), number, layer.eps, weight, bias, *batch.tensors)
     if layer.training and batch.updates:
         mean, var = moments.detach().unbind()
         counts = torch.cat([mean.new_full((1, 1), size) for size in sizes])
@@ -45,9 +46,27 @@ def normalize_by_operator(layer: DomainBatchNorm, batch: DomainBatch) -> list[Te
     return outputs
 
 
+class _Normalize(Function):
+    """The operator, differentiable: a formula registered with it would cost every call of the compiled program."""
+
+    @staticmethod
+    def forward(ctx, groups, number, eps, weight, bias, *xs):
+        *ys, moments = torch.ops.domainnorm.normalize(xs, weight, bias, groups, number, eps)
+        ctx.mark_non_differentiable(moments)
+        ctx.save_for_backward(weight, bias, moments, *xs)
+        ctx.groups, ctx.eps = groups, eps
+        return (*ys, moments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weight, bias, moments, *xs = ctx.saved_tensors
+        args = (grads[:-1], xs, moments, weight, bias, ctx.groups, ctx.eps)
+        *dxs, to_weight, to_bias = torch.ops.domainnorm.normalize_gradient(*args)
+        return None, None, None, like(to_weight, weight), like(to_bias, bias), *dxs
+
+
 def _batches(xs: list[Tensor], groups: list[int], number: int) -> Batches:
-    sizes, lengths = tuple(x.shape[0] for x in xs), tuple(math.prod(x.shape[2:]) for x in xs)
-    return Batches.of(tuple(groups), sizes, lengths, number)
+    return Batches.of(tuple(groups), tuple([x.shape for x in xs]), number)
 
 
 define(
@@ -85,19 +104,3 @@ def _(grads, xs, moments, weight, bias, groups, eps):
     of_rows = weight is not None and weight.ndim == 2 and weight.shape[0] > 1
     shape = weight.shape if of_rows else xs[0].shape[1:2]
     return [*map(torch.empty_like, xs), moments.new_empty(shape), moments.new_empty(shape)]
-
-
-def _keep(ctx, inputs, output):
-    xs, weight, bias, ctx.groups, _, ctx.eps = inputs
-    ctx.save_for_backward(weight, bias, output[-1], *xs)
-
-
-def _backward(ctx, grads):
-    weight, bias, moments, *xs = ctx.saved_tensors
-    grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(xs, grads, strict=False)]  # but the last
-    args = (grads, xs, moments, weight, bias, ctx.groups, ctx.eps)
-    *dxs, to_weight, to_bias = torch.ops.domainnorm.normalize_gradient(*args)
-    return dxs, like(to_weight, weight), like(to_bias, bias), None, None, None
-
-
-register_autograd("domainnorm::normalize", _backward, setup_context=_keep)
