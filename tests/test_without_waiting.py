@@ -75,6 +75,22 @@ def test_a_step_of_retinanets_head_waits_for_nothing(rows):
     step(head, levels)
 
 
+def test_the_losses_of_retinanets_head_wait_for_nothing():
+    head = RetinaNetHead(16, 3, 4, norm="BN").to("meta")
+    levels = [torch.empty(2, 16, 2**k, 2**k, device="meta", requires_grad=True) for k in range(5, 0, -1)]
+    anchors = 3 * sum(x.shape[2] * x.shape[3] for x in levels)
+
+    def losses(head, levels):
+        targets = [
+            {"boxes": torch.empty(n, 4, device="meta"), "labels": torch.empty(n, dtype=torch.long, device="meta")}
+            for n in (3, 0)
+        ]
+        places, matched = torch.empty(anchors, 4, device="meta"), torch.empty(anchors, dtype=torch.long, device="meta")
+        return head.compute_loss(targets, head(levels), [places] * 2, [matched] * 2)
+
+    step(Of(losses, head), levels)
+
+
 def test_these_tests_see_what_would_wait():
     for how in (lambda _, x: x * x.mean().item(), lambda _, x: x * torch.ones(1), lambda _, x: x[x > 0]):
         with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):

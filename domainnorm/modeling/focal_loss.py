@@ -14,17 +14,17 @@ def focal_loss(
     """The sum of torchvision's `sigmoid_focal_loss` over the decided anchors.
 
     No tensor of targets, no copy of the logits of decided anchors: all are first taken for background, and one tensor
-    is kept for the backward pass, the gradient. It has no second derivative.
+    is kept for the backward pass, the gradient. A GPU waits for nothing. It has no second derivative.
 
     Args:
         logits: `(A, K)`.
         decided: bool `(A,)`, the anchors that count.
-        foreground: LongTensor `(F,)`, those with a class, each once, all decided.
-        classes: LongTensor `(F,)`, of each.
+        foreground: bool `(A,)`, those with a class, all decided.
+        classes: LongTensor `(A,)`, of those; of the others any in [0, K).
         alpha: weight of an anchor's class against the others; -1: all weigh 1.
         gamma: how much less well-classified anchors weigh.
     """
-    return _FocalLoss.apply(logits, decided, foreground, classes, alpha, gamma)
+    return _FocalLoss.apply(logits, decided, foreground[:, None], classes[:, None], alpha, gamma)
 
 
 class _FocalLoss(Function):
@@ -35,9 +35,9 @@ class _FocalLoss(Function):
         of_class, of_others = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
         loss, grad = _cost(logits, gamma)
         loss, grad = loss.mul_(of_others), grad.mul_(decided[:, None].to(grad) * of_others)
-        own_loss, own_grad = _cost(-logits[foreground, classes], gamma)
-        loss[foreground, classes] = own_loss * of_class
-        grad[foreground, classes] = own_grad * -of_class
+        own_loss, own_grad = _cost(-logits.gather(1, classes), gamma)
+        for all_of, own in ((loss, own_loss * of_class), (grad, own_grad * -of_class)):
+            all_of.scatter_(1, classes, torch.where(foreground, own, all_of.gather(1, classes)))
         ctx.save_for_backward(grad)
         return loss.sum(1).mul_(decided).sum()
 

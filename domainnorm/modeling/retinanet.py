@@ -1,5 +1,6 @@
 """RetinaNet whose head normalizes pyramid levels as domains."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection import retinanet
+from torchvision.models.detection._utils import encode_boxes
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
@@ -153,27 +155,34 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         foreground = matched >= 0
         # DDP averages gradients over ranks: each divides by its share of the sum.
         count = all_reduce_sum(foreground.sum()).clamp(min=1) / world_size()
+        decided = (matched != self.classification_head.BETWEEN_THRESHOLDS).flatten()
+        foreground = foreground.flatten()
 
-        # Boxes of all images in one list: an image's begin where those of the images before it end.
-        sizes = matched.new_tensor([len(t["boxes"]) for t in targets])
-        boxes = (matched + (sizes.cumsum(0) - sizes)[:, None])[foreground]
-        gt_boxes = torch.cat([t["boxes"] for t in targets])[boxes]
-        gt_labels = torch.cat([t["labels"] for t in targets])[boxes]
+        at = torch.cat(anchors)
+        # All anchors keep their places, also those without a box: to know how many have one, a GPU would have to wait.
+        # Boxes of all images in one list, and one more that nobody has: an image's begin where those before it end.
+        begins = [0, *itertools.accumulate(len(t["boxes"]) for t in targets)]
+        which = torch.cat([m.clamp(min=0) + begin for m, begin in zip(matched_idxs, begins, strict=False)])
+        boxes = torch.cat([*(t["boxes"] for t in targets), at.new_zeros(1, 4)])[which]
+        labels = torch.cat([*(t["labels"] for t in targets), which.new_zeros(1)])[which]
 
         logits = head_outputs["cls_logits"].float().flatten(0, 1)
-        decided = (matched != self.classification_head.BETWEEN_THRESHOLDS).flatten()
-        places = foreground.flatten().nonzero().flatten()
-        loss_cls = focal_loss(logits, decided, places, gt_labels, self.focal_alpha, self.focal_gamma)
-        regression = head_outputs["bbox_regression"].float()[foreground]
-        loss_box = self._box_loss(regression, torch.stack(anchors)[foreground], gt_boxes)
+        loss_cls = focal_loss(logits, decided, foreground, labels, self.focal_alpha, self.focal_gamma)
+        has_box = foreground[:, None]
+        regression = head_outputs["bbox_regression"].float().flatten(0, 1).where(has_box, 0)
+        losses = self._box_loss(regression, at, boxes.where(has_box, at))
+        loss_box = losses.where(foreground, 0).sum()
         return {"loss_cls": loss_cls / count, "loss_box_reg": loss_box / count}
 
-    def _box_loss(self, regression: Tensor, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+    def _box_loss(self, regression: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """Of each anchor and its box."""
         coder = self.regression_head.box_coder
         if self.box_loss == "giou":
-            return generalized_box_iou_loss(coder.decode_single(regression, anchors), gt_boxes, reduction="sum")
-        target = coder.encode_single(gt_boxes, anchors)
-        return F.smooth_l1_loss(regression, target, beta=self.smooth_l1_beta, reduction="sum")
+            return generalized_box_iou_loss(coder.decode_single(regression, anchors), boxes)
+        # as coder.encode_single, whose weights a GPU waits for
+        weights = torch.stack([anchors.new_full((), weight) for weight in coder.weights])
+        target = encode_boxes(boxes, anchors, weights)
+        return F.smooth_l1_loss(regression, target, beta=self.smooth_l1_beta, reduction="none").sum(1)
 
 
 class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
