@@ -1,8 +1,9 @@
 """The kernels of each device, layout, type and size, chosen here.
 
 Those of rows are the same four functions of tensors `(N_i, C, *)` and numbers `(ΣN, C)` of their rows: `plain` is the
-reference, which runs everywhere, on any layout and type, differentiably, and compiles; `compiled` is C++. Those of
-whole normalization batches (`compiled_batches`) are C++ alone: what a layer makes of rows is their reference.
+reference, which runs everywhere, on any layout and type, differentiably, and compiles; `compiled` is C++ on a CPU,
+`triton_rows` Triton on a GPU. Those of whole normalization batches (`compiled_batches`) are C++ alone: what a layer
+makes of rows is their reference.
 """
 
 import math
@@ -12,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import compiled, library, plain
+from . import compiled, gpu, library, plain
 from .library import takes_batches, takes_statistics
 
 __all__ = ["SMALL", "kernel", "prefers_batch_norm", "prefers_operator", "takes_batches", "takes_statistics"]
@@ -24,9 +25,11 @@ SHORT = 32  # elements of a row: with fewer, starting it does
 def kernel(xs: Sequence[Tensor]) -> ModuleType:
     """The fastest kernel for `xs` here."""
     # what a compiler joins, or what is differentiated, must be operations of torch
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not library.takes(xs):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return plain
-    return compiled
+    if library.takes(xs):
+        return compiled
+    return gpu.rows(xs) or plain
 
 
 def prefers_batch_norm(x: Tensor) -> bool:

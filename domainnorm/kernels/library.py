@@ -156,7 +156,7 @@ _LIBRARY = load(processor())
 
 def takes(xs: Sequence[Tensor]) -> bool:
     """Whether the functions here can be given `xs`."""
-    if _LIBRARY is None or _are_watched():
+    if _LIBRARY is None or are_watched():
         return False
     dtype = xs[0].dtype
     return dtype in TYPES and all(
@@ -169,7 +169,7 @@ def takes(xs: Sequence[Tensor]) -> bool:
     )
 
 
-def _are_watched() -> bool:
+def are_watched() -> bool:
     """Whether operations are recorded or transformed, but not by a compiler: what is done here would not be seen."""
     if torch.compiler.is_compiling():
         return False
