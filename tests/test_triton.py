@@ -24,7 +24,7 @@ def test_they_equal_the_plain_ones_in_the_interpreter():
     in_process("-m", "pytest", "-p", "no:cacheprovider", str(HERE / "triton_in_interpreter.py"), TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90])
 def test_they_compile(capability, tmp_path):
     found = in_process(str(HERE / "triton_compiled.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
     assert found.split() == ["_moments", "_merge", "_affine", "_sums", "_gradient"] * 3
