@@ -22,23 +22,39 @@ struct Size {
 
 // Rows that lie in one piece.
 
+// Short rows are taken together while they stay in a cache: what follows the numbers of a row then waits for no other.
+constexpr int64_t TOGETHER = 64;
+
 template <class T>
 void row_moments(const T* x, One<T>* mean, One<T>* var, Size size) {
+  const int64_t length = size.length, most = std::clamp<int64_t>(TILE / std::max<int64_t>(length, 1), 1, TOGETHER);
   parallel(size.rows(), size.elements(), size.threads, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      double centre = 0, squares = 0;  // of the tiles so far, merged as Moments.merge does
-      for (int64_t done = 0; done < size.length; done += TILE) {
-        const int64_t n = std::min(TILE, size.length - done);
-        const T* tile = x + row * size.length + done;
-        const One<T> own = sum<T>(n, [=](int64_t i, auto v) { return load_ahead<decltype(v)>(tile + i); }) / n;
-        const auto of = sum<T>(n, [=](int64_t i, auto v) {
-          auto rest = load<decltype(v)>(tile + i) - own;
-          return Pair<decltype(v)>{rest, rest * rest};
-        });
-        merge(own, of.first, of.second, n, done, centre, squares);
+    One<T> own[TOGETHER];
+    double rest[TOGETHER], squares_of[TOGETHER];  // of a tile
+    for (int64_t first = begin; first < end; first += most) {
+      const int64_t rows = std::min(most, end - first);
+      double centre[TOGETHER] = {}, squares[TOGETHER] = {};  // of the tiles so far, merged as Moments.merge does
+      for (int64_t done = 0; done < length; done += TILE) {
+        const int64_t n = std::min(TILE, length - done);
+        const T* tile = x + first * length + done;
+        for (int64_t row = 0; row < rows; ++row)
+          own[row] = sum<T>(n, [at = tile + row * length](int64_t i, auto v) { return load_ahead<decltype(v)>(at + i); });
+        for (int64_t row = 0; row < rows; ++row) own[row] /= n;
+        for (int64_t row = 0; row < rows; ++row) {
+          const auto of = sum<T>(n, [at = tile + row * length, c = own[row]](int64_t i, auto v) {
+            auto beyond = load<decltype(v)>(at + i) - c;
+            return Pair<decltype(v)>{beyond, beyond * beyond};
+          });
+          rest[row] = of.first;
+          squares_of[row] = of.second;
+        }
+        for (int64_t row = 0; row < rows; ++row)
+          merge(own[row], rest[row], squares_of[row], n, done, centre[row], squares[row]);
       }
-      mean[row] = centre;
-      var[row] = squares / std::max<int64_t>(size.length, 1);
+      for (int64_t row = 0; row < rows; ++row) {
+        mean[first + row] = centre[row];
+        var[first + row] = squares[row] / std::max<int64_t>(length, 1);
+      }
     }
   });
 }

@@ -121,13 +121,20 @@ struct Pair {
 };
 
 // The sum of the numbers in a vector, halved as long as it can be; of both of a pair.
+template <class N, class V>
+inline N halved(V numbers) {
+  if constexpr (sizeof(V) == 2 * sizeof(N)) {
+    return numbers[0] + numbers[1];
+  } else {
+    typedef N Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &numbers, sizeof halves);
+    return halved<N>(halves[0] + halves[1]);
+  }
+}
 template <class T>
 inline One<T> within(Many<T> numbers) {
-  One<T> parts[WIDTH<T>];
-  std::memcpy(parts, &numbers, sizeof parts);
-  for (int64_t half = WIDTH<T> / 2; half; half /= 2)
-    for (int64_t k = 0; k < half; ++k) parts[k] += parts[k + half];
-  return parts[0];
+  return halved<One<T>>(numbers);
 }
 template <class T>
 inline Pair<One<T>> within(const Pair<Many<T>>& pair) {
@@ -213,6 +220,7 @@ struct Part {
   void* out;
   int64_t samples, length, last;
 };
+static_assert(sizeof(Part) == 6 * sizeof(int64_t), "library.py writes them as so many words");
 
 // A tile's moments into `centre` and `squares`, those of the `done` numbers before it, as Moments.merge does. Of its `n`
 // numbers `own` is the mean, to the rounding of a sum in single precision, or that of the numbers before: what it is off by

@@ -12,50 +12,40 @@ struct Weighing {
   Numbers mean, var, weight, bias;
 };
 
-// Of one row with its own moments, and the numbers of its sample, how it is normalized.
+// How rows with these moments, of neighbouring channels of a sample, are normalized: their means become the centres.
 template <class T>
-struct Row {
-  One<T> scale, centre, shift;
-  Row(const Weighing& by, One<T> own_mean, One<T> own_var, int64_t sample, int64_t channel) {
-    const One<T> mean = of_sample<T>(by.mean, sample)[channel], var = of_sample<T>(by.var, sample)[channel];
-    const One<T> share = by.share, rest = 1 - by.share, apart = own_mean - mean;
-    centre = share * own_mean + rest * mean;
-    const One<T> both = share * own_var + rest * var + share * rest * apart * apart;
-    scale = One<T>(1) / std::sqrt(both + One<T>(by.eps));
-    if (by.weight.at) scale *= of_sample<T>(by.weight, sample)[channel];
-    shift = by.bias.at ? of_sample<T>(by.bias, sample)[channel] : 0;
+void weigh(const Weighing& by, int64_t sample, int64_t channel, int64_t number, One<T>* mean, const One<T>* var,
+           One<T>* scale, One<T>* shift) {
+  const auto of = [=](Numbers numbers) { return numbers.at ? of_sample<T>(numbers, sample) + channel : nullptr; };
+  const One<T>*all_mean = of(by.mean), *all_var = of(by.var), *weight = of(by.weight), *bias = of(by.bias);
+  const One<T> share = by.share, rest = 1 - by.share, eps = by.eps;
+#pragma omp simd
+  for (int64_t i = 0; i < number; ++i) {
+    const One<T> apart = mean[i] - all_mean[i];
+    const One<T> both = share * var[i] + rest * all_var[i] + share * rest * apart * apart;
+    mean[i] = share * mean[i] + rest * all_mean[i];
+    scale[i] = (weight ? weight[i] : 1) / std::sqrt(both + eps);
+    shift[i] = bias ? bias[i] : 0;
   }
-};
+}
 
-// A row at a time, or with `last` a sample, is read and written while it is in a cache.
+// Some channels of a sample at a time, all of them with `last`, are read and written while they are in a cache.
 template <class T>
 void weigh(const Part& part, int64_t first, int64_t channels, int64_t threads, const Weighing& by) {
   const int64_t length = part.length;
-  const T* x = (const T*)part.x;
-  T* y = (T*)part.out;
-  if (!part.last)
-    return parallel(part.samples * channels, part.samples * channels * length, threads, [=](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const Size one{1, 1, length, 1};
-        One<T> mean, var;
-        row_moments<T>(x + row * length, &mean, &var, one);
-        const Row<T> of(by, mean, var, first + row / channels, row % channels);
-        row_affine<T>(x + row * length, y + row * length, {&of.scale, 0}, {&of.centre, 0}, {&of.shift, 0}, one);
-      }
-    });
-  parallel(part.samples, part.samples * channels * length, threads, [=](int64_t begin, int64_t end) {
-    std::vector<One<T>> mean(channels), var(channels), scale(channels), shift(channels);
-    for (int64_t sample = begin; sample < end; ++sample) {
-      const Size one{1, channels, length, 1};
-      const int64_t at = sample * channels * length;
-      last_moments<T>(x + at, mean.data(), var.data(), one);
-      for (int64_t i = 0; i < channels; ++i) {
-        const Row<T> of(by, mean[i], var[i], first + sample, i);
-        scale[i] = of.scale;
-        mean[i] = of.centre;
-        shift[i] = of.shift;
-      }
-      last_affine<T>(x + at, y + at, {scale.data(), 0}, {mean.data(), 0}, {shift.data(), 0}, one);
+  const int64_t width = part.last ? channels : std::clamp<int64_t>(TILE / std::max<int64_t>(length, 1), 1, channels);
+  const int64_t blocks = (channels + width - 1) / width;
+  parallel(part.samples * blocks, part.samples * channels * length, threads, [=](int64_t begin, int64_t end) {
+    std::vector<One<T>> mean(width), var(width), scale(width), shift(width);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t sample = block / blocks, channel = block % blocks * width;
+      const Size some{1, std::min(width, channels - channel), length, 1};
+      const int64_t at = (sample * channels + channel) * length;
+      const T* x = (const T*)part.x + at;
+      T* y = (T*)part.out + at;
+      (part.last ? last_moments<T> : row_moments<T>)(x, mean.data(), var.data(), some);
+      weigh<T>(by, first + sample, channel, some.channels, mean.data(), var.data(), scale.data(), shift.data());
+      (part.last ? last_affine<T> : row_affine<T>)(x, y, {scale.data(), 0}, {mean.data(), 0}, {shift.data(), 0}, some);
     }
   });
 }
