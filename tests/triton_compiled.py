@@ -27,7 +27,7 @@ class NoGPU:
 
 def compile_only(self, kernel, *others, pieces=0):
     grid = (self.number, pieces or self.pieces)
-    options = {"BLOCK": triton_rows.BLOCK, "num_warps": triton_rows.WARPS}
+    options = {"BLOCK": self.block, "num_warps": 8}
     made = kernel.warmup(self.xs, self.firsts, self.lengths, *others, grid=grid, **options)
     assert made.asm["cubin"]
     print(kernel.__name__)

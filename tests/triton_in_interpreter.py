@@ -17,13 +17,14 @@ from domainnorm.layers import by_batch, in_step
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_blocks():
     """So that rows have several blocks, and pieces several of them."""
     with mock.patch.object(triton_rows, "BLOCK", 16), mock.patch.object(triton_rows, "PROGRAMS", 12):
         yield
 
 
+@pytest.mark.usefixtures("small_blocks")
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(1, 9)), min_size=1, max_size=4),
@@ -55,6 +56,7 @@ def test_they_equal_the_plain_ones(sizes, channels, dtype, of_rows):
             torch.testing.assert_close(one, reference, rtol=of, atol=of * 4 * max(size, 1))
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("mean", [1e4, -1e5])
 def test_a_large_mean_costs_no_precision(mean):
     x = (tensor((1, 2, 30, 40), torch.float64, 0) + mean).float()
@@ -63,6 +65,7 @@ def test_a_large_mean_costs_no_precision(mean):
     torch.testing.assert_close(of_var, x.double().var((2, 3), correction=0).float(), rtol=2e-5, atol=0)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row(value):
     x = tensor((2, 3, 9, 9), torch.float32, 0)
@@ -98,10 +101,16 @@ def no(*_):
 
 @pytest.mark.parametrize("dtype", gpu.TYPES)
 def test_a_process_tries_them_before_it_uses_them(dtype):
-    gpu._tried.cache_clear()
-    assert gpu._tried(torch.device("cpu"), dtype) is triton_rows
-    gpu._tried.cache_clear()
+    cpu = torch.device("cpu")
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            assert gpu.tried(cpu, dtype) is triton_rows
+        finally:
+            torch.set_default_dtype(torch.float32)
     wrong = mock.patch.object(triton_rows, "sums", lambda *args: [2 * v for v in plain.sums(*args)])
     with wrong, pytest.warns(UserWarning, match="without Triton's kernels, and is slower: AssertionError"):
-        assert gpu._tried(torch.device("cpu"), dtype) is None
-    gpu._tried.cache_clear()
+        assert gpu.tried(cpu, dtype) is None
+    full = mock.patch.object(triton_rows, "sums", mock.Mock(side_effect=torch.OutOfMemoryError))
+    with full, pytest.raises(torch.OutOfMemoryError):
+        gpu.tried(cpu, dtype)

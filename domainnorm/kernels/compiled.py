@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import plain
-from .library import Running, Weighing, call, keeping, like, move, numbers, parts, wide
+from .library import Running, Weighing, call, in_layout_of, keeping, move, numbers, parts, wide
 
 
 def moments(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def affine(xs: Sequence[Tensor], scale: Tensor, centre: Tensor, shift: Tensor) -
 def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain.sums`, in one pass."""
     total, products = _empty_tables(xs)
-    grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
+    grads = [in_layout_of(grad, x) for grad, x in zip(grads, xs, strict=True)]
     call("sums", xs, parts(xs, grads=grads), total.data_ptr(), products.data_ptr(), numbers(centre, xs))
     return total, products
 
@@ -46,7 +46,7 @@ def gradient(
     if grads is None or scale is None:
         return plain.gradient(grads, xs, scale, centre, to_mean, to_var)
     outs = [torch.empty_like(x) for x in xs]
-    grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
+    grads = [in_layout_of(grad, x) for grad, x in zip(grads, xs, strict=True)]
     call("gradient", xs, parts(xs, outs, grads), *(numbers(v, xs) for v in (scale, centre, to_mean, to_var)))
     return outs
 

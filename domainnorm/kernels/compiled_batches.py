@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .library import call, is_last, keeping, like, numbers, parts, show, wide
+from .library import call, in_layout_of, is_last, keeping, numbers, parts, show, wide
 
 
 class Tables(NamedTuple):
@@ -131,7 +131,7 @@ def gradient(
     shape = (len(batches.group), xs[0].shape[1]) if of_rows else xs[0].shape[1:2]
     to_weight, to_bias = (torch.zeros(shape, dtype=wide(xs[0])) for _ in range(2))
     outs = [torch.empty_like(x) for x in xs]
-    grads = [like(grad, x) for grad, x in zip(grads, xs, strict=True)]
+    grads = [in_layout_of(grad, x) for grad, x in zip(grads, xs, strict=True)]
     of, given = parts(xs, outs, grads, _last(xs)), _given(xs, batches, weight, bias, eps, tables)
     function = "sequence_gradient" if batches.first else "normalize_gradient"
     call(function, xs, of, *given, to_weight.data_ptr(), to_bias.data_ptr())

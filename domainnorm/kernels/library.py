@@ -283,7 +283,7 @@ def is_last(x: Tensor) -> bool:
     return layout is not None and x.is_contiguous(memory_format=layout)
 
 
-def like(grad: Tensor, x: Tensor) -> Tensor:
+def in_layout_of(grad: Tensor, x: Tensor) -> Tensor:
     """`grad` in the type and the memory of `x`."""
     if grad.dtype == x.dtype and grad.stride() == x.stride():
         return grad

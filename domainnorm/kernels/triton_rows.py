@@ -1,6 +1,9 @@
 """On a GPU: what `plain` computes, in Triton, of all tensors in one launch.
 
 A program is a row, or a piece of one where there are few rows. What it reads and writes is in one piece of memory.
+
+A kernel is compiled for each number of tensors and each pattern of lengths that are multiples of 16, whose numbers are
+read and written in vectors: with images of many sizes a few seconds at a time, until Triton's cache has them.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .library import like, show
+from .library import in_layout_of, show
 from .plain import scaled
 
 __all__ = ["affine", "gradient", "moments", "scaled", "sums"]
 
-BLOCK = 4096  # elements that a program has under way
-WARPS = 8
+BLOCK = 4096  # elements that a program has under way, at most
+PER_WARP = 512  # of them
 PROGRAMS = 1024  # that keep a GPU busy
 
 
@@ -49,7 +52,7 @@ def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], centre: Tensor) -> tuple
     """As `plain.sums`, in one pass."""
     of = _Rows(xs)
     parts = of.tables(of.pieces)
-    of.launch(_sums, of.likes(grads), *parts, *of.numbers(centre))
+    of.launch(_sums, of.in_layout(grads), *parts, *of.numbers(centre))
     return of.shaped(parts if of.pieces == 1 else [part.sum(0) for part in parts])
 
 
@@ -65,7 +68,7 @@ def gradient(
     if grads is None or scale is None:
         return plain.gradient(grads, xs, scale, centre, to_mean, to_var)
     of, outs = _Rows(xs), tuple(torch.empty_like(x) for x in xs)
-    of.launch(_gradient, of.likes(grads), outs, *of.numbers(scale, centre, to_mean, to_var))
+    of.launch(_gradient, of.in_layout(grads), outs, *of.numbers(scale, centre, to_mean, to_var))
     return list(outs)
 
 
@@ -78,7 +81,9 @@ class _Rows:
         self.channels = xs[0].shape[1]
         self.firsts = tuple(itertools.accumulate((x.shape[0] * self.channels for x in xs), initial=0))
         self.lengths = tuple(math.prod(x.shape[2:]) for x in xs)
-        self.pieces = min(max(PROGRAMS // max(self.number, 1), 1), triton.cdiv(max(*self.lengths, 1), BLOCK))
+        longest = max(*self.lengths, 1)
+        self.block = min(triton.next_power_of_2(longest), BLOCK)
+        self.pieces = min(max(PROGRAMS // max(self.number, 1), 1), triton.cdiv(longest, self.block))
 
     @property
     def number(self) -> int:
@@ -86,15 +91,15 @@ class _Rows:
 
     def tables(self, pieces: int) -> list[Tensor]:
         """Two numbers of each piece of each row."""
-        return [torch.empty(pieces, self.number, device=self.xs[0].device) for _ in range(2)]
+        return [self.xs[0].new_empty((pieces, self.number), dtype=torch.float32) for _ in range(2)]
 
     def shaped(self, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
         first, second = (table.view(-1, self.channels) for table in tables)
         return first, second
 
-    def likes(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def in_layout(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         show(*grads)
-        return tuple(like(grad, x) for grad, x in zip(grads, self.xs, strict=True))
+        return tuple(in_layout_of(grad, x) for grad, x in zip(grads, self.xs, strict=True))
 
     def numbers(self, *values: Tensor) -> list[Any]:
         """Channels, and of each of `(ΣN, C)`, `(1, C)` or `(C,)` where it is and how far a sample is from the next."""
@@ -107,9 +112,10 @@ class _Rows:
 
     def launch(self, kernel: Any, *others: Any, pieces: int = 0) -> None:
         if self.number:
+            warps = max(self.block // PER_WARP, 1)
             with torch.cuda.device_of(self.xs[0]):
                 kernel[self.number, pieces or self.pieces](
-                    self.xs, self.firsts, self.lengths, *others, BLOCK=BLOCK, num_warps=WARPS
+                    self.xs, self.firsts, self.lengths, *others, BLOCK=self.block, num_warps=warps
                 )
 
 

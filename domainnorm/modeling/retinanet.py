@@ -168,21 +168,20 @@ class RetinaNetHead(retinanet.RetinaNetHead):
 
         logits = head_outputs["cls_logits"].float().flatten(0, 1)
         loss_cls = focal_loss(logits, decided, foreground, labels, self.focal_alpha, self.focal_gamma)
-        has_box = foreground[:, None]
-        regression = head_outputs["bbox_regression"].float().flatten(0, 1).where(has_box, 0)
-        losses = self._box_loss(regression, at, boxes.where(has_box, at))
-        loss_box = losses.where(foreground, 0).sum()
+        regression = head_outputs["bbox_regression"].float().flatten(0, 1)
+        loss_box = self._box_loss(regression, at, boxes, foreground)
         return {"loss_cls": loss_cls / count, "loss_box_reg": loss_box / count}
 
-    def _box_loss(self, regression: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """Of each anchor and its box."""
+    def _box_loss(self, regression: Tensor, anchors: Tensor, boxes: Tensor, foreground: Tensor) -> Tensor:
         coder = self.regression_head.box_coder
-        if self.box_loss == "giou":
-            return generalized_box_iou_loss(coder.decode_single(regression, anchors), boxes)
-        # as coder.encode_single, whose weights a GPU waits for
+        if self.box_loss == "giou":  # torchvision's function makes a GPU wait in any case
+            regression, anchors, boxes = regression[foreground], anchors[foreground], boxes[foreground]
+            return generalized_box_iou_loss(coder.decode_single(regression, anchors), boxes, reduction="sum")
+        # as coder.encode_single, for whose weights a GPU would wait
         weights = torch.stack([anchors.new_full((), weight) for weight in coder.weights])
         target = encode_boxes(boxes, anchors, weights)
-        return F.smooth_l1_loss(regression, target, beta=self.smooth_l1_beta, reduction="none").sum(1)
+        regression, target = (v.where(foreground[:, None], 0) for v in (regression, target))
+        return F.smooth_l1_loss(regression, target, beta=self.smooth_l1_beta, reduction="sum")
 
 
 class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
