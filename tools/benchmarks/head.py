@@ -1,17 +1,22 @@
-"""One norm over five pyramid levels, forward and backward, against nn.BatchNorm2d on what is concatenated for free."""
+"""One norm over five pyramid levels, forward and backward, against nn.BatchNorm2d on what is concatenated for free.
+
+On a GPU one nn.SyncBatchNorm for each level is a peer, too.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 import domainnorm as dn
 
 from .table import Row
 from .timing import ratio, times
 
-SIZES = ((256, 320), (800, 1088))  # of images
+SIZES = ((256, 320), (800, 1088), (800, 1333))  # of images; the last on a GPU
 STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -44,10 +49,21 @@ class _OneForEach(nn.Module):
         return [norm(x) for norm, x in zip(self.norms, levels, strict=True)]
 
 
+class _SynchronizedEach(_OneForEach):
+    """nn.SyncBatchNorm for each level, by the way that it takes with several GPUs: alone it would be a BatchNorm."""
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        group = dist.group.WORLD
+        of = ((x, n.weight, n.bias, n.running_mean, n.running_var) for x, n in zip(levels, self.norms, strict=True))
+        return [SyncBatchNorm.apply(*values, 1e-5, 0.1, group, 1) for values in of]
+
+
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     channels, dtype = args.channels, getattr(torch, args.dtype)
+    if args.device == "cuda" and not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    for height, width in SIZES:
+    for height, width in SIZES if args.device == "cuda" else SIZES[:2]:
         torch.manual_seed(0)
         sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
         levels = [torch.randn(args.images, channels, *size).to(args.device, dtype) for size in sizes]
@@ -61,22 +77,31 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             "concatenated before": _run(_OneForEach(channels, 1), whole, args.device),
             "concatenate, BatchNorm, split": _run(_ConcatenateAndSplit(channels), levels, args.device),
             "five BatchNorms": _run(_OneForEach(channels, 5), levels, args.device),
+            "eight copies": _copies(whole[0]),
         }
+        if args.device == "cuda":
+            runs["five SyncBatchNorms"] = _run(_SynchronizedEach(channels, 5), levels, args.device)
         for ours, theirs in (("shared", "concatenate, BatchNorm, split"), ("per domain", "five BatchNorms")):
             torch.testing.assert_close(runs[ours](), runs[theirs](), atol=tolerance, rtol=tolerance)
         taken = times(runs, args.repeats, seconds=0.01)
         for ours, peers in (
-            ("shared", ("concatenated before", "concatenate, BatchNorm, split")),
-            ("shared, compiled", ("concatenated before",)),
-            ("per domain", ("five BatchNorms",)),
+            ("shared", ("concatenated before", "concatenate, BatchNorm, split", "eight copies")),
+            ("shared, compiled", ("concatenated before", "eight copies")),
+            ("per domain", ("five BatchNorms", "five SyncBatchNorms")),
         ):
-            for peer in peers:
+            for peer in (peer for peer in peers if peer in runs):
                 yield {
                     "image": f"{height}x{width}",
                     "statistics": ours,
                     "peer": peer,
                     "ours / peer": ratio(taken, ours, peer),
                 }
+
+
+def _copies(x: Tensor) -> Callable[[], list[Tensor]]:
+    """A copy reads as much as the levels are, and writes as much; a layer does five such passes at least."""
+    copies = [torch.empty_like(x) for _ in range(2)]
+    return lambda: [copies[k % 2].copy_(x) for k in range(8)]
 
 
 def _run(norm: Callable[[list[Tensor]], list[Tensor]], levels: list[Tensor], device: str) -> Callable[[], list[Tensor]]:
