@@ -4,6 +4,8 @@
 // With the mean μ and deviation σ of a sample's channel group, and M and S of the z = (x - μ) / σ of a group of samples,
 // y = γ (z - M) / S + β. The moments of z are those of the rows of x, moved and scaled: x is read for them once.
 
+#include <memory>
+
 #include "batches.h"
 #include "rows.h"
 
@@ -12,6 +14,10 @@ using namespace domainnorm;
 namespace {
 
 constexpr int64_t BLOCK = 1 << 20;  // bytes that stay in the second-level cache
+
+// As many numbers as there are rows may take long to be set to zero: these are written before they are read.
+template <class N>
+using Unset = std::unique_ptr<N[]>;
 
 // Neighbouring channel groups of the samples of a group, or with group -1 of all samples.
 struct Block {
@@ -33,8 +39,8 @@ struct Sequence {
   One<T>*mean, *var;            // of the channel groups of samples, (samples, channels / width)
   std::vector<Sample<T>> each;  // of all samples
   std::vector<double> count;    // of each group
-  std::vector<double> inverse;  // 1 / σ of each channel group, once they are known
-  std::vector<One<T>> centre;   // μ of each row, likewise
+  Unset<double> inverse;        // 1 / σ of each channel group, once they are known
+  Unset<One<T>> centre;         // μ of each row, likewise
 
   Sequence(const Part* parts, int64_t number, int64_t channels, int64_t threads, Batches batches, Numbers weight,
            Numbers bias, Tables tables)
@@ -45,8 +51,8 @@ struct Sequence {
     samples = each.size();
     row_var = row_mean + samples * channels;
     var = mean + samples * sets();
-    inverse.resize(samples * sets());
-    centre.resize(samples * channels);
+    inverse.reset(new double[samples * sets()]);
+    centre = of_each_row();
     for (int64_t n = 0; n < samples; ++n) count[group(n)] += each[n].length;
   }
 
@@ -55,24 +61,27 @@ struct Sequence {
   double inverted(double var) const { return 1 / std::sqrt(var + batches.eps); }
   double gamma(int64_t channel) const { return weight ? weight[channel] : 1; }
 
-  // run(block) for all of it: where rows lie in one piece, in blocks of which so many `tensors` stay in a cache.
+  // run(block) for all of it: by groups, and where rows lie in one piece by channel groups, if so many `tensors` of a block
+  // stay in a cache.
   template <class Run>
   void each_block(int64_t tensors, Run run) {
     std::vector<Block> blocks;
+    const int64_t together = parts->last ? sets() : 1;
     int64_t most = 0, places = 0;
     for (int64_t g = 0; g < batches.groups; ++g) {
-      most = std::max<int64_t>(most, tensors * count[g] * batches.width * sizeof(T));
+      most = std::max<int64_t>(most, tensors * count[g] * together * batches.width * sizeof(T));
       places += count[g];
     }
-    if (parts->last || most > BLOCK) {
+    if (most > BLOCK) {
       blocks.push_back({-1, {}, 0, sets(), threads});
       for (int64_t n = 0; n < samples; ++n) blocks[0].samples.push_back(n);
       return run(blocks[0]);
     }
+    const int64_t each_group = sets() / together;
     for (int64_t g = 0; g < batches.groups; ++g)
-      for (int64_t set = 0; set < sets(); ++set) blocks.push_back({g, {}, set, 1, 1});
+      for (int64_t set = 0; set < sets(); set += together) blocks.push_back({g, {}, set, together, 1});
     for (int64_t n = 0; n < samples; ++n)
-      for (int64_t set = 0; set < sets(); ++set) blocks[group(n) * sets() + set].samples.push_back(n);
+      for (int64_t k = 0; k < each_group; ++k) blocks[group(n) * each_group + k].samples.push_back(n);
     parallel(blocks.size(), places * channels, threads, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) run(blocks[k]);
     });
@@ -102,36 +111,37 @@ struct Sequence {
       run(rows, Size{1, block.sets * batches.width, each[n].length, 1}, n * channels + first);
     }
   }
-  Numbers of_rows(const std::vector<One<T>>& numbers) const { return {numbers.data(), channels}; }
+  Unset<One<T>> of_each_row() const { return Unset<One<T>>(new One<T>[samples * channels]); }
+  Numbers of_rows(const Unset<One<T>>& numbers) const { return {numbers.get(), channels}; }
 
   // What rows.h does, with the rows of a block.
   void read(const Block& block) const {
     if (block.group < 0) return moments<T>(parts, number, channels, threads, row_mean, row_var);
     each_part(block, [&](const Sample<T>& of, Size size, int64_t row) {
-      row_moments<T>(of.x, row_mean + row, row_var + row, size);
+      (parts->last ? last_moments<T> : row_moments<T>)(of.x, row_mean + row, row_var + row, size);
     });
   }
-  void write(const Block& block, const std::vector<One<T>>& scale, const std::vector<One<T>>& shift) const {
+  void write(const Block& block, const Unset<One<T>>& scale, const Unset<One<T>>& shift) const {
     if (block.group < 0)
       return affine<T>(parts, number, channels, threads, of_rows(scale), of_rows(centre), of_rows(shift));
     each_part(block, [&](const Sample<T>& of, Size size, int64_t row) {
-      row_affine<T>(of.x, of.out, {&scale[row], 0}, {&centre[row], 0}, {&shift[row], 0}, size);
+      (parts->last ? last_affine<T> : row_affine<T>)(of.x, of.out, {&scale[row], 0}, {&centre[row], 0}, {&shift[row], 0}, size);
     });
   }
-  void sum(const Block& block, std::vector<One<T>>& total, std::vector<One<T>>& products) const {
+  void sum(const Block& block, const Unset<One<T>>& total, const Unset<One<T>>& products) const {
     if (block.group < 0)
-      return sums<T>(parts, number, channels, threads, total.data(), products.data(), of_rows(centre));
+      return sums<T>(parts, number, channels, threads, total.get(), products.get(), of_rows(centre));
     each_part(block, [&](const Sample<T>& of, Size size, int64_t row) {
-      row_sums<T>(of.grad, of.x, {&centre[row], 0}, &total[row], &products[row], size);
+      (parts->last ? last_sums<T> : row_sums<T>)(of.grad, of.x, {&centre[row], 0}, &total[row], &products[row], size);
     });
   }
-  void write_gradient(const Block& block, const std::vector<One<T>>& scale, const std::vector<One<T>>& to_mean,
-                      const std::vector<One<T>>& to_var) const {
+  void write_gradient(const Block& block, const Unset<One<T>>& scale, const Unset<One<T>>& to_mean,
+                      const Unset<One<T>>& to_var) const {
     if (block.group < 0)
       return gradient<T>(parts, number, channels, threads, of_rows(scale), of_rows(centre), of_rows(to_mean),
                          of_rows(to_var));
     each_part(block, [&](const Sample<T>& of, Size size, int64_t row) {
-      row_gradient<T>(of.grad, of.x, of.out, {&scale[row], 0}, {&centre[row], 0}, {&to_mean[row], 0}, {&to_var[row], 0},
+      (parts->last ? last_gradient<T> : row_gradient<T>)(of.grad, of.x, of.out, {&scale[row], 0}, {&centre[row], 0}, {&to_mean[row], 0}, {&to_var[row], 0},
                       size);
     });
   }
@@ -184,10 +194,10 @@ void merge_rows(Sequence<T>& of, const Block& block) {
 }
 
 template <class T>
-void normalize_sequence(Sequence<T> of) {
+void normalize_sequence(Sequence<T>&& of) {
   const int64_t width = of.batches.width, numbers = of.batches.groups * of.channels;
   std::vector<double> factor(numbers), offset(numbers);  // γ / S, and β - M γ / S
-  std::vector<One<T>> scale(of.centre.size()), shift(of.centre.size());
+  const Unset<One<T>> scale = of.of_each_row(), shift = of.of_each_row();
   of.each_block(1, [&](const Block& block) {
     of.read(block);
     merge_rows(of, block);
@@ -218,10 +228,10 @@ void normalize_sequence(Sequence<T> of) {
 // With F = γ / S, the gradient of z is F g - A - B (z - M): A and B are its means over the group of samples, of itself and
 // times z - M, as in a BatchNorm. Then that of x is the same again, over the channel group of the sample.
 template <class T>
-void gradient_sequence(Sequence<T> of, const AffineGradient<One<T>>& to_affine) {
+void gradient_sequence(Sequence<T>&& of, const AffineGradient<One<T>>& to_affine) {
   const int64_t width = of.batches.width, numbers = of.batches.groups * of.channels;
-  std::vector<One<T>> total(of.centre.size()), products(total.size());  // Σ g and Σ g (x - μ) of rows
-  std::vector<One<T>> scale(total.size()), to_mean(total.size()), to_var(total.size());
+  const Unset<One<T>> total = of.of_each_row(), products = of.of_each_row();  // Σ g and Σ g (x - μ) of rows
+  const Unset<One<T>> scale = of.of_each_row(), to_mean = of.of_each_row(), to_var = of.of_each_row();
   std::vector<double> all(numbers), beyond(numbers);  // Σ g and Σ g (z - M) of groups
   std::vector<double> factor(numbers), a(numbers), b(numbers);
   of.each_block(2, [&](const Block& block) {
