@@ -125,7 +125,8 @@ struct Sequence {
     if (block.group < 0)
       return affine<T>(parts, number, channels, threads, of_rows(scale), of_rows(centre), of_rows(shift));
     each_part(block, [&](const Sample<T>& of, Size size, int64_t row) {
-      (parts->last ? last_affine<T> : row_affine<T>)(of.x, of.out, {&scale[row], 0}, {&centre[row], 0}, {&shift[row], 0}, size);
+      (parts->last ? last_affine<T> : row_affine<T>)(of.x, of.out, {&scale[row], 0}, {&centre[row], 0},
+                                                     {&shift[row], 0}, size);
     });
   }
   void sum(const Block& block, const Unset<One<T>>& total, const Unset<One<T>>& products) const {
@@ -141,8 +142,8 @@ struct Sequence {
       return gradient<T>(parts, number, channels, threads, of_rows(scale), of_rows(centre), of_rows(to_mean),
                          of_rows(to_var));
     each_part(block, [&](const Sample<T>& of, Size size, int64_t row) {
-      (parts->last ? last_gradient<T> : row_gradient<T>)(of.grad, of.x, of.out, {&scale[row], 0}, {&centre[row], 0}, {&to_mean[row], 0}, {&to_var[row], 0},
-                      size);
+      (parts->last ? last_gradient<T> : row_gradient<T>)(of.grad, of.x, of.out, {&scale[row], 0}, {&centre[row], 0},
+                                                         {&to_mean[row], 0}, {&to_var[row], 0}, size);
     });
   }
 
