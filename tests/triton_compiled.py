@@ -7,7 +7,7 @@ import sys
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
 from domainnorm.kernels import gpu, triton_rows
 
@@ -25,16 +25,16 @@ class NoGPU:
         return 0
 
 
-def compile_only(self, kernel, *others, pieces=0):
-    grid = (self.number, pieces or self.pieces)
-    options = {"BLOCK": self.block, "num_warps": 8}
-    made = kernel.warmup(self.xs, self.firsts, self.lengths, *others, grid=grid, **options)
-    assert made.asm["cubin"]
-    print(kernel.__name__)
+def compile_only(kernel, grid):
+    def launch(*args, **options):
+        assert kernel.warmup(*args, grid=grid, **options).asm["cubin"]
+        print(kernel.__name__)
+
+    return launch
 
 
 driver.set_active(NoGPU())
-triton_rows._Rows.launch = compile_only
+JITFunction.__getitem__ = compile_only
 for dtype in gpu.TYPES:
     xs = [torch.empty(shape, dtype=dtype) for shape in ((2, 8, 64, 128), (1, 8, 7, 9), (1, 8, 1, 1))]
     rows, channels = torch.empty(4, 8), torch.empty(8)
@@ -42,3 +42,4 @@ for dtype in gpu.TYPES:
     triton_rows.affine(xs, rows, rows[:1], channels)
     triton_rows.sums(xs, xs, rows)
     triton_rows.gradient(xs, xs, rows, rows, rows, channels)
+    triton_rows.moments([torch.empty(64, 64, 7, 7, dtype=dtype)])  # one piece, one warp

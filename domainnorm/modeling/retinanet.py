@@ -161,7 +161,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         at = torch.cat(anchors)
         # All anchors keep their places, also those without a box: to know how many have one, a GPU would have to wait.
         # Boxes of all images in one list, and one more that nobody has: an image's begin where those before it end.
-        begins = [0, *itertools.accumulate(len(t["boxes"]) for t in targets)]
+        begins = itertools.accumulate((len(t["boxes"]) for t in targets), initial=0)
         which = torch.cat([m.clamp(min=0) + begin for m, begin in zip(matched_idxs, begins, strict=False)])
         boxes = torch.cat([*(t["boxes"] for t in targets), at.new_zeros(1, 4)])[which]
         labels = torch.cat([*(t["labels"] for t in targets), which.new_zeros(1)])[which]
