@@ -30,13 +30,13 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
     ) -> tuple[Tensor, Tensor]:
         """Logits `(ΣA, 1)`, deltas `(ΣA, 4)`, and of each image labels `(A,)`, targets `(A, 4)` -> two losses."""
         positive, negative = (torch.cat(sampled) > 0 for sampled in self.fg_bg_sampler(labels))
-        sampled = positive | negative
-        most = self.fg_bg_sampler.batch_size_per_image * len(labels)
-        loss_objectness = F.binary_cross_entropy_with_logits(
-            _wide(objectness).flatten()[sampled], torch.cat(labels)[sampled].to(_wide(objectness)), reduction="sum"
-        )
-        loss_box = _smooth_l1(deltas[positive], torch.cat(regression_targets)[positive])
-        return loss_objectness / most, loss_box / most
+        logits = _wide(objectness).flatten()
+        # All anchors keep their places: to know how many were sampled, a GPU would have to wait.
+        losses = F.binary_cross_entropy_with_logits(logits, torch.cat(labels).to(logits), reduction="none")
+        loss_objectness = losses.where(positive | negative, 0).sum()
+        loss_box = _smooth_l1(deltas, torch.cat(regression_targets), positive)
+        max_sampled = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        return loss_objectness / max_sampled, loss_box / max_sampled
 
 
 class RoIHeads(roi_heads.RoIHeads):
@@ -95,22 +95,22 @@ class RoIHeads(roi_heads.RoIHeads):
 
     def _losses(self, features: Any, proposals: list[Tensor], image_shapes: Any, targets: Any) -> dict[str, Tensor]:
         proposals, matched, labels, deltas = self.select_training_samples(proposals, targets)
-        foreground = [of > 0 for of in labels]
-        all_labels, all_foreground = torch.cat(labels), torch.cat(foreground)
+        all_labels = torch.cat(labels)
+        foreground = all_labels > 0
         # DDP averages gradients over ranks: each divides by its share of the sums.
-        counts = all_reduce_sum(torch.stack([torch.ones_like(all_labels).sum(), all_foreground.sum()]))
+        counts = all_reduce_sum(torch.stack([torch.ones_like(all_labels).sum(), foreground.sum()]))
 
         logits, regression = self._box_predictions(features, proposals, image_shapes)
         num_rois, num_foreground = counts.clamp(min=1).to(logits.dtype) / world_size()
-        regression = regression[all_foreground, all_labels[all_foreground]]
+        regression = regression[torch.arange(len(regression), device=regression.device), all_labels]
         losses = {
             "loss_cls": F.cross_entropy(logits, all_labels, reduction="sum") / num_rois,
-            "loss_box_reg": _smooth_l1(regression, torch.cat(deltas)[all_foreground]) / num_rois,
+            "loss_box_reg": _smooth_l1(regression, torch.cat(deltas), foreground) / num_rois,
         }
         if self.has_mask():
-            proposals, matched = ([v[f] for v, f in zip(of, foreground, strict=True)] for of in (proposals, matched))
+            proposals, matched, labels = _positive(labels, proposals, matched, labels)
             logits = self._mask_logits(features, proposals, image_shapes)
-            logits = logits[torch.arange(len(logits), device=logits.device), all_labels[all_foreground]]
+            logits = logits[torch.arange(len(logits), device=logits.device), torch.cat(labels)]
             goals = [
                 project_masks_on_boxes(target["masks"], boxes, match, logits.shape[-1])
                 for target, boxes, match in zip(targets, proposals, matched, strict=True)
@@ -206,8 +206,16 @@ def _norm_layer(norm: str, options: Mapping[str, Any]) -> Callable[[int], nn.Mod
     return partial(get_norm, norm, **options) if norm else None
 
 
-def _smooth_l1(deltas: Tensor, goals: Tensor) -> Tensor:
-    return F.smooth_l1_loss(_wide(deltas), goals.to(_wide(deltas)), beta=1 / 9, reduction="sum")
+def _positive(labels: list[Tensor], *values: list[Tensor]) -> list[list[Tensor]]:
+    """The positive RoIs of each image, of each of `values`; a GPU is waited for, to know how many there are."""
+    foreground = [of_image.nonzero()[:, 0] for of_image in labels]
+    return [[v[index] for v, index in zip(of_images, foreground, strict=True)] for of_images in values]
+
+
+def _smooth_l1(deltas: Tensor, goals: Tensor, chosen: Tensor) -> Tensor:
+    """The sum over the rows that are `chosen`, a boolean `(R,)`; the others keep their places and count as 0."""
+    deltas, goals = (v.where(chosen[:, None], 0) for v in (_wide(deltas), goals.to(_wide(deltas))))
+    return F.smooth_l1_loss(deltas, goals, beta=1 / 9, reduction="sum")
 
 
 def _wide(x: Tensor) -> Tensor:
