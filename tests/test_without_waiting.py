@@ -6,6 +6,7 @@ from there shows by its devices.
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,8 +47,18 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
+class NothingCopied(TorchFunctionMode):
+    """No tensor is made of numbers that the processor has: a GPU would copy them, which nothing shows on meta."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+            assert result.device.type == "cpu", f"{func} copies {args} to {result.device}"
+        return result
+
+
 def step(module, inputs):
-    with OneDevice():
+    with OneDevice(), NothingCopied():
         outputs = tree_leaves(module(inputs))
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     assert all(p.grad is not None for p in module.parameters())
@@ -59,6 +70,16 @@ def test_a_layer_waits_for_nothing(name):
     xs = [torch.empty(4, 16, 5 + k, 6, device="meta", requires_grad=True) for k in range(layer.num_domains)]
     step(layer, xs)
     step(layer, xs[0] if len(xs) == 1 else xs)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_inference_waits_for_nothing(name, alpha):
+    layer = LAYERS[name]().to("meta").eval()
+    dn.set_example_weight(layer, alpha)
+    xs = [torch.empty(4, 16, 5 + k, 6, device="meta") for k in range(layer.num_domains)]
+    with torch.no_grad(), OneDevice(), NothingCopied():
+        layer(xs)
 
 
 def test_samples_of_several_domains_wait_for_nothing():
@@ -92,6 +113,11 @@ def test_the_losses_of_retinanets_head_wait_for_nothing():
 
 
 def test_these_tests_see_what_would_wait():
-    for how in (lambda _, x: x * x.mean().item(), lambda _, x: x * torch.ones(1), lambda _, x: x[x > 0]):
+    for how in (
+        lambda _, x: x * x.mean().item(),
+        lambda _, x: x * torch.ones(1),
+        lambda _, x: x[x > 0],
+        lambda _, x: x * x.new_tensor([2.0]),
+    ):
         with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
             step(Of(how), torch.empty(3, device="meta", requires_grad=True))

@@ -228,7 +228,9 @@ class DomainBatchNorm(PopulationStatistics):
     def _weighed(self, own: Moments, mean: Tensor, var: Tensor) -> Moments:
         """Eq. 3: the union of the sample's own moments and the population's, by the weights α and 1 - α."""
         mean, var = (v.to(own.mean.dtype).expand_as(own.mean) for v in (mean, var))
-        shares = own.mean.new_tensor([self.example_weight, 1 - self.example_weight]).view(2, 1, 1)
+        # filled, not copied from the processor, for which a GPU would wait
+        alpha = self.example_weight
+        shares = torch.stack([own.mean.new_full((1, 1), share) for share in (alpha, 1 - alpha)])
         return Moments(shares, torch.stack([own.mean, mean]), torch.stack([own.var, var])).merge(0)[0]
 
     def _merge(self, batch: DomainBatch) -> Moments:

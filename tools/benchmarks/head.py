@@ -14,18 +14,25 @@ from torch.nn.modules._functions import SyncBatchNorm
 import domainnorm as dn
 
 from .table import Row
-from .timing import ratio, times
+from .timing import milliseconds, ratio, times
 
-SIZES = ((256, 320), (800, 1088), (800, 1333))  # of images; the last on a GPU
+SIZES = {"cpu": ((256, 320), (800, 1088)), "cuda": ((800, 1333),)}  # of images
 STRIDES = (8, 16, 32, 64, 128)
+PEERS = {
+    "shared": ("concatenated before", "concatenate, BatchNorm, split", "five SyncBatchNorms", "eight copies"),
+    "shared, compiled": ("concatenated before", "eight copies"),
+    "per domain": ("five BatchNorms", "five SyncBatchNorms"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=25, help="rounds; the median of their ratios is taken")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--channels", type=int, default=256)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", type=int, nargs=2, help="height and width of the images; those of the docs")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
 
 
 class _ConcatenateAndSplit(nn.Module):
@@ -59,43 +66,70 @@ class _SynchronizedEach(_OneForEach):
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    channels, dtype = args.channels, getattr(torch, args.dtype)
-    if args.device == "cuda" and not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    if args.device == "cuda":  # of one process, for nn.SyncBatchNorm
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        for dtype in args.dtype:
+            for size in [args.size] if args.size else SIZES[args.device]:
+                yield from _rows(*size, dtype, args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _rows(height: int, width: int, precision: str, args: argparse.Namespace) -> Iterator[Row]:
+    channels, dtype, device = args.channels, getattr(torch, precision), args.device
+    torch.manual_seed(0)
+    sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+    levels = [torch.randn(args.images, channels, *size).to(device, dtype) for size in sizes]
+    whole = [torch.cat([x.flatten(2) for x in levels], 2).unsqueeze(3)]
+    shared, apart, compiled = (
+        dn.DomainBatchNorm(channels, 5, choice, choice) for choice in ("shared", "per_domain", "shared")
+    )
+    runs = {
+        "shared": _run(shared, levels, device),
+        "shared, compiled": _run(torch.compile(compiled), levels, device),
+        "per domain": _run(apart, levels, device),
+        "concatenated before": _run(_OneForEach(channels, 1), whole, device),
+        "concatenate, BatchNorm, split": _run(_ConcatenateAndSplit(channels), levels, device),
+        "five BatchNorms": _run(_OneForEach(channels, 5), levels, device),
+        "eight copies": _copies(whole[0]),
+    }
+    if device == "cuda":
+        runs["five SyncBatchNorms"] = _run(_SynchronizedEach(channels, 5), levels, device)
+    failure = None
+    try:
+        if args.no_compile:
+            del runs["shared, compiled"]
+        else:
+            runs["shared, compiled"]()
+    except Exception as error:  # whatever a compiler raises: the others can be measured without it
+        del runs["shared, compiled"]
+        failure = error
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    for height, width in SIZES if args.device == "cuda" else SIZES[:2]:
-        torch.manual_seed(0)
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
-        levels = [torch.randn(args.images, channels, *size).to(args.device, dtype) for size in sizes]
-        whole = [torch.cat([x.flatten(2) for x in levels], 2).unsqueeze(3)]
-        shared, apart = (dn.DomainBatchNorm(channels, 5, choice, choice) for choice in ("shared", "per_domain"))
-        compiled = torch.compile(dn.DomainBatchNorm(channels, 5, "shared", "shared"))
-        runs = {
-            "shared": _run(shared, levels, args.device),
-            "shared, compiled": _run(compiled, levels, args.device),
-            "per domain": _run(apart, levels, args.device),
-            "concatenated before": _run(_OneForEach(channels, 1), whole, args.device),
-            "concatenate, BatchNorm, split": _run(_ConcatenateAndSplit(channels), levels, args.device),
-            "five BatchNorms": _run(_OneForEach(channels, 5), levels, args.device),
-            "eight copies": _copies(whole[0]),
-        }
-        if args.device == "cuda":
-            runs["five SyncBatchNorms"] = _run(_SynchronizedEach(channels, 5), levels, args.device)
-        for ours, theirs in (("shared", "concatenate, BatchNorm, split"), ("per domain", "five BatchNorms")):
-            torch.testing.assert_close(runs[ours](), runs[theirs](), atol=tolerance, rtol=tolerance)
-        taken = times(runs, args.repeats, seconds=0.01)
-        for ours, peers in (
-            ("shared", ("concatenated before", "concatenate, BatchNorm, split", "eight copies")),
-            ("shared, compiled", ("concatenated before", "eight copies")),
-            ("per domain", ("five BatchNorms", "five SyncBatchNorms")),
-        ):
-            for peer in (peer for peer in peers if peer in runs):
-                yield {
-                    "image": f"{height}x{width}",
-                    "statistics": ours,
-                    "peer": peer,
-                    "ours / peer": ratio(taken, ours, peer),
+    for ours, theirs in (("shared", "concatenate, BatchNorm, split"), ("per domain", "five BatchNorms")):
+        torch.testing.assert_close(runs[ours](), runs[theirs](), atol=tolerance, rtol=tolerance)
+    taken = times(runs, args.repeats, seconds=0.01, device=device)
+    for ours, peers in PEERS.items():
+        for peer in (peer for peer in peers if {ours, peer} <= runs.keys()):
+            row = {
+                "image": f"{height}x{width}",
+                "statistics": ours,
+                "peer": peer,
+                "ours / peer": ratio(taken, ours, peer),
+            }
+            if len(args.dtype) > 1:
+                row = {"precision": precision, **row}
+            if device == "cuda":
+                row |= {
+                    "ms, ours": milliseconds(taken, ours),
+                    "ms, peer": milliseconds(taken, peer),
+                    # as little as can be: two tensors forward, three backward
+                    "GB/s, ours": 5 * whole[0].nbytes / 1e6 / milliseconds(taken, ours),
                 }
+            yield row
+    if failure is not None:
+        raise failure
 
 
 def _copies(x: Tensor) -> Callable[[], list[Tensor]]:

@@ -10,10 +10,11 @@ import domainnorm as dn
 
 from . import textbook
 from .table import Row
-from .timing import ratio, times
+from .timing import milliseconds, ratio, times
 
 LARGE = ((32, 64, 56, 56), (8, 256, 28, 28))
 SMALL = ((32, 512, 7, 7), (64, 256, 4, 4), (8, 64, 8, 8), (256, 1024, 1, 1))
+ON_A_GPU = ((64, 256, 56, 56),)  # does not fit into its cache
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 ALPHA = 0.1
 
@@ -21,15 +22,24 @@ ALPHA = 0.1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=25, help="rounds; the median of their ratios is taken")
     parser.add_argument("--layers", nargs="+", help="by name; all if left out")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="in both layouts; those of the docs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    for shapes, layouts in ((LARGE, LAYOUTS), (SMALL, ["NCHW"])):
+    large = (*LARGE, *ON_A_GPU) if args.device == "cuda" else LARGE
+    for shapes, layouts in ((args.shapes or large, LAYOUTS), (() if args.shapes else SMALL, ["NCHW"])):
         for shape in shapes:
             for layout in layouts:
                 for name in args.layers or [*LAYERS, "example weighing"]:
                     yield _row(name, shape, layout, args)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(int(size) for size in text.split("x"))
+    if len(shape) != 4:
+        raise ValueError(text)
+    return shape
 
 
 def _row(name: str, shape: tuple[int, ...], layout: str, args: argparse.Namespace) -> Row:
@@ -47,8 +57,8 @@ def _row(name: str, shape: tuple[int, ...], layout: str, args: argparse.Namespac
             peers["our BN"] = dn.DomainBatchNorm(shape[1])
         runs = {who: _training(layer.to(args.device), x, grad) for who, layer in peers.items()}
     torch.testing.assert_close(runs["ours"](), runs["textbook"](), atol=1e-4, rtol=1e-4)
-    taken = times(runs, args.repeats, seconds=0.01)
-    return {
+    taken = times(runs, args.repeats, seconds=0.01, device=args.device)
+    row = {
         "layer": name,
         "shape": "x".join(map(str, shape)),
         "layout": layout,
@@ -57,6 +67,12 @@ def _row(name: str, shape: tuple[int, ...], layout: str, args: argparse.Namespac
         "ours / textbook": ratio(taken, "ours", "textbook"),
         "ours / our BN": ratio(taken, "ours", "our BN") if "our BN" in taken else "",
     }
+    if args.device == "cuda":
+        row |= {f"ms, {who}": milliseconds(taken, key) for who, key in (("ours", "ours"), ("nn.BatchNorm2d", "torch"))}
+        # Read and written at least: the input and the output; in training the gradients of both, and the input again.
+        tensors = 2 if name == "example weighing" else 5
+        row["GB/s, ours"] = tensors * x.numel() * x.element_size() / 1e6 / milliseconds(taken, "ours")
+    return row
 
 
 def _training(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Tensor]:

@@ -19,11 +19,10 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 import domainnorm as dn
 
 from .table import Row
-from .timing import ratio, times
+from .timing import milliseconds, ratio, times
 
 CLASSES = 80
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMMON = f"MODEL.DEVICE {DEVICE} MODEL.BACKBONE.NAME resnet50 MODEL.BACKBONE.NORM BN MODEL.BACKBONE.FREEZE_AT 0 "
+COMMON = "MODEL.BACKBONE.NAME resnet50 MODEL.BACKBONE.NORM BN MODEL.BACKBONE.FREEZE_AT 0 "
 # torchvision calls the norms of its head level by level
 RETINANET = COMMON + (
     f"MODEL.RETINANET.NUM_CLASSES {CLASSES} MODEL.RETINANET.NORM BN MODEL.RETINANET.POPULATION_STATISTICS shared "
@@ -44,12 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--repeats", type=int, default=7, help="the median of so many ratios is taken")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     for detector in args.detectors:
-        models = build(detector, *args.size)
-        images, targets = batch(args.batch, *args.size)
+        models = build(detector, *args.size, device=args.device)
+        images, targets = batch(args.batch, *args.size, device=args.device)
         for precision in args.precisions:
             dtype = PRECISIONS[precision]
             for what, compare, runs in (
@@ -57,9 +57,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 ("inference", compare_detections, inferences(models, images[:1], dtype)),
             ):
                 difference = compare(models, runs)
-                taken = times(runs, args.repeats)
-                shares = {who: convolutions_of(run) for who, run in runs.items()}  # both: running statistics move
-                yield {
+                taken = times(runs, args.repeats, device=args.device)
+                row = {
                     "detector": detector,
                     "what": what,
                     "size": "x".join(map(str, args.size)),
@@ -67,13 +66,20 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     "seconds": sorted(taken["ours"])[args.repeats // 2],
                     "time, ours / torchvision's": ratio(taken, "ours", "theirs"),
                     "relative difference": difference,
-                    "convolutions, of ours": shares["ours"],
                 }
+                if args.device == "cuda":
+                    number = args.batch if what == "training step" else 1
+                    for who, key in (("ours", "ours"), ("torchvision's", "theirs")):
+                        row[f"images / s, {who}"] = number * 1000 / milliseconds(taken, key)
+                else:
+                    shares = {who: convolutions_of(run) for who, run in runs.items()}  # both: running statistics move
+                    row["convolutions, of ours"] = shares["ours"]
+                yield row
 
 
-def build(detector: str, height: int, width: int) -> dict[str, nn.Module]:
+def build(detector: str, height: int, width: int, device: str = "cpu") -> dict[str, nn.Module]:
     """Ours and theirs, with the same weights."""
-    sizes = f" INPUT.MIN_SIZE_TEST {min(height, width)} INPUT.MAX_SIZE_TEST {max(height, width)}"
+    sizes = f" MODEL.DEVICE {device} INPUT.MIN_SIZE_TEST {min(height, width)} INPUT.MAX_SIZE_TEST {max(height, width)}"
     torch.manual_seed(0)
     ours = dn.build_model(dn.load_config(None, (DETECTORS[detector] + sizes).split()))
     options: dict[str, Any] = {
@@ -86,11 +92,13 @@ def build(detector: str, height: int, width: int) -> dict[str, nn.Module]:
     else:
         theirs = maskrcnn_resnet50_fpn_v2(num_classes=CLASSES + 1, **options)
     theirs.load_state_dict(ours.state_dict())
-    ours.weights_last = DEVICE == "cpu"  # as dn.train has it
-    return {"ours": ours, "theirs": theirs.to(DEVICE)}
+    ours.weights_last = device == "cpu"  # as dn.train has it
+    return {"ours": ours, "theirs": theirs.to(device)}
 
 
-def batch(number: int, height: int, width: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def batch(
+    number: int, height: int, width: int, device: str = "cpu"
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Random images and, in all of them, the same six objects."""
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor([width, height])
@@ -100,8 +108,8 @@ def batch(number: int, height: int, width: int) -> tuple[list[Tensor], list[dict
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left : (left + right) // 2] = 1
     target = {"boxes": boxes, "labels": torch.arange(6), "masks": masks}
-    images = [torch.rand(3, height, width, generator=generator).to(DEVICE) for _ in range(number)]
-    return images, [{key: value.to(DEVICE) for key, value in target.items()} for _ in images]
+    images = [torch.rand(3, height, width, generator=generator).to(device) for _ in range(number)]
+    return images, [{key: value.to(device) for key, value in target.items()} for _ in images]
 
 
 def steps(
@@ -115,7 +123,7 @@ def steps(
         torch.manual_seed(0)  # of the anchors and RoIs that are sampled
         model.zero_grad()
         own = background if name == "theirs" and "roi_heads" in dict(model.named_children()) else targets
-        with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(images[0].device.type, dtype=dtype, enabled=dtype != torch.float32):
             losses = model(images, own)
         sum(losses.values()).backward()
         return list(losses.values())
@@ -130,7 +138,7 @@ def inferences(
 
     @torch.no_grad()
     def infer(name: str) -> dict[str, Tensor]:
-        with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(images[0].device.type, dtype=dtype, enabled=dtype != torch.float32):
             return models[name].eval()(images)[0]
 
     return {name: lambda name=name: infer(name) for name in models}

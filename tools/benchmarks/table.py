@@ -1,6 +1,7 @@
 """Rows of measurements as a table in Markdown, and as JSON."""
 
 import json
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,19 +26,38 @@ def _cpu() -> str:
 
 
 def show(rows: Iterable[Row], file: Path | None, command: str) -> None:
-    """Print each row when it comes; at the end all go to `file`, with the machine and the command."""
+    """Print each row when it comes, and write all so far to `file`, with the machine and the command.
+
+    What was measured is then kept if the process is stopped. Rows of other columns than those before begin a new table.
+    """
     print(f"{machine()}\n")
     shown: list[Row] = []
     for row in rows:
-        if not shown:
-            _line(row)
-            _line(["---"] * len(row))
-        _line(f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
+        for line in lines([*shown[-1:], row])[-1:] if shown and [*shown[-1]] == [*row] else lines([row]):
+            print(line, flush=True)
         shown.append(row)
-    if file is not None:
-        content = {"machine": machine(), "command": command, "rows": shown}
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if file is not None:
+            _replace(file, {"machine": machine(), "command": command, "rows": shown})
 
 
-def _line(cells: Iterable[object]) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
+def lines(rows: Iterable[Row]) -> list[str]:
+    """Tables in Markdown: rows of the same columns are one table."""
+    found: list[str] = []
+    columns: list[str] = []
+    for row in rows:
+        if [*row] != columns:
+            found += [""] * bool(found) + [_line(row), _line(["---"] * len(row))]
+            columns = [*row]
+        found.append(_line(f"{v:.3g}" if isinstance(v, float) else v for v in row.values()))
+    return found
+
+
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+
+
+def _replace(file: Path, content: dict[str, Any]) -> None:
+    """The file is there as a whole at any time."""
+    written = file.with_name(file.name + ".part")
+    written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(written, file)
