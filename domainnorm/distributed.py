@@ -20,6 +20,9 @@ from .errors import UserError
 
 Group = dist.ProcessGroup | None  # None: all ranks
 
+# torch 2.14 deprecates the second name for the first
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 
 def world_size(group: Group = None) -> int:
     """Number of ranks in `group`; 1 where no process group was started."""
@@ -34,7 +37,7 @@ def rank(group: Group = None) -> int:
 def all_gather_stack(x: Tensor, group: Group = None) -> Tensor:
     """The `x` of every rank, all of one shape and dtype, stacked: `(W, *x.shape)`. Not differentiable."""
     out = x.new_empty((world_size(group), *x.shape))
-    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+    getattr(dist, ALL_GATHER)(out.view(-1), x.contiguous().view(-1), group=group)
     return out
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     mp.get_context("forkserver").set_forkserver_preload(["torch", "torchvision", "domainnorm"])
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(
-            _rank, (function, args, world_size, folder), world_size, join=False, start_method="forkserver"
+            _rank,
+            (function, args, world_size, folder, warnings.filters),
+            world_size,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + timeout
         while not processes.join(timeout=1):
@@ -29,7 +34,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world_size)]
 
 
-def _rank(rank: int, function: Callable[..., Any], args: tuple, world_size: int, folder: str) -> None:
+def _rank(
+    rank: int, function: Callable[..., Any], args: tuple, world_size: int, folder: str, filters: list[Any]
+) -> None:
+    warnings.filters[:] = filters  # what is an error in the tests is one here
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)

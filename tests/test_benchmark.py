@@ -1,8 +1,8 @@
 """tools/benchmark.py: what it compares is equal, and what it prints."""
 
+import argparse
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -57,15 +57,21 @@ def test_bytes_sent():
         assert shuffled == 4 * (8 + 3) * 4 and gathered == 2 * (7 * 8 + 4 * 3) * 4
 
 
-def run(*argv):
-    result = subprocess.run([sys.executable, TOOL, *argv], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    first, empty, *table = result.stdout.splitlines()
-    assert re.search(r", torch \S+, 1 thread$", first) and not empty
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+@pytest.fixture
+def run(capsys):
+    """The command in this process: the rows of its table."""
+
+    def rows(*argv):
+        benchmark.main([str(word) for word in argv])
+        first, empty, *table = capsys.readouterr().out.splitlines()
+        assert re.search(r", torch \S+, 1 thread$", first) and not empty
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+    return rows
 
 
-def test_shuffle_prints_a_row_for_even_and_one_for_uneven_counts():
+@pytest.mark.slow
+def test_shuffle_prints_a_row_for_even_and_one_for_uneven_counts(run):
     rows = run("shuffle", "--processes", "2", "--rois", "16", "--channels", "64", "--repeats", "1")
     assert [row[:2] for row in rows] == [["2", "16"], ["2", "8 to 24"]]
     for _, _, shuffled, gathered, *ratios in rows:
@@ -73,7 +79,8 @@ def test_shuffle_prints_a_row_for_even_and_one_for_uneven_counts():
         assert len(ratios) == 3 and all(float(ratio) > 0 for ratio in ratios)
 
 
-def test_collectives_counts_the_calls_of_each_mode():
+@pytest.mark.slow
+def test_collectives_counts_the_calls_of_each_mode(run):
     *counts, (mode, *ratios) = run("collectives", "--repeats", "5")
     assert mode == collectives.TIME and all(float(ratio) > 0 for ratio in ratios)
     rows = {mode: (forward, backward, int(total)) for mode, forward, backward, total in counts}
@@ -92,7 +99,7 @@ def test_one_process_is_refused(capsys):
     assert "2 or more" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("detector", ["RetinaNet", "Mask R-CNN"])
+@pytest.mark.parametrize("detector", ["RetinaNet", pytest.param("Mask R-CNN", marks=pytest.mark.slow)])
 def test_both_detectors_compute_the_same_losses_and_detections(detector):
     models = model.build(detector, 64, 96)
     images, targets = model.batch(2, 64, 96)
@@ -101,31 +108,44 @@ def test_both_detectors_compute_the_same_losses_and_detections(detector):
     assert model.compare_detections(models, model.inferences(models, images[:1], torch.float32)) < 1e-4
 
 
-def test_model_prints_a_row_for_each_measurement():
-    rows = run("model", "--size", "64", "96", "--detectors", "RetinaNet", "--repeats", "1", "--precisions", "bfloat16")
-    expected = [["RetinaNet", what, "64x96", "bfloat16"] for what in ("training step", "inference")]
+@pytest.mark.slow
+def test_model_prints_a_row_for_each_measurement(run):
+    rows = run("model", "--size", 64, 96, "--detectors", "RetinaNet", "--repeats", 1, "--precisions", "float32")
+    expected = [["RetinaNet", what, "64x96", "float32"] for what in ("training step", "inference")]
     assert [row[:4] for row in rows] == expected
     assert all(float(row[5]) > 0 for row in rows)
 
 
-def test_layers_prints_a_row_for_each_shape_and_layout():
-    rows = run("layers", "--layers", "GhostBN", "--repeats", "1")
-    assert [row[0] for row in rows] == ["GhostBN"] * (2 * 2 + 4) and {row[2] for row in rows} == {
-        "NCHW",
-        "channels_last",
-    }
-    assert all(float(ratio) > 0 for row in rows for ratio in row[3:])
+def test_layers_prints_a_row_for_each_layer_shape_and_layout(run):
+    rows = run("layers", "--repeats", 1, "--shapes", "8x32x5x6", "4x16x2x3")
+    names = [*layers.LAYERS, "example weighing"]
+    expected = [
+        [name, shape, layout]
+        for shape in ("8x32x5x6", "4x16x2x3")
+        for layout in ("NCHW", "channels_last")
+        for name in names
+    ]
+    assert [row[:3] for row in rows] == expected
+    assert all(float(ratio) > 0 for row in rows for ratio in row[3:] if ratio)
+
+
+def test_layers_are_measured_at_the_shapes_of_the_docs():
+    args = argparse.ArgumentParser()
+    layers.add_arguments(args)
+    assert args.parse_args([]).shapes is None
+    assert [shape[1] for shape in (*layers.LARGE, *layers.SMALL)] == [64, 256, 512, 256, 64, 1024]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
-def test_head_prints_a_row_for_each_peer():
-    rows = run("head", "--repeats", "1", "--channels", "8")
-    of_each = ("shared", "shared", "shared", "shared, compiled", "shared, compiled", "per domain")
-    assert [row[:2] for row in rows[:6]] == [["256x320", of] for of in of_each]
-    assert len(rows) == 12 and all(float(row[3]) > 0 for row in rows)
+@pytest.mark.slow
+def test_head_prints_a_row_for_each_peer(run):
+    rows = run("head", "--repeats", 1, "--channels", 8, "--size", 64, 96)
+    expected = ("shared", "shared", "shared", "shared, compiled", "shared, compiled", "per domain")
+    assert [row[:2] for row in rows] == [["64x96", statistics] for statistics in expected]
+    assert all(float(row[3]) > 0 for row in rows)
 
 
-def test_memory_prints_a_row_for_each_layer():
-    rows = run("memory", "--shape", "4", "32", "64", "64")
-    assert [row[0] for row in rows] == [*layers.LAYERS] * 2
+def test_memory_prints_a_row_for_each_layer(run):
+    rows = run("memory", "--shape", 4, 32, 64, 64, "--layers", "BN", "SeqNorm")
+    assert [row[0] for row in rows] == ["BN", "SeqNorm"] * 2
     assert all(float(ratio) > 0 for row in rows for ratio in row[2:])

@@ -1,6 +1,5 @@
 """tools/benchmark.py evaluation: its data set, and what it prints."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pycocotools import mask as coco_mask
 TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
 sys.path.insert(0, str(TOOL.parent))
 
+import benchmark  # noqa: E402
 from benchmarks import evaluation  # noqa: E402
 
 
@@ -27,11 +27,10 @@ def test_the_data_set_is_like_coco():
     assert evaluation.make_data(images=2, boxes=3) == evaluation.make_data(images=2, boxes=3)
 
 
-def test_prints_a_row_for_boxes_and_one_for_masks():
-    command = [sys.executable, TOOL, "evaluation", "--images", "20", "--boxes", "10", "--repeats", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()[2:])
+def test_prints_a_row_for_boxes_and_one_for_masks(capsys):
+    benchmark.main(["evaluation", "--images", "20", "--boxes", "10", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     table = [dict(zip(head, row, strict=True)) for row in rows]
     assert [row["kind"] for row in table] == ["bbox", "segm"]
     for row in table:

@@ -12,6 +12,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead as TorchvisionH
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 import domainnorm as dn
+from domainnorm.distributed import ALL_GATHER
 from domainnorm.layers import DomainBatchNorm
 from domainnorm.modeling import RetinaNetHead, build_model
 
@@ -129,7 +130,7 @@ def count_collectives(rank, norm_domains="level"):
 @pytest.mark.parametrize("domains", ["level", "dataset", "level_and_dataset"])
 def test_two_towers_of_four_layers_over_five_levels_need_4_and_4_collectives(domains):
     for forward, backward in run_ranks(count_collectives, 2, domains):
-        assert forward == ["all_gather_into_tensor"] * 4 and backward == ["all_reduce"] * 4
+        assert forward == [ALL_GATHER] * 4 and backward == ["all_reduce"] * 4
 
 
 @pytest.mark.parametrize("statistics", ["population", "minibatch"])

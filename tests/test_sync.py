@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 import domainnorm as dn
+from domainnorm.distributed import ALL_GATHER
 from domainnorm.layers import normalize_in_step
 from domainnorm.moments import Moments
 
@@ -100,7 +101,7 @@ class Counted:
     NAMES = (
         "all_reduce",
         "all_gather",
-        "all_gather_into_tensor",
+        ALL_GATHER,
         "reduce_scatter_tensor",
         "broadcast",
         "all_to_all_single",

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 import domainnorm as dn
-from domainnorm.distributed import all_gather_stack, all_reduce_sum, barrier, rank
+from domainnorm.distributed import ALL_GATHER, all_gather_stack, all_reduce_sum, barrier, rank
 
 from .ranks import check_processes, rows_of_ranks
 from .table import Row
 
 COLLECTIVES = (
-    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object"),
+    *("all_reduce", "reduce", "broadcast", "all_gather", ALL_GATHER, "all_gather_object"),
     *("reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier"),
 )
 SMALL = "MODEL.DEVICE cpu MODEL.BACKBONE.NAME resnet18 MODEL.FPN.OUT_CHANNELS 16 "
