@@ -39,11 +39,12 @@ setup(
         "faster-coco-eval>=1.8",
         "numpy",
         "pillow",
+        "pyyaml",
         "tensorboard",
         "tqdm",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "timm", "onnx", "onnxscript", "onnxruntime"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm", "onnx", "onnxscript", "onnxruntime"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "studies": ["matplotlib"],
     },

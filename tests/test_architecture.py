@@ -1,7 +1,13 @@
 """Imports go one way, as docs/architecture.md draws them; the public face is what was promised."""
 
 import ast
+import re
+import runpy
+import sys
 from pathlib import Path
+from unittest import mock
+
+import pytest
 
 import domainnorm as dn
 
@@ -88,3 +94,41 @@ def test_every_file_is_in_the_tree():
     for file in PACKAGE.rglob("*.py"):
         if file.name != "__init__.py":
             assert f"  {file.name}" in tree, f"docs/architecture.md does not mention {file}"
+
+
+def requirements():
+    """What setup.py declares: the names of all installations, and those of extras."""
+    declared = {}
+    with mock.patch("setuptools.setup", declared.update):
+        runpy.run_path(str(PACKAGE.parent / "setup.py"))
+    names = [re.match(r"[\w-]+", line).group() for line in declared["install_requires"]]
+    extras = [re.match(r"[\w-]+", line).group() for lines in declared["extras_require"].values() for line in lines]
+    return set(names), set(names) | set(extras)
+
+
+def third_parties(folder):
+    """The packages that files import which are not Python's, nor ours."""
+    ours = [path for name in ("tools", "tests") for path in (PACKAGE.parent / name).rglob("*")]
+    own = {path.stem for path in ours if path.is_dir() or path.suffix == ".py"}
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - own - {"domainnorm"}:
+                yield file, name
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "faster_coco_eval": "faster-coco-eval"}
+OF_TORCH = {"triton"}  # comes with torch where there may be a GPU, and is not needed elsewhere
+
+
+@pytest.mark.parametrize("folder", ["domainnorm", "tools", "tests"])
+def test_what_is_imported_is_declared(folder):
+    always, with_extras = requirements()
+    optional = {"timm", "onnxruntime", "matplotlib"}  # imported where they are used, with an error that names the extra
+    for file, name in third_parties(PACKAGE.parent / folder):
+        declared = always | optional if folder == "domainnorm" else with_extras
+        assert name in OF_TORCH or DISTRIBUTIONS.get(name, name) in declared, f"{file} imports {name}"
+    assert optional <= with_extras
