@@ -96,9 +96,7 @@ def build(detector: str, height: int, width: int, device: str = "cpu") -> dict[s
     return {"ours": ours, "theirs": theirs.to(device)}
 
 
-def batch(
-    number: int, height: int, width: int, device: str = "cpu"
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def batch(number: int, height: int, width: int, device: str = "cpu") -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Random images and, in all of them, the same six objects."""
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor([width, height])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-
 WARM_UP = 3  # runs on a GPU that do not count: kernels are compiled and chosen, and memory is reserved
 
 
