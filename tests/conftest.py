@@ -7,6 +7,19 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="where tests marked gpu run")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """For tests marked gpu."""
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return torch.device(name)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 Row = dict[str, Any]  # of each column its value
 
 
 def machine() -> str:
     """What the figures are of."""
+    import torch  # here, because what only writes tables needs not wait for it
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     threads = torch.get_num_threads()
     return f"{device}, torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}"
@@ -33,8 +33,8 @@ def show(rows: Iterable[Row], file: Path | None, command: str) -> None:
     print(f"{machine()}\n")
     shown: list[Row] = []
     for row in rows:
-        for line in lines([*shown[-1:], row])[-1:] if shown and [*shown[-1]] == [*row] else lines([row]):
-            print(line, flush=True)
+        # the head, its rule and the row before are printed already
+        print(*lines([*shown[-1:], row])[3 if shown else 0 :], sep="\n", flush=True)
         shown.append(row)
         if file is not None:
             _replace(file, {"machine": machine(), "command": command, "rows": shown})

@@ -1,0 +1,126 @@
+"""The functions of rows that the library chooses, against the eager ones; and which ones its layers took."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from benchmarks.layers import LAYERS, LAYOUTS
+from benchmarks.table import Row
+from benchmarks.timing import milliseconds, times
+from torch import Tensor
+
+import domainnorm as dn
+
+from .backend import FASTEST, REFERENCE, chosen, name_of, used_by
+
+LEVELS = ((2, 256, 100, 167), (2, 256, 50, 84), (2, 256, 25, 42), (2, 256, 13, 21), (2, 256, 7, 11))
+SHAPES = {
+    "large": ((16, 64, 112, 112),),
+    "middle": ((8, 256, 28, 28),),
+    "short rows": ((64, 512, 7, 7),),
+    "few long rows": ((1, 3, 800, 1333),),
+    "odd sizes": ((3, 5, 33, 17),),
+    "five levels": LEVELS,
+}
+SMALL = {
+    "middle": ((2, 4, 9, 8),),
+    "five levels": ((2, 4, 8, 9), (2, 4, 4, 5), (2, 4, 2, 3), (2, 4, 1, 2), (2, 4, 1, 1)),
+}
+# The largest error, as a share of the largest value: of what is in the type of the input, and of sums in float32.
+TYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+OF_SUMS = 1e-4
+PASSES = {"moments": 1, "affine": 2, "sums": 2, "gradient": 3}  # tensors read and written
+
+
+def measure(device: str, small: bool) -> Iterator[Row]:
+    """Functions, then layers."""
+    for label, shapes in (SMALL if small else SHAPES).items():
+        for dtype in TYPES:
+            yield from _functions(label, shapes, dtype, device, repeats=1 if small else 7)
+    for layout in LAYOUTS:
+        for dtype in TYPES:
+            yield from _layers(dtype, layout, device, small)
+
+
+def _functions(label: str, shapes: Any, dtype: torch.dtype, device: str, repeats: int) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * 2 + 1).to(device)
+
+    xs, grads = ([random(*shape).to(dtype) for shape in shapes] for _ in range(2))
+    rows = (sum(shape[0] for shape in shapes), shapes[0][1])
+    scale, center, third, fourth = (random(*rows) for _ in range(4))
+    module = chosen(xs)
+    for function, given in {
+        "moments": (xs,),
+        "affine": (xs, scale, center, third),
+        "sums": (grads, xs, center),
+        "gradient": (grads, xs, scale, center, third, fourth),
+    }.items():
+        ours, eager = (getattr(which, function) for which in (module, REFERENCE))
+        expected = getattr(REFERENCE, function)(*map(_double, given))
+        errors = [_error(run(*given), expected) for run in (ours, eager)]
+        runs = {"ours": lambda ours=ours, given=given: ours(*given), "eager": lambda f=eager, given=given: f(*given)}
+        taken = times(runs, repeats, seconds=0.0 if repeats == 1 else 0.003, device=device)
+        limit = OF_SUMS if function in ("moments", "sums") else TYPES[dtype]
+        moved = PASSES[function] * sum(x.nbytes for x in xs)
+        yield {
+            "function": function,
+            "shapes": label,
+            "type": _name(dtype),
+            "kernel": name_of(module),
+            "error": errors[0],
+            "error, eager": errors[1],
+            "ms": milliseconds(taken, "ours"),
+            "ms, eager": milliseconds(taken, "eager"),
+            "GB/s": moved / 1e6 / milliseconds(taken, "ours"),
+            "passed": errors[0] <= limit and name_of(module) == FASTEST.get(device, name_of(module)),
+        }
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else [x.double() for x in value]
+
+
+def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference, as a share of the largest value expected."""
+    return max(
+        ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _layers(dtype: torch.dtype, layout: str, device: str, small: bool) -> Iterator[Row]:
+    shape = (8, 16, 9, 8) if small else (8, 64, 56, 56)
+    levels = SMALL["five levels"] if small else LEVELS
+    made: dict[str, tuple[torch.nn.Module, Any]] = {name: (make(*shape[:2])[0], shape) for name, make in LAYERS.items()}
+    for choice in ("shared", "per_domain"):
+        made[f"five levels, {choice}"] = (dn.DomainBatchNorm(levels[0][1], 5, choice, choice), levels)
+    for name, (layer, shapes) in made.items():
+        several = isinstance(shapes[0], tuple)
+        xs = [
+            torch.randn(s).to(device, dtype, memory_format=LAYOUTS[layout]).requires_grad_()
+            for s in (shapes if several else [shapes])
+        ]
+        layer.to(device)
+
+        def run(layer: Any = layer, xs: list[Tensor] = xs, several: bool = several) -> None:
+            ys = layer(xs) if several else [layer(xs[0])]
+            torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+
+        taken = used_by(run)
+        # A plain BatchNorm of each tensor is torch's own; in channels_last there are eager operations only.
+        plain = name == "BN" or name.endswith("per_domain")
+        expected = FASTEST.get(device, taken) if layout == "NCHW" and not plain else taken
+        yield {
+            "layer": name,
+            "type": _name(dtype),
+            "layout": layout,
+            "taken": taken,
+            "passed": taken == expected,
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
