@@ -1,0 +1,20 @@
+"""The options of a run: declared in `schema`, loaded, checked, saved and explained."""
+
+from ..errors import UserError
+from .explain import explain
+from .load import load_config, save_config
+from .node import iteration_of, named_values
+from .schema import OPTIONS, RENAMED
+from .schema.evaluation import STATISTICS
+
+__all__ = [
+    "OPTIONS",
+    "RENAMED",
+    "STATISTICS",
+    "UserError",
+    "explain",
+    "iteration_of",
+    "load_config",
+    "named_values",
+    "save_config",
+]
