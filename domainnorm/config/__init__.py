@@ -4,11 +4,10 @@ from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
 from .node import iteration_of, named_values
-from .schema import OPTIONS, RENAMED
+from .schema import RENAMED
 from .schema.evaluation import STATISTICS
 
 __all__ = [
-    "OPTIONS",
     "RENAMED",
     "STATISTICS",
     "UserError",

@@ -1,6 +1,8 @@
 """Options within a tree: fvcore's `CfgNode`, or what a YAML file holds."""
 
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -22,10 +24,7 @@ def build_config(values: Mapping[str, Any]) -> CfgNode:
 
 def get_value(cfg: CfgNode, key: str) -> Any:
     """The value of the option `SECTION.NAME`."""
-    node: Any = cfg
-    for name in key.split("."):
-        node = node[name]
-    return node
+    return reduce(getitem, key.split("."), cfg)
 
 
 def named_values(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,9 +8,9 @@ class Input(Section, key="INPUT"):
     """Size and augmentation of images; sizes are in pixels."""
 
     MIN_SIZE_TRAIN = Option(
-        [800], "Shorter side; one is drawn for each image.", POSITIVE, min_length=1, used_by=DETECTORS
+        [800], "Shorter side; one of them is drawn for each image.", POSITIVE, min_length=1, used_by=DETECTORS
     )
-    MAX_SIZE_TRAIN = Option(1333, "Largest longer side.", used_by=DETECTORS)
+    MAX_SIZE_TRAIN = Option(1333, "Largest longer side in training.", used_by=DETECTORS)
     MIN_SIZE_TEST = Option(800, "Shorter side in inference.", POSITIVE, used_by=DETECTORS)
     MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", used_by=DETECTORS)
     RANDOM_FLIP = Option(0.5, "Probability of a horizontal flip in training.", SHARE)
@@ -41,25 +41,22 @@ class Datasets(Section, key="DATASETS"):
 
 
 class DataLoader(Section, key="DATALOADER"):
-    """Loading, and what a batch is made of. A normalization batch is the share of one rank and one of ACCUMULATE.
-
-    COMPOSITION: mixed; one_domain_per_rank (ranks exchange domains); one_domain_per_batch (one in an SGD step).
-    BATCHES: iid; few_classes (CLASSES_PER_BATCH random classes, equally many images of each); few_classes_in_rounds
-    (the same, but successive batches hold each class once in turn); class_disjoint_halves (no class of the first half
-    is in the second).
-    """
+    """Loading, and what a batch is made of. A normalization batch is the share of one rank and one of ACCUMULATE."""
 
     NUM_WORKERS = Option(2, "Number of loading processes for each rank; 0: the main process loads.", NOT_NEGATIVE)
     ASPECT_RATIO_GROUPING = Option(True, "Fill a batch with either wide or tall images.", used_by=DETECTORS)
     FILTER_EMPTY_ANNOTATIONS = Option(True, "Train without the images that have no object.", used_by=DETECTORS)
     RATIOS = Option([], "How often images of each of TRAIN are drawn; []: by their numbers.", POSITIVE, element=float)
     COMPOSITION = Option(
-        "mixed", "Domains in a normalization batch.", ("mixed", "one_domain_per_rank", "one_domain_per_batch")
+        "mixed",
+        "Domains in a normalization batch; one_domain_per_batch is one in an SGD step, per_rank: ranks take turns.",
+        ("mixed", "one_domain_per_rank", "one_domain_per_batch"),
     )
     INVALID_BOXES = Option("error", "Boxes outside the image or without area.", ("error", "skip"), used_by=DETECTORS)
     BATCHES = Option(
         "iid",
-        "Classes in a normalization batch.",
+        "Classes in a normalization batch: few_classes has CLASSES_PER_BATCH random ones, equally many images of each; "
+        "few_classes_in_rounds each class once in a round; no class of one half is in the other.",
         ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
         used_by=CLASSIFIER,
     )

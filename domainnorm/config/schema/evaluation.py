@@ -7,17 +7,18 @@ STATISTICS = ("population", "minibatch", "recomputed")
 
 
 class Test(Section, key="TEST"):
-    """Evaluation.
-
-    EXAMPLE_WEIGHTS are those of inference example weighing (Four Things, 3.1); results with the best of them are given
-    beside those without. DOMAIN: given by DATASETS.TEST_DOMAINS; nearest: that whose statistics are most like those of
-    the image; average: all domains, merged.
-    """
+    """Evaluation."""
 
     STATISTICS = Option(["population"], "Statistics to evaluate with, side by side.", STATISTICS, min_length=1)
-    EXAMPLE_WEIGHTS = Option([], "Weights of a sample's own statistics; []: none.", SHARE, element=float)
-    EXAMPLE_WEIGHT_DATASET = Option("", "Data set on which one of several EXAMPLE_WEIGHTS is chosen; none of TEST.")
-    DOMAIN = Option("given", "Domain in which an image is normalized.", ("given", "nearest", "average"))
+    EXAMPLE_WEIGHTS = Option([], "Weights of inference example weighing (Four Things, 3.1).", SHARE, element=float)
+    EXAMPLE_WEIGHT_DATASET = Option(
+        "", "Data set, none of TEST, on which the best of several EXAMPLE_WEIGHTS is chosen."
+    )
+    DOMAIN = Option(
+        "given",
+        "Domain of an image: given by DATASETS.TEST_DOMAINS, nearest by its statistics, or average: all, merged.",
+        ("given", "nearest", "average"),
+    )
     EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", NOT_NEGATIVE)
     IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", POSITIVE)
     DETECTIONS_PER_IMAGE = Option(100, "Number of best detections, over all classes.", POSITIVE, used_by=DETECTORS)

@@ -15,9 +15,9 @@ class Model(Section, key="MODEL"):
     DEVICE = Option("auto", "Device; auto: cuda where there is a GPU, else cpu.", ("auto", "cuda", "cpu"))
     WEIGHTS = Option("", "Initial weights: a file, or torchvision's, as ResNet50_Weights.IMAGENET1K_V2; '': random.")
     MASK_ON = Option(False, "Predict masks too: Mask R-CNN, not Faster R-CNN.", used_by=RCNN)
-    PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G, B, in [0, 1].", length=3)
-    PIXEL_STD = Option([0.229, 0.224, 0.225], "Standard deviation of R, G, B, in [0, 1].", POSITIVE, length=3)
-    NORM_DOMAINS = Option("", "dataset: all norms but GN have the domains of DATASETS.DOMAINS.", ("", "dataset"))
+    PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, of images in [0, 1].", length=3)
+    PIXEL_STD = Option([0.229, 0.224, 0.225], "Their standard deviation.", POSITIVE, length=3)
+    NORM_DOMAINS = Option("", "'dataset': all norms but GN have the domains of DATASETS.DOMAINS.", ("", "dataset"))
 
 
 class Backbone(Section, key="MODEL.BACKBONE"):
@@ -42,7 +42,7 @@ class FPN(Section, key="MODEL.FPN", used_by=DETECTORS):
 class AnchorGenerator(Section, key="MODEL.ANCHOR_GENERATOR", used_by=DETECTORS):
     """The anchor boxes."""
 
-    SIZES = Option([32, 64, 128, 256, 512], "Pixels, one for each level; a RetinaNet has 3 scales of each.", POSITIVE)
+    SIZES = Option([32, 64, 128, 256, 512], "One size a level, in pixels; a RetinaNet has 3 scales of each.", POSITIVE)
     ASPECT_RATIOS = Option([0.5, 1.0, 2.0], "Height / width, at every size.", POSITIVE, min_length=1)
 
 
@@ -61,13 +61,13 @@ class RetinaNet(Section, key="MODEL.RETINANET", used_by=RETINANET):
     POPULATION_STATISTICS = Option("per_domain", "Statistics that normalize in inference.", SHARED)
     AFFINE = Option("shared", "Weight and bias; '': none.", (*SHARED, ""))
     PRIOR_PROB = Option(0.01, "Probability of foreground predicted at the first step.", Range(above=0, max=1))
-    IOU_THRESHOLDS = Option([0.4, 0.5], "Below: background; from the second on: foreground.", SHARE, length=2)
+    IOU_THRESHOLDS = Option(
+        [0.4, 0.5], "IoU of anchors: background below the first, foreground from the second.", SHARE, length=2
+    )
     FOCAL_LOSS_ALPHA = Option(0.25, "Weight of foreground in the focal loss; that of background is 1 - alpha.")
     FOCAL_LOSS_GAMMA = Option(2.0, "Exponent of the focal loss: how much less well-classified anchors weigh.")
     BBOX_REG_LOSS_TYPE = Option("smooth_l1", "Loss of the boxes.", ("smooth_l1", "giou"))
-    SMOOTH_L1_LOSS_BETA = Option(
-        0.1, "Where it turns from quadratic to linear, in units of the box code.", NOT_NEGATIVE
-    )
+    SMOOTH_L1_LOSS_BETA = Option(0.1, "Where smooth L1 turns linear, in units of the box code.", NOT_NEGATIVE)
     SCORE_THRESH_TEST = Option(0.05, "Detections of a lower score are dropped.", SHARE)
     NMS_THRESH_TEST = Option(0.5, "IoU for NMS within a class.", SHARE)
     TOPK_CANDIDATES_TEST = Option(1000, "Largest number of candidates of a level before NMS.", POSITIVE)
@@ -77,7 +77,9 @@ class RPN(Section, key="MODEL.RPN", used_by=RCNN):
     """The region proposal network."""
 
     NUM_CONV = Option(1, "Number of 3x3 convolutions before the predictions.", POSITIVE)
-    IOU_THRESHOLDS = Option([0.3, 0.7], "Below: background; from the second on: foreground.", SHARE, length=2)
+    IOU_THRESHOLDS = Option(
+        [0.3, 0.7], "IoU of anchors: background below the first, foreground from the second.", SHARE, length=2
+    )
     BATCH_SIZE_PER_IMAGE = Option(256, "Number of anchors of an image sampled for the loss.", POSITIVE)
     POSITIVE_FRACTION = Option(0.5, "Largest share of foreground among the sampled anchors.", SHARE)
     PRE_NMS_TOPK_TRAIN = Option(2000, "Largest number of proposals of a level before NMS, in training.", POSITIVE)

@@ -14,9 +14,9 @@ class GN(Section, key="MODEL.NORM.GN"):
 
 
 class GhostBN(Section, key="MODEL.NORM.GHOSTBN"):
-    """BatchNorm over groups of samples."""
+    """BatchNorm over groups of samples of one process."""
 
-    SAMPLES_PER_GROUP = Option(16, "Samples (images or RoIs) in a group.", POSITIVE, renamed_from="GROUP_SIZE")
+    SAMPLES_PER_GROUP = Option(16, "Number of images, or RoIs, in a group.", POSITIVE, renamed_from="GROUP_SIZE")
 
 
 class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):
@@ -44,7 +44,7 @@ class GBGN(Section, key="MODEL.NORM.GBGN"):
     """
 
     NUM_CHANNEL_GROUPS = Option(32, "Number of channel groups.", POSITIVE, renamed_from="CHANNEL_GROUPS")
-    SAMPLES_PER_GROUP = Option(2, "Samples (images or RoIs) in a group.", POSITIVE, renamed_from="EXAMPLES_PER_GROUP")
+    SAMPLES_PER_GROUP = Option(2, "Number of images, or RoIs, in a group.", POSITIVE, renamed_from="EXAMPLES_PER_GROUP")
 
 
 class BRN(Section, key="MODEL.NORM.BRN"):
@@ -62,7 +62,9 @@ class BRN(Section, key="MODEL.NORM.BRN"):
     R_MAX_AT = Option(0.3, "When R_MAX is reached.", NOT_NEGATIVE)
     D_MAX_AT = Option(0.2, "When D_MAX is reached.", NOT_NEGATIVE)
     MOMENTUM = Option(0.01, "EMA momentum of the running statistics, as in torch.", SHARE)
-    SAMPLES_PER_GROUP = Option(0, "Samples in a micro-batch; 0: all.", NOT_NEGATIVE, renamed_from="GROUP_SIZE")
+    SAMPLES_PER_GROUP = Option(
+        0, "Number of samples in a micro-batch; 0: all.", NOT_NEGATIVE, renamed_from="GROUP_SIZE"
+    )
     SYNC = Option(False, "Use the statistics of all processes; needs SAMPLES_PER_GROUP 0.")
 
 
