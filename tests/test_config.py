@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import domainnorm as dn
-from domainnorm.config import RENAMED, explain, named_values, save_config
+from domainnorm.config import RENAMED, explain, flatten, save_config
 from domainnorm.config.option import Option, Range, Section
 from domainnorm.config.schema import OPTIONS, SECTIONS
 
@@ -24,7 +24,7 @@ TRAIN = ["DATASETS.TRAIN", ["a:b", "c:d"]]
 
 
 def load(*overrides):
-    return dict(named_values(dn.load_config(None, overrides)))
+    return flatten(dn.load_config(None, overrides))
 
 
 def refused(*overrides):
@@ -157,7 +157,7 @@ def test_text_is_read_as_in_yaml_and_python(key, text, value, tmp_path):
     found = load(key, text)[key]
     assert found == value and type(found) is type(value)
     save_config(dn.load_config(None, [key, text]), tmp_path / "config.yaml")
-    assert dict(named_values(dn.load_config(tmp_path / "config.yaml")))[key] == value
+    assert flatten(dn.load_config(tmp_path / "config.yaml"))[key] == value
 
 
 @pytest.mark.parametrize(

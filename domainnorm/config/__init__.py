@@ -3,17 +3,8 @@
 from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
-from .node import iteration_of, named_values
+from .node import flatten, iteration_of
 from .schema import RENAMED
 from .schema.evaluation import STATISTICS
 
-__all__ = [
-    "RENAMED",
-    "STATISTICS",
-    "UserError",
-    "explain",
-    "iteration_of",
-    "load_config",
-    "named_values",
-    "save_config",
-]
+__all__ = ["RENAMED", "STATISTICS", "UserError", "explain", "flatten", "iteration_of", "load_config", "save_config"]

@@ -37,9 +37,10 @@ def _explain_option(option: Option) -> str:
         "length": option.length or (option.min_length and f"{option.min_length} or more"),
         "used by": ", ".join(option.used_by),
         "old name": option.renamed_from,
-        f"section {section}".strip(): f"\n{textwrap.indent(_comment(section), '    ')}",
+        "section": section or "none",
     }
-    return "\n  ".join([option.key, option.doc, *(f"{name}: {fact}" for name, fact in facts.items() if fact)])
+    lines = [option.key, option.doc, *(f"{name}: {fact}" for name, fact in facts.items() if fact)]
+    return "\n  ".join(lines) + "\n" + textwrap.indent(_comment(section), "    ")
 
 
 def _comment(section: str) -> str:

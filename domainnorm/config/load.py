@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 
 from ..errors import UserError
 from .check import check
-from .node import build_config, named_values
+from .node import build_config, flatten
 from .schema import OPTIONS, RENAMED, nearest_key
 from .values import convert
 
@@ -31,8 +31,8 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
     values = {} if file is None else _read_file(Path(file))
     if len(overrides) % 2:
         raise UserError(f"overrides: expected KEY VALUE pairs, got {len(overrides)} words: {list(overrides)}")
-    keys = map(str, overrides[0::2])
-    cfg = build_config(values | _read_pairs(zip(keys, overrides[1::2], strict=True), "overrides"))
+    pairs = zip(map(str, overrides[0::2]), overrides[1::2], strict=True)
+    cfg = build_config(values | _read_pairs(pairs, "overrides"))
     check(cfg)
     cfg.freeze()
     return cfg
@@ -45,12 +45,10 @@ def save_config(cfg: CfgNode, file: str | Path) -> None:
 
 def _read_file(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values in `file`, over those of its `_BASE_` files; `above`: the files that it is a base of."""
+    if not file.is_file() and above:
+        raise UserError(f"config file {above[-1]}: its _BASE_ {file} does not exist")
     if not file.is_file():
-        raise UserError(
-            f"config file {above[-1]}: its _BASE_ {file} does not exist"
-            if above
-            else f"config file {file}: no such file"
-        )
+        raise UserError(f"config file {file}: no such file")
     if file.resolve() in (other.resolve() for other in above):
         raise UserError(f"config file {file}: is a _BASE_ of itself")
     try:
@@ -67,7 +65,7 @@ def _read_file(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         if not isinstance(base, str):
             raise UserError(f"config file {file}: _BASE_ takes a file or a list of files, got {bases!r}")
         values |= _read_file(file.parent / Path(base).expanduser(), (*above, file))
-    return values | _read_pairs(named_values(tree), str(file))
+    return values | _read_pairs(flatten(tree).items(), str(file))
 
 
 def _read_pairs(pairs: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:

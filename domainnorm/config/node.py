@@ -1,6 +1,6 @@
 """Options within a tree: fvcore's `CfgNode`, or what a YAML file holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -27,14 +27,14 @@ def get_value(cfg: CfgNode, key: str) -> Any:
     return reduce(getitem, key.split("."), cfg)
 
 
-def named_values(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Key, as it is written in `tree`, and value of every option."""
+def flatten(tree: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
+    """The value of every option by its key, as it is written in `tree`."""
+    values: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{section}{name}"
-        if isinstance(value, dict) and value and key not in OPTIONS and key not in RENAMED:
-            yield from named_values(value, f"{key}.")
-        else:
-            yield key, value
+        is_section = isinstance(value, dict) and value and key not in OPTIONS and key not in RENAMED
+        values |= flatten(value, f"{key}.") if is_section else {key: value}
+    return values
 
 
 def iteration_of(cfg: CfgNode, when: float) -> int:

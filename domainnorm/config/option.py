@@ -107,10 +107,8 @@ class Section:
     options: ClassVar[dict[str, Option]] = {}
 
     def __init_subclass__(cls, key: str, used_by: tuple[str, ...] = ()) -> None:
-        for name, option in list(vars(cls).items()):
-            if isinstance(option, Option):
-                prefix = f"{key}." if key else ""
-                old = option.renamed_from and prefix + option.renamed_from
-                used = option.used_by or used_by
-                Section.options[prefix + name] = replace(option, key=prefix + name, used_by=used, renamed_from=old)
+        prefix = key and f"{key}."
+        for name, option in [(name, value) for name, value in vars(cls).items() if isinstance(value, Option)]:
+            old, used = option.renamed_from and prefix + option.renamed_from, option.used_by or used_by
+            Section.options[prefix + name] = replace(option, key=prefix + name, used_by=used, renamed_from=old)
         Section.sections[key] = cls

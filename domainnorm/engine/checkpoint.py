@@ -15,7 +15,7 @@ import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import RENAMED, named_values
+from ..config import RENAMED, flatten
 from ..convert import left_as_found
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError
@@ -103,8 +103,8 @@ def read_training(cfg: CfgNode) -> dict[str, Any] | None:
     checkpoint = read_checkpoint(file)
     if missing := {"model", "optimizer", "scaler", "iteration", "ranks", "config"} - checkpoint.keys():
         raise UserError(f"checkpoint {file}: holds no training to resume: {sorted(missing)[0]!r} is not in it")
-    then = {RENAMED.get(key, key): value for key, value in named_values(yaml.safe_load(checkpoint["config"]))}
-    now = dict(named_values(cfg))
+    then = {RENAMED.get(key, key): value for key, value in flatten(yaml.safe_load(checkpoint["config"])).items()}
+    now = flatten(cfg)
     # A key that only one of them has came or went with a version of this library.
     solver = cfg.SOLVER
     shares = (solver.FREEZE_NORM_AT, solver.AVERAGE_WEIGHTS_FROM)

@@ -8,7 +8,7 @@ class Input(Section, key="INPUT"):
     """Size and augmentation of images; sizes are in pixels."""
 
     MIN_SIZE_TRAIN = Option(
-        [800], "Shorter side; one of them is drawn for each image.", POSITIVE, min_length=1, used_by=DETECTORS
+        [800], "Shorter side; one is drawn for each image.", POSITIVE, min_length=1, used_by=DETECTORS
     )
     MAX_SIZE_TRAIN = Option(1333, "Largest longer side in training.", used_by=DETECTORS)
     MIN_SIZE_TEST = Option(800, "Shorter side in inference.", POSITIVE, used_by=DETECTORS)
@@ -33,10 +33,8 @@ class Datasets(Section, key="DATASETS"):
     TRAIN = Option([], "Training sets: names, or pairs of paths such as annotations.json:image_folder.")
     TEST = Option([], "Data sets to evaluate on, one by one.")
     DOMAINS = Option([], "Name of the domain of each of TRAIN; several may have the same; []: no domains.")
-    TEST_DOMAINS = Option(
-        [], "Name of the domain of each of TEST, '' for unknown; []: what it is in TRAIN, else unknown."
-    )
-    LABELS = Option("equal", "Categories: all data sets have the same, or those of TRAIN by name.", ("equal", "union"))
+    TEST_DOMAINS = Option([], "Name of the domain of each of TEST, '' for unknown; []: that of the same set in TRAIN.")
+    LABELS = Option("equal", "Categories: equal in all data sets, or all names in TRAIN.", ("equal", "union"))
     RENAME = Option([], "New names of categories, such as rbc=RBC; those of one name become one.")
 
 
@@ -49,15 +47,14 @@ class DataLoader(Section, key="DATALOADER"):
     RATIOS = Option([], "How often images of each of TRAIN are drawn; []: by their numbers.", POSITIVE, element=float)
     COMPOSITION = Option(
         "mixed",
-        "Domains in a normalization batch; one_domain_per_batch is one in an SGD step, per_rank: ranks take turns.",
+        "Domains in a normalization batch: any; one, exchanged between the ranks; or one in the whole SGD step.",
         ("mixed", "one_domain_per_rank", "one_domain_per_batch"),
     )
-    INVALID_BOXES = Option("error", "Boxes outside the image or without area.", ("error", "skip"), used_by=DETECTORS)
+    INVALID_BOXES = Option("error", "Boxes outside the image or of no area.", ("error", "skip"), used_by=DETECTORS)
     BATCHES = Option(
         "iid",
-        "Classes in a normalization batch: few_classes has CLASSES_PER_BATCH random ones, equally many images of each; "
-        "few_classes_in_rounds each class once in a round; no class of one half is in the other.",
+        "Classes in a normalization batch: any; random ones; random ones, each once in a round; none in both halves.",
         ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
         used_by=CLASSIFIER,
     )
-    CLASSES_PER_BATCH = Option(0, "Number of classes, for BATCHES few_classes….", NOT_NEGATIVE, used_by=CLASSIFIER)
+    CLASSES_PER_BATCH = Option(0, "Number of random classes in BATCHES, where it has some.", NOT_NEGATIVE, used_by=CLASSIFIER)

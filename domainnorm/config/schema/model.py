@@ -11,12 +11,12 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_larg
 class Model(Section, key="MODEL"):
     """The model as a whole."""
 
-    META_ARCHITECTURE = Option("RetinaNet", "Kind of model; GeneralizedRCNN: see MASK_ON.", DETECTORS + CLASSIFIER)
+    META_ARCHITECTURE = Option("RetinaNet", "Model; GeneralizedRCNN is Faster or Mask R-CNN.", DETECTORS + CLASSIFIER)
     DEVICE = Option("auto", "Device; auto: cuda where there is a GPU, else cpu.", ("auto", "cuda", "cpu"))
     WEIGHTS = Option("", "Initial weights: a file, or torchvision's, as ResNet50_Weights.IMAGENET1K_V2; '': random.")
     MASK_ON = Option(False, "Predict masks too: Mask R-CNN, not Faster R-CNN.", used_by=RCNN)
-    PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, of images in [0, 1].", length=3)
-    PIXEL_STD = Option([0.229, 0.224, 0.225], "Their standard deviation.", POSITIVE, length=3)
+    PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, in [0, 1].", length=3)
+    PIXEL_STD = Option([0.229, 0.224, 0.225], "Standard deviation of R, G and B, in [0, 1].", POSITIVE, length=3)
     NORM_DOMAINS = Option("", "'dataset': all norms but GN have the domains of DATASETS.DOMAINS.", ("", "dataset"))
 
 
