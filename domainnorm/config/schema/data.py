@@ -57,4 +57,4 @@ class DataLoader(Section, key="DATALOADER"):
         ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
         used_by=CLASSIFIER,
     )
-    CLASSES_PER_BATCH = Option(0, "Number of random classes in BATCHES, where it has some.", NOT_NEGATIVE, used_by=CLASSIFIER)
+    CLASSES_PER_BATCH = Option(0, "Number of classes, if BATCHES has random ones.", NOT_NEGATIVE, used_by=CLASSIFIER)
