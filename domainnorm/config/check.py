@@ -164,4 +164,4 @@ def _evaluation(cfg: CfgNode) -> _Contradictions:
         yield "TEST.EXAMPLE_WEIGHT_DATASET", "TEST.EXAMPLE_WEIGHTS", remedy
     if validation and validation in cfg.DATASETS.TEST:
         remedy = "what is chosen on a data set cannot be tested on it; name another one"
-        yield "TEST.EXAMPLE_WEIGHT_DATASET", "DATASETS.TEST", remedy
+        raise UserError(f"TEST.EXAMPLE_WEIGHT_DATASET {validation!r} is one of DATASETS.TEST: {remedy}")
