@@ -14,10 +14,7 @@ import domainnorm as dn
 PACKAGE = Path(dn.__file__).parent
 LOWER = {
     "errors": set(),
-    "config_choices": {"errors"},
-    "config_checks": {"errors", "config_choices", "config_values"},
-    "config_values": {"errors"},
-    "config": {"errors", "config_checks", "config_values"},
+    "config": {"errors"},
     "distributed": {"errors"},
     "output": {"errors"},
     "kernels": set(),
@@ -38,17 +35,16 @@ LOWER = {
     "export": {"convert", "domains", "errors", "fuse", "layers", "modeling", "output"},
     "data": {"errors", "distributed", "output"},
     "modeling": {
-        *("domains", "errors", "config_values", "distributed", "moments", "layers", "convert", "roi_shuffle", "data")
+        *("domains", "errors", "config", "distributed", "moments", "layers", "convert", "roi_shuffle", "data")
     },
     "evaluation": {
-        *("errors", "config_choices", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
+        *("errors", "config", "distributed", "output", "layers", "convert", "population", "data", "modeling"),
         *("domains", "example_weight"),
     },
     "engine": {
         *(
             "errors",
             "config",
-            "config_values",
             "distributed",
             "output",
             "layers",

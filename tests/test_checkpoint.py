@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sys
 
@@ -156,6 +157,21 @@ def test_resume_with_another_config_is_refused_and_writes_nothing(data_set, tmp_
     free = {"DATALOADER__NUM_WORKERS": 1, "SOLVER__CHECKPOINT_PERIOD": 3, "TEST__IMS_PER_BATCH": 2}
     train(tiny.config(data_set, tmp_path, **free), resume=True)  # finished already: nothing left to train
     assert (tmp_path / "model_final.pth").read_bytes() == before[tmp_path / "model_final.pth"]
+
+
+def test_a_checkpoint_with_old_keys_is_compared_by_their_new_names(data_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "build_model", lambda cfg: tiny.Regressor())
+    key = "MODEL__NORM__GHOSTBN__SAMPLES_PER_GROUP"
+    train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=2, **{key: 4}))
+    file = last_checkpoint(tmp_path / "out")
+    checkpoint = read_checkpoint(file)
+    checkpoint["config"] = re.sub(r"(GHOSTBN:\s+)SAMPLES_PER_GROUP", r"\1GROUP_SIZE", checkpoint["config"])
+    assert "GROUP_SIZE: 4" in checkpoint["config"]
+    torch.save(checkpoint, file)
+    train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=3, **{key: 4}), resume=True)
+    torch.save(checkpoint, last_checkpoint(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"MODEL\.NORM\.GHOSTBN\.SAMPLES_PER_GROUP was 4, is 8"):
+        train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=3, **{key: 8}), resume=True)
 
 
 def test_a_run_in_steps_may_be_made_longer(data_set, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def options(sets, output, **others):
         "MODEL.DEVICE": "cpu",
         "MODEL.BACKBONE.NAME": "cifar_resnet8",
         "MODEL.BACKBONE.NORM": "BN",
-        "MODEL.NORM.GHOSTBN.GROUP_SIZE": 4,
+        "MODEL.NORM.GHOSTBN.SAMPLES_PER_GROUP": 4,
         "INPUT.CROP": "padded",
         "INPUT.CROP_SIZE": 32,
         "DATASETS.TRAIN": sets[:1],
@@ -245,7 +245,7 @@ def test_the_loss_is_the_cross_entropy_of_normalized_images(sets, tmp_path):
 
 @pytest.mark.parametrize("norm", ["BN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN"])
 def test_a_prediction_depends_on_its_own_image_only(sets, tmp_path, norm):
-    model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM=norm, MODEL__NORM__SEQNORM__BATCH_GROUPS=2)
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM=norm, MODEL__NORM__SEQNORM__NUM_SAMPLE_GROUPS=2)
     images, targets = patches(sets)
     model(images, targets)
     model.eval()
@@ -343,9 +343,9 @@ def test_mistakes_are_one_line_and_leave_no_folder(sets, tmp_path, choices, mess
 
 # What is found only when the model runs, or later: a traceback of many lines.
 LATE = [
-    ({"MODEL__BACKBONE__NORM": "GhostBN", "MODEL__NORM__GHOSTBN__GROUP_SIZE": 16}, "GROUP_SIZE"),
-    ({"MODEL__BACKBONE__NORM": "SeqNorm", "MODEL__NORM__SEQNORM__BATCH_GROUPS": 16}, "BATCH_GROUPS"),
-    ({"MODEL__BACKBONE__NORM": "BRN", "MODEL__NORM__BRN__GROUP_SIZE": 16}, "GROUP_SIZE"),
+    ({"MODEL__BACKBONE__NORM": "GhostBN", "MODEL__NORM__GHOSTBN__SAMPLES_PER_GROUP": 16}, "lower SAMPLES_PER_GROUP"),
+    ({"MODEL__BACKBONE__NORM": "SeqNorm", "MODEL__NORM__SEQNORM__NUM_SAMPLE_GROUPS": 16}, "lower NUM_SAMPLE_GROUPS"),
+    ({"MODEL__BACKBONE__NORM": "BRN", "MODEL__NORM__BRN__SAMPLES_PER_GROUP": 16}, "lower SAMPLES_PER_GROUP"),
     (
         {"MODEL__BACKBONE__NORM": "BGN", "MODEL__NORM__BGN__NUM_GROUPS": 7, "MODEL__NORM__BGN__SPLIT_SPACE": True},
         "BGN",

@@ -46,7 +46,7 @@ def test_train_resume_and_evaluate(config_file, data_set, tmp_path, capsys):
     assert (out / "model_final.pth").is_file() and not (out / "results.json").exists()
     assert run("--config-file", config_file, "--resume", "SOLVER.MAX_ITER", 2, "DATASETS.TEST", data_set) == 0
     assert (out / "results.json").is_file()
-    statistics = ["TEST.STATISTICS", "['population', 'minibatch']"]
+    statistics = ["TEST.STATISTICS", "[population, minibatch]"]
     (out / "results.json").unlink()
     evaluate = ["--config-file", config_file, "--eval-only", "DATASETS.TEST", data_set, *statistics]
     assert run(*evaluate, "--resume") == 0

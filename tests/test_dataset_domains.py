@@ -235,7 +235,7 @@ def test_contradictions(words, message):
 
 def test_classifiers_have_domains_too(tmp_path):
     words = ["MODEL.META_ARCHITECTURE", "Classifier", "MODEL.BACKBONE.NAME", "cifar_resnet8", "MODEL.DEVICE", "cpu",
-             "MODEL.BACKBONE.NORM", "GhostBN", "MODEL.NORM.GHOSTBN.GROUP_SIZE", 2, "INPUT.CROP_SIZE", 16,
+             "MODEL.BACKBONE.NORM", "GhostBN", "MODEL.NORM.GHOSTBN.SAMPLES_PER_GROUP", 2, "INPUT.CROP_SIZE", 16,
              "DATASETS.TRAIN", ["a", "b"], "DATASETS.DOMAINS", NAMES, "MODEL.NORM_DOMAINS", "dataset",
              "MODEL.CLASSIFIER.NUM_CLASSES", 3]  # fmt: skip
     model = dn.build_model(dn.load_config(None, words))

@@ -28,9 +28,9 @@ LAYERS = {
     "BRN": dn.BatchRenorm,
 }
 SMALL = {  # for four images
-    "MODEL.NORM.GHOSTBN.GROUP_SIZE": 2,
-    "MODEL.NORM.SEQNORM.BATCH_GROUPS": 2,
-    "MODEL.NORM.GBGN.CHANNEL_GROUPS": 4,
+    "MODEL.NORM.GHOSTBN.SAMPLES_PER_GROUP": 2,
+    "MODEL.NORM.SEQNORM.NUM_SAMPLE_GROUPS": 2,
+    "MODEL.NORM.GBGN.NUM_CHANNEL_GROUPS": 4,
     "MODEL.NORM.BGN.NUM_GROUPS": 4,
 }
 HEAD_KEYS = {key.replace(".", "__"): value for key, value in SMALL.items()}
@@ -159,7 +159,7 @@ def test_exact_statistics_do_not_depend_on_the_batches(norm):
 @pytest.mark.parametrize("norm", ["GhostBN", "SeqNorm", "BGN", "GBGN", "BRN"])
 def test_heads_over_any_number_of_rois(norm):
     """More RoIs than a group, fewer, and none."""
-    keys = HEAD_KEYS | {"MODEL__NORM__GHOSTBN__GROUP_SIZE": 16, "MODEL__NORM__BRN__GROUP_SIZE": 16}
+    keys = HEAD_KEYS | {"MODEL__NORM__GHOSTBN__SAMPLES_PER_GROUP": 16, "MODEL__NORM__BRN__SAMPLES_PER_GROUP": 16}
     model = build(norm, **keys)
     heads = layers_of(model.roi_heads)
     assert {type(layer) for layer in heads} == {LAYERS[norm]} and len(heads) == 4
@@ -196,13 +196,13 @@ def test_a_head_under_minibatch_statistics_sees_one_image(norm):
     ("norm", "key", "value", "attribute"),
     [
         ("GN", "GN.NUM_GROUPS", 4, "num_groups"),
-        ("GhostBN", "GHOSTBN.GROUP_SIZE", 3, "group_size"),
-        ("SeqNorm", "SEQNORM.CHANNEL_GROUPS", 2, "channel_groups"),
-        ("SeqNorm", "SEQNORM.BATCH_GROUPS", 3, "batch_groups"),
+        ("GhostBN", "GHOSTBN.SAMPLES_PER_GROUP", 3, "group_size"),
+        ("SeqNorm", "SEQNORM.NUM_CHANNEL_GROUPS", 2, "channel_groups"),
+        ("SeqNorm", "SEQNORM.NUM_SAMPLE_GROUPS", 3, "batch_groups"),
         ("BGN", "BGN.NUM_GROUPS", 2, "num_groups"),
         ("BGN", "BGN.SYNC", True, "sync"),
-        ("GBGN", "GBGN.CHANNEL_GROUPS", 2, "channel_groups"),
-        ("GBGN", "GBGN.EXAMPLES_PER_GROUP", 3, "examples_per_group"),
+        ("GBGN", "GBGN.NUM_CHANNEL_GROUPS", 2, "channel_groups"),
+        ("GBGN", "GBGN.SAMPLES_PER_GROUP", 3, "examples_per_group"),
         ("BRN", "BRN.MOMENTUM", 0.25, "momentum"),
         ("BRN", "BRN.SYNC", True, "sync"),
     ],
@@ -220,7 +220,7 @@ def test_options_reach_the_layers(norm, key, value, attribute):
 @pytest.mark.parametrize(("accumulate", "times"), [(1, 1), (2, 2)])
 def test_limits_of_batch_renorm_grow_over_the_iterations(accumulate, times):
     """In training forwards, of which accumulation makes several an iteration."""
-    keys = {"R_MAX": 4.0, "D_MAX": 6.0, "BN_UNTIL": 10, "R_MAX_AT": 0.5, "D_MAX_AT": 20, "GROUP_SIZE": 2}
+    keys = {"R_MAX": 4.0, "D_MAX": 6.0, "BN_UNTIL": 10, "R_MAX_AT": 0.5, "D_MAX_AT": 20, "SAMPLES_PER_GROUP": 2}
     solver = ["SOLVER.MAX_ITER", 100, "SOLVER.ACCUMULATE", accumulate]
     cfg = dn.load_config(None, words({f"MODEL.NORM.BRN.{k}": v for k, v in keys.items()}) + solver)
     options = norm_options(cfg, "BRN")
@@ -254,20 +254,20 @@ def test_batch_norm_lasts_until_it_is_said_to(at):
     ("key", "value", "message"),
     [
         ("GN.NUM_GROUPS", 0, "above 0, got 0"),
-        ("GHOSTBN.GROUP_SIZE", -1, "above 0, got -1"),
-        ("GHOSTBN.GROUP_SIZE", 2.5, "takes int"),
-        ("SEQNORM.CHANNEL_GROUPS", 0, "above 0"),
-        ("SEQNORM.BATCH_GROUPS", 0, "above 0"),
+        ("GHOSTBN.SAMPLES_PER_GROUP", -1, "above 0, got -1"),
+        ("GHOSTBN.SAMPLES_PER_GROUP", 2.5, "takes int"),
+        ("SEQNORM.NUM_CHANNEL_GROUPS", 0, "above 0"),
+        ("SEQNORM.NUM_SAMPLE_GROUPS", 0, "above 0"),
         ("BGN.NUM_GROUPS", 0, "above 0"),
         ("BGN.SYNC", 1, "takes bool"),
-        ("GBGN.CHANNEL_GROUPS", 0, "above 0"),
-        ("GBGN.EXAMPLES_PER_GROUP", 0, "above 0"),
+        ("GBGN.NUM_CHANNEL_GROUPS", 0, "above 0"),
+        ("GBGN.SAMPLES_PER_GROUP", 0, "above 0"),
         ("BRN.R_MAX", 0.5, "from 1 on, got 0.5"),
         ("BRN.R_MAX", float("nan"), "from 1 on, got nan"),
         ("BRN.D_MAX", -1.0, "from 0 on"),
         ("BRN.MOMENTUM", 2.0, "from 0 to 1"),
         ("BRN.BN_UNTIL", -1, "from 0 on"),
-        ("BRN.GROUP_SIZES", 1, "nearest known key is MODEL.NORM.BRN.GROUP_SIZE"),
+        ("BRN.GROUP_SIZES", 1, "nearest known key is MODEL.NORM.BRN.SAMPLES_PER_GROUP"),
     ],
 )
 def test_wrong_options_are_one_line_that_names_the_key(key, value, message):
@@ -277,8 +277,8 @@ def test_wrong_options_are_one_line_that_names_the_key(key, value, message):
 
 
 def test_micro_batches_are_of_one_process():
-    with pytest.raises(dn.UserError, match=r"GROUP_SIZE 4 contradicts MODEL\.NORM\.BRN\.SYNC True"):
-        dn.load_config(None, ["MODEL.NORM.BRN.GROUP_SIZE", 4, "MODEL.NORM.BRN.SYNC", True])
+    with pytest.raises(dn.UserError, match=r"SAMPLES_PER_GROUP 4 contradicts MODEL\.NORM\.BRN\.SYNC True"):
+        dn.load_config(None, ["MODEL.NORM.BRN.SAMPLES_PER_GROUP", 4, "MODEL.NORM.BRN.SYNC", True])
 
 
 # ---- frozen, fused, described --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from ..config_values import iteration_of
+from ..config import iteration_of
 from ..evaluation import recompute
 
 

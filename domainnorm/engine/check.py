@@ -11,6 +11,13 @@ from ..errors import UserError
 from ..layers import DomainBatchNorm
 from .freeze import beginnings
 
+# Options of the layers that say how many samples a group has, and their names in MODEL.NORM.
+_KEYS = {
+    "group_size": "SAMPLES_PER_GROUP",
+    "examples_per_group": "SAMPLES_PER_GROUP",
+    "batch_groups": "NUM_SAMPLE_GROUPS",
+}
+
 
 def check_model(cfg: CfgNode, model: nn.Module) -> None:
     """Refuse what training or the evaluation after it would fail at.
@@ -32,10 +39,11 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
     for name, layer in norms.items():
         split = layer.split
         if split is not None and not split.allow_smaller_batch and not layer.frozen and split.least > images:
+            key = _KEYS.get(split.option, split.option.upper())
             raise UserError(
                 f"MODEL.NORM: {name} ({type(layer).__name__}, {layer.grouping()}) normalizes groups of {images} "
                 f"images, those of one forward pass (SOLVER.IMS_PER_BATCH over processes and SOLVER.ACCUMULATE): "
-                f"expected {split.least} or more; lower {split.option.upper()} there, or raise IMS_PER_BATCH"
+                f"expected {split.least} or more; lower {key} there, or raise IMS_PER_BATCH"
             )
     if cfg.TEST.EXAMPLE_WEIGHTS:
         try:

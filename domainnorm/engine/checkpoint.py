@@ -15,6 +15,7 @@ import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..config import RENAMED, flatten
 from ..convert import left_as_found
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError
@@ -102,7 +103,8 @@ def read_training(cfg: CfgNode) -> dict[str, Any] | None:
     checkpoint = read_checkpoint(file)
     if missing := {"model", "optimizer", "scaler", "iteration", "ranks", "config"} - checkpoint.keys():
         raise UserError(f"checkpoint {file}: holds no training to resume: {sorted(missing)[0]!r} is not in it")
-    then, now = _leaves(yaml.safe_load(checkpoint["config"])), _leaves(yaml.safe_load(cfg.dump()))
+    then = {RENAMED.get(key, key): value for key, value in flatten(yaml.safe_load(checkpoint["config"])).items()}
+    now = flatten(cfg)
     # A key that only one of them has came or went with a version of this library.
     solver = cfg.SOLVER
     shares = (solver.FREEZE_NORM_AT, solver.AVERAGE_WEIGHTS_FROM)
@@ -164,10 +166,3 @@ def _set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state(states["numpy"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves

@@ -13,7 +13,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
-from ..config_values import iteration_of
+from ..config import iteration_of
 from ..layers import is_norm
 
 logger = logging.getLogger(__name__)

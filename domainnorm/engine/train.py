@@ -13,8 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import save_config
-from ..config_values import iteration_of
+from ..config import iteration_of, save_config
 from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError

@@ -9,7 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config_choices import STATISTICS
+from ..config import STATISTICS
 from ..convert import left_as_found, set_statistics
 from ..data import test_loader
 from ..distributed import get_device, rank, world_size

@@ -4,7 +4,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from ..config_values import iteration_of
+from ..config import iteration_of
 from ..data import domain_names
 
 
@@ -28,19 +28,19 @@ def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     if name == "GN":
         return {"num_groups": node.GN.NUM_GROUPS}
     if name == "GhostBN":
-        return {"group_size": node.GHOSTBN.GROUP_SIZE}
+        return {"group_size": node.GHOSTBN.SAMPLES_PER_GROUP}
     if name == "SeqNorm":
-        return {"channel_groups": node.SEQNORM.CHANNEL_GROUPS, "batch_groups": node.SEQNORM.BATCH_GROUPS}
+        return {"channel_groups": node.SEQNORM.NUM_CHANNEL_GROUPS, "batch_groups": node.SEQNORM.NUM_SAMPLE_GROUPS}
     if name == "BGN":
         return {"num_groups": node.BGN.NUM_GROUPS, "split_space": node.BGN.SPLIT_SPACE, "sync": node.BGN.SYNC}
     if name == "GBGN":
-        return {"channel_groups": node.GBGN.CHANNEL_GROUPS, "examples_per_group": node.GBGN.EXAMPLES_PER_GROUP}
+        return {"channel_groups": node.GBGN.NUM_CHANNEL_GROUPS, "examples_per_group": node.GBGN.SAMPLES_PER_GROUP}
     if name == "BRN":
         return {
             "r_max": _limit(cfg, 1.0, node.BRN.R_MAX, node.BRN.R_MAX_AT),
             "d_max": _limit(cfg, 0.0, node.BRN.D_MAX, node.BRN.D_MAX_AT),
             "momentum": node.BRN.MOMENTUM,
-            "group_size": node.BRN.GROUP_SIZE or None,
+            "group_size": node.BRN.SAMPLES_PER_GROUP or None,
             "sync": node.BRN.SYNC,
         }
     return {}

@@ -1,0 +1,10 @@
+"""The options of a run: declared in `schema`, loaded, checked, saved and explained."""
+
+from ..errors import UserError
+from .explain import explain
+from .load import load_config, save_config
+from .node import flatten, iteration_of
+from .schema import RENAMED
+from .schema.evaluation import STATISTICS
+
+__all__ = ["RENAMED", "STATISTICS", "UserError", "explain", "flatten", "iteration_of", "load_config", "save_config"]

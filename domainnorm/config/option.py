@@ -1,0 +1,114 @@
+"""What one option of a config is, and the sections in which options are declared."""
+
+import difflib
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `min` to `max`, both included, and greater than `above`."""
+
+    min: float = -math.inf
+    max: float = math.inf
+    above: float = -math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.min <= value <= self.max and self.above < value < math.inf
+
+    def __str__(self) -> str:
+        upper = f" to {self.max:g}" if self.max < math.inf else ""
+        if self.above > -math.inf:
+            return f"above {self.above:g}{upper and f', up{upper}'}"
+        return f"from {self.min:g}{upper or ' on'}"
+
+
+POSITIVE, NOT_NEGATIVE, SHARE = Range(above=0), Range(min=0), Range(min=0, max=1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a config, as declared in a `Section`.
+
+    Args:
+        default: also gives the type. A list has elements of one type.
+        doc: one sentence: what the option does, in which unit, what special values mean.
+        allowed: the choices, or the range of a number; for a list, those of each element.
+        element: type of the elements of a list whose default is empty.
+        length: of a list; None: any.
+        min_length: of a list.
+        used_by: values of `MODEL.META_ARCHITECTURE` for which the option has an effect; empty: those of the section.
+        renamed_from: the old name in the same section, which is still accepted; the section makes a key of it.
+        key: `SECTION.NAME`; set by the section.
+    """
+
+    default: Any
+    doc: str
+    allowed: tuple[Any, ...] | Range | None = None
+    element: type = str
+    length: int | None = None
+    min_length: int = 0
+    used_by: tuple[str, ...] = ()
+    renamed_from: str = ""
+    key: str = ""
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the option takes a list."""
+        return isinstance(self.default, list)
+
+    @property
+    def type(self) -> type:
+        """The type of the value or, for a list, of its elements."""
+        example = self.default[:1] if self.is_list else [self.default]
+        return type(example[0]) if example else self.element
+
+    def check(self, value: Any) -> None:
+        """Refuse a value outside of the choices, the range or the length.
+
+        Raises:
+            UserError: naming the key, what it got and what it takes.
+        """
+        elements = value if self.is_list else [value]
+        if self.length not in (None, len(elements)):
+            raise UserError(f"{self.key} takes {self.length} numbers, got {value!r}")
+        if len(elements) < self.min_length:
+            raise UserError(f"{self.key} takes at least one, got []")
+        wrong = [element for element in elements if self.allowed is not None and element not in self.allowed]
+        if wrong and isinstance(self.allowed, Range):
+            raise UserError(f"{self.key} takes a number {self.allowed}, got {value!r}")
+        if wrong:
+            raise not_among(f"{self.key} takes {'any' if self.is_list else 'one'} of", wrong[0], self.allowed)
+
+
+def not_among(takes: str, value: Any, choices: Any) -> UserError:
+    """The error for a value that is none of `choices`, with the nearest of them."""
+    nearest = nearest_to(str(value), [str(choice) for choice in choices])
+    return UserError(f"{takes} {list(choices)}, got {value!r}; nearest: {nearest!r}")
+
+
+def nearest_to(name: str, names: Any) -> str:
+    """The one of `names` that is spelled most like `name`."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+
+
+class Section:
+    """A group of options: a subclass whose attributes are its `Option`s, and whose docstring is its comment.
+
+    Args of the class statement:
+        key: prefix of the options' keys; "": none.
+        used_by: as `Option`'s.
+    """
+
+    sections: ClassVar[dict[str, type["Section"]]] = {}
+    options: ClassVar[dict[str, Option]] = {}
+
+    def __init_subclass__(cls, key: str, used_by: tuple[str, ...] = ()) -> None:
+        prefix = key and f"{key}."
+        for name, option in [(name, value) for name, value in vars(cls).items() if isinstance(value, Option)]:
+            old, used = option.renamed_from and prefix + option.renamed_from, option.used_by or used_by
+            Section.options[prefix + name] = replace(option, key=prefix + name, used_by=used, renamed_from=old)
+        Section.sections[key] = cls

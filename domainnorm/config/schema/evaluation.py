@@ -1,0 +1,35 @@
+"""Evaluation: which statistics normalize, and of which images they are."""
+
+from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Section
+from .model import DETECTORS
+
+STATISTICS = ("population", "minibatch", "recomputed")
+
+
+class Test(Section, key="TEST"):
+    """Evaluation."""
+
+    STATISTICS = Option(["population"], "Statistics to evaluate with, side by side.", STATISTICS, min_length=1)
+    EXAMPLE_WEIGHTS = Option(
+        [], "Weights of inference example weighing (Four Things, 3.1); []: none.", SHARE, element=float
+    )
+    EXAMPLE_WEIGHT_DATASET = Option(
+        "", "Data set, none of TEST, on which the best of several EXAMPLE_WEIGHTS is chosen."
+    )
+    DOMAIN = Option(
+        "given",
+        "Domain of an image: given by DATASETS.TEST_DOMAINS, nearest by its statistics, or average: all, merged.",
+        ("given", "nearest", "average"),
+    )
+    EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", NOT_NEGATIVE)
+    IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", POSITIVE)
+    DETECTIONS_PER_IMAGE = Option(100, "Largest number of detections, over all classes.", POSITIVE, used_by=DETECTORS)
+
+
+class Recompute(Section, key="TEST.RECOMPUTE"):
+    """Population statistics recomputed from the model as it is (Rethinking "Batch", 3.2 and 5.1)."""
+
+    NUM_SAMPLES = Option(1000, "Number of images, over all processes.", POSITIVE)
+    METHOD = Option("pooled", "How the statistics of batches are merged.", ("pooled", "mean_of_variances", "exact"))
+    DATASET = Option("", "Data set, such as that of another domain; '': DATASETS.TRAIN.")
+    IN_CHECKPOINT = Option(False, "Also replace the model's own by them at the end of training.")

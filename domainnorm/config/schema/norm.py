@@ -1,0 +1,76 @@
+"""Options of the norm layers, wherever one of them is chosen."""
+
+from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Range, Section
+
+BATCH_NORMS = ("BN", "SyncBN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN")
+NORMS = ("", "GN", "FrozenBN", *BATCH_NORMS)
+SHARED = ("shared", "per_domain")
+
+
+class GN(Section, key="MODEL.NORM.GN"):
+    """GroupNorm. A layer uses the greatest common divisor of NUM_GROUPS and its channels."""
+
+    NUM_GROUPS = Option(32, "Number of channel groups.", POSITIVE)
+
+
+class GhostBN(Section, key="MODEL.NORM.GHOSTBN"):
+    """BatchNorm over groups of samples of one process."""
+
+    SAMPLES_PER_GROUP = Option(16, "Number of images, or RoIs, in a group.", POSITIVE, renamed_from="GROUP_SIZE")
+
+
+class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):
+    """GroupNorm, then GhostBN. A layer uses the greatest common divisor of NUM_CHANNEL_GROUPS and its channels."""
+
+    NUM_CHANNEL_GROUPS = Option(4, "Number of groups of the GroupNorm.", POSITIVE, renamed_from="CHANNEL_GROUPS")
+    NUM_SAMPLE_GROUPS = Option(8, "Number of groups of the GhostBN.", POSITIVE, renamed_from="BATCH_GROUPS")
+
+
+class BGN(Section, key="MODEL.NORM.BGN"):
+    """Batch Group Normalization: the features C x H x W, flattened, in G pieces; all samples of a piece together.
+
+    Without SPLIT_SPACE, a layer uses the greatest common divisor of NUM_GROUPS and its channels.
+    """
+
+    NUM_GROUPS = Option(16, "Number of pieces (G).", POSITIVE)
+    SPLIT_SPACE = Option(False, "Use NUM_GROUPS as it is, also to split channels; then for one feature size only.")
+    SYNC = Option(False, "Use the statistics of all processes.")
+
+
+class GBGN(Section, key="MODEL.NORM.GBGN"):
+    """Groups of samples by groups of channels (Four Things, 3.4).
+
+    A layer uses the greatest common divisor of NUM_CHANNEL_GROUPS and its channels.
+    """
+
+    NUM_CHANNEL_GROUPS = Option(32, "Number of channel groups.", POSITIVE, renamed_from="CHANNEL_GROUPS")
+    SAMPLES_PER_GROUP = Option(2, "Number of images, or RoIs, in a group.", POSITIVE, renamed_from="EXAMPLES_PER_GROUP")
+
+
+class BRN(Section, key="MODEL.NORM.BRN"):
+    """Batch Renormalization: BatchNorm, corrected towards the running statistics.
+
+    It is BatchNorm until BN_UNTIL; then the limits grow linearly. The three times are iterations, or below 1 shares of
+    SOLVER.MAX_ITER; the defaults are the paper's 5k, 40k and 25k of 130k steps.
+    """
+
+    R_MAX = Option(3.0, "Limit of the correction of the standard deviation.", Range(min=1))
+    D_MAX = Option(5.0, "Limit of the correction of the mean, in standard deviations.", NOT_NEGATIVE)
+    BN_UNTIL = Option(
+        0.04, "When the limits begin to grow; 0, with R_MAX_AT and D_MAX_AT 0: they are constant.", NOT_NEGATIVE
+    )
+    R_MAX_AT = Option(0.3, "When R_MAX is reached.", NOT_NEGATIVE)
+    D_MAX_AT = Option(0.2, "When D_MAX is reached.", NOT_NEGATIVE)
+    MOMENTUM = Option(0.01, "EMA momentum of the running statistics, as in torch.", SHARE)
+    SAMPLES_PER_GROUP = Option(
+        0, "Number of samples in a micro-batch; 0: all.", NOT_NEGATIVE, renamed_from="GROUP_SIZE"
+    )
+    SYNC = Option(False, "Use the statistics of all processes; needs SAMPLES_PER_GROUP 0.")
+
+
+class DatasetNorm(Section, key="MODEL.DATASET_NORM"):
+    """What data sets share in a norm, with MODEL.NORM_DOMAINS; the head of a RetinaNet has options of its own."""
+
+    SGD_STATISTICS = Option("per_domain", "Statistics that normalize in training.", SHARED)
+    POPULATION_STATISTICS = Option("per_domain", "Statistics that normalize in inference.", SHARED)
+    AFFINE = Option("shared", "Weight and bias; '': none.", (*SHARED, ""))

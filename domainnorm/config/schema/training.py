@@ -1,0 +1,58 @@
+"""A run, and its optimizer, schedule and precision."""
+
+from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Section
+
+
+class Run(Section, key=""):
+    """The run as a whole. A CPU run is repeatable to the bit on one machine."""
+
+    OUTPUT_DIR = Option("./output", "Folder of checkpoints, logs and results.")
+    SEED = Option(0, "Seed of weights, sampling and augmentation.", NOT_NEGATIVE)
+
+
+class Solver(Section, key="SOLVER"):
+    """Optimization: images and steps, learning rate, decay, frozen norms, averaged weights.
+
+    FREEZE_NORM_AT and AVERAGE_WEIGHTS_FROM are iterations or, below 1, shares of MAX_ITER.
+    """
+
+    IMS_PER_BATCH = Option(16, "Number of images in one SGD step, over all processes.", POSITIVE)
+    ACCUMULATE = Option(1, "Backward passes in one SGD step, each with normalization batches of its own.", POSITIVE)
+    OPTIMIZER = Option("SGD", "Optimizer.", ("SGD", "AdamW"))
+    BASE_LR = Option(0.01, "Learning rate after the warm-up.", POSITIVE)
+    MOMENTUM = Option(0.9, "Momentum of SGD.", SHARE)
+    NESTEROV = Option(False, "Nesterov momentum in SGD.")
+    LR_SCHEDULER = Option("steps", "Schedule of the learning rate; cosine ends at 0.", ("steps", "cosine"))
+    STEPS = Option([], "Iterations at which the learning rate is multiplied by GAMMA.", POSITIVE, element=int)
+    GAMMA = Option(0.1, "Factor of the learning rate at each of STEPS.")
+    MAX_ITER = Option(90000, "Number of SGD steps.", POSITIVE)
+    WARMUP_ITERS = Option(1000, "Number of iterations of the linear warm-up.", NOT_NEGATIVE)
+    WARMUP_FACTOR = Option(0.001, "Share of the learning rate at the first iteration of the warm-up.", SHARE)
+    WEIGHT_DECAY = Option(1e-4, "Weight decay of weights outside of norm layers.", NOT_NEGATIVE)
+    WEIGHT_DECAY_NORM = Option(0.0, "Weight decay of weight and bias of norm layers.", NOT_NEGATIVE)
+    WEIGHT_DECAY_NORM_TARGET = Option(0.0, "What weights of norms decay to; biases: 0 (Four Things, 3.3).", (0.0, 1.0))
+    WEIGHT_DECAY_BIAS = Option(1e-4, "Weight decay of biases outside of norm layers.", NOT_NEGATIVE)
+    FREEZE_NORM_AT = Option(0.0, "When norms begin to keep their statistics; 0: never.", NOT_NEGATIVE)
+    FREEZE_NORM_LAYERS = Option([], "Beginnings of the names of layers to freeze, such as backbone.; []: all.")
+    FREEZE_NORM_RECOMPUTE = Option(False, "Freeze statistics recomputed as in TEST.RECOMPUTE, not those of the EMA.")
+    FREEZE_NORM_AFFINE = Option(False, "Also stop training weight and bias.")
+    FREEZE_NORM_WARMUP_ITERS = Option(0, "Number of iterations of a second warm-up, after freezing.", NOT_NEGATIVE)
+    AVERAGE_WEIGHTS = Option("", "Evaluate an average of the weights, with recomputed statistics.", ("", "EMA", "SWA"))
+    AVERAGE_WEIGHTS_FROM = Option(0.0, "When the average begins.", NOT_NEGATIVE)
+    AVERAGE_WEIGHTS_DECAY = Option(0.999, "Decay of EMA at each iteration.", SHARE)
+    CHECKPOINT_PERIOD = Option(5000, "Number of iterations from one checkpoint to the next.", POSITIVE)
+
+
+class AMP(Section, key="SOLVER.AMP"):
+    """Automatic mixed precision; norm statistics stay float32."""
+
+    ENABLED = Option(False, "Train with autocast.")
+    DTYPE = Option("bfloat16", "Type in autocast; float16, with loss scaling, needs CUDA.", ("bfloat16", "float16"))
+
+
+class ClipGradients(Section, key="SOLVER.CLIP_GRADIENTS"):
+    """Gradient clipping."""
+
+    ENABLED = Option(False, "Clip gradients before each step.")
+    CLIP_TYPE = Option("norm", "What is clipped: the norm of all gradients together, or each value.", ("norm", "value"))
+    CLIP_VALUE = Option(1.0, "Largest norm, or absolute value.", POSITIVE)
