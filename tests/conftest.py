@@ -11,6 +11,13 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="where tests marked gpu run")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that start processes are marked by what they call."""
+    for item in items:
+        if {"run_ranks", "launch", "tool"} & set(item.function.__code__.co_names):
+            item.add_marker("distributed")
+
+
 @pytest.fixture(scope="session")
 def device(request):
     """For tests marked gpu."""

@@ -123,6 +123,7 @@ def train_step(model, x):
     return output, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @each_model
 def test_one_domain_is_the_original(name):
     model, x = original(name)
@@ -154,6 +155,7 @@ def test_in_float32(name):
             same(*(forward(m.train(mode), (x.float(),)) for m in (ours, model)), 1e-5)
 
 
+@pytest.mark.slow
 @each_model
 def test_a_second_domain_leaves_the_first_as_it_was(name):
     """An old checkpoint counts for both domains; the norms are then trained in one of them."""

@@ -83,6 +83,7 @@ def plain(predictions, truth, kind):
     return [100 * value if value > -1 else math.nan for value in evaluation.stats[:6].tolist()]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.sampled_from(["bbox", "segm"]))
 def test_equals_pycocotools(seed, kind):

@@ -208,6 +208,7 @@ def synchronized(rank, patterns, num_groups):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_groups", [2, 8])
 def test_two_processes_in_sync_are_one(num_groups):
     patterns = [(3, 2), (4, 0)]

@@ -83,6 +83,7 @@ def assert_same_run(one, other):
 # --- resume ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_a_resumed_detector_equals_one_that_never_stopped(data_set, tmp_path, optimizer):
     """Also where one of them was evaluated on the way, with each kind of statistics."""
@@ -133,6 +134,7 @@ def _train_detector_both(_, whole, halves):
     train_in_two(halves)
 
 
+@pytest.mark.slow
 def test_three_processes_with_shuffled_rois_resume_to_the_bit(data_set, tmp_path):
     """With two the sum of gradients has one order only."""
     choices = tiny.MASK_RCNN | {"MODEL__ROI_HEADS__SHUFFLE": True, "SOLVER__IMS_PER_BATCH": 3}

@@ -54,6 +54,7 @@ def test_one_weight(sets, tmp_path, norm):  # noqa: F811
         assert again["population"] == results["population_weighed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_the_best_of_several_weights_is_chosen(sets, tmp_path, norm):  # noqa: F811
     validation = str(patches_file("patches_val", 40))

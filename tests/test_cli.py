@@ -93,12 +93,14 @@ def tool(*argv, launcher=(sys.executable,)):
     return subprocess.run([*launcher, TOOL, *map(str, argv)], capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_exit_code_and_one_line_of_a_process(config_file):
     done = tool("--config-file", config_file, "SOLVER.BASE_LT", 1)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "SOLVER.BASE_LR" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_loss_that_is_not_finite(config_file, data_set, tmp_path):
     done = tool("--config-file", config_file, "--num-gpus", 2, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", data_set)
     assert (done.returncode, done.stderr) == (0, "")
@@ -122,6 +124,7 @@ def mask_rcnn_file(data_set, tmp_path):
 TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "launcher"), [(8, None), (2, TORCHRUN_2)])
 def test_mask_rcnn_with_shuffled_rois(mask_rcnn_file, data_set, tmp_path, processes, launcher):
     """Training, checkpoint and evaluation; then one process with the checkpoint predicts the same."""
@@ -148,6 +151,7 @@ def test_mask_rcnn_with_shuffled_rois(mask_rcnn_file, data_set, tmp_path, proces
     assert found[0] == found[1] and len(found[0]) > 8 and {"bbox", "segmentation"} <= found[0][0].keys()
 
 
+@pytest.mark.slow
 def test_torchrun(config_file, data_set, tmp_path):
     """The same weights as from two processes that --num-gpus starts."""
     done = tool("--config-file", config_file, "SOLVER.MAX_ITER", 2, launcher=TORCHRUN_2)

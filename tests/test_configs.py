@@ -11,11 +11,14 @@ from domainnorm.engine.optim import build_optimizer
 
 ROOT = Path(__file__).parents[1]
 RCNN = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [
+    pytest.param(file, marks=pytest.mark.slow if "paper" in file.parts else (), id=str(file.relative_to(ROOT)))
+    for file in sorted((ROOT / "configs").rglob("*.yaml"))
+]
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
-def test_every_config_builds_a_model_and_takes_a_step(file):
+@pytest.mark.parametrize("file", CONFIGS)
+def test_every_config_builds_a_model_which_takes_a_step(file):
     cfg = dn.load_config(file)
     heads = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS", "Classifier": "CLASSIFIER"}
     head = heads[cfg.MODEL.META_ARCHITECTURE]
@@ -24,6 +27,8 @@ def test_every_config_builds_a_model_and_takes_a_step(file):
     cfg = dn.load_config(file, overrides)
     model = dn.build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
+    if file.stem.endswith("_1x"):
+        return  # the same model as without, as the next test says
     target = {"boxes": torch.tensor([[8.0, 8, 60, 50]]), "labels": torch.tensor([2])}
     if head == "CLASSIFIER":
         target["labels"] = torch.tensor(2)

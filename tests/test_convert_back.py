@@ -230,6 +230,7 @@ def synchronized(rank):
     return y, grads, state, inferred.detach(), [b.detach() for b in back]
 
 
+@pytest.mark.slow
 def test_synchronized_processes_are_one_on_the_joint_batch_and_go_back():
     model = network()
     y, grads = steps_of(model, batch(), model)

@@ -157,6 +157,7 @@ def test_rois_have_the_domain_of_their_image(sets, tmp_path):
                               "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 4])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(sets, tmp_path):
     ways = {"DATALOADER__RATIOS": [1, 1], "SOLVER__ACCUMULATE": 2, "DATALOADER__COMPOSITION": "one_domain_per_batch"}
     whole = dn.train(config(sets, tmp_path / "a", **ways))

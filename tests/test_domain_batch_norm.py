@@ -406,6 +406,7 @@ def test_large_means_in_float32():
     assert ((layer.running_var - exact) / exact).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sgd", "population"), list(itertools.product(CHOICES, CHOICES)))
 def test_compiled_equals_eager(sgd, population):
     torch._dynamo.reset()
@@ -423,6 +424,7 @@ def test_compiled_equals_eager(sgd, population):
         close(compiled.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_domain_ids_compile_to_one_graph():
     torch._dynamo.reset()
     layer = make()

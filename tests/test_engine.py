@@ -186,6 +186,7 @@ def test_a_model_that_is_not_finite_is_not_saved(data_set, tmp_path, monkeypatch
     assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "last_checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(data_set, tmp_path):
     with pytest.raises(UserError, match=r"iteration 3.*rank 1"):
         launch(_explode_on_rank_1, (tiny.config(data_set, tmp_path),), num_processes=2)
@@ -198,6 +199,7 @@ def test_an_output_folder_that_cannot_be_made(data_set, tmp_path):
         train(tiny.config(data_set, tmp_path / "file" / "out"))
 
 
+@pytest.mark.slow
 def test_mistakes_in_the_input_show_before_anything_is_written(data_set, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json"):
         train(tiny.config(data_set, tmp_path / "out", DATASETS__TEST=["nowhere.json:images"]))

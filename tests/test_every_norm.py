@@ -341,6 +341,7 @@ def test_one_domain_loads_into_several(name):
         close(several.eval()(x, domain=k), expected)
 
 
+@pytest.mark.slow
 @each_kind
 def test_lists_and_mixed_batches_compile_to_one_graph(name):
     torch._dynamo.reset()
@@ -452,6 +453,7 @@ def test_half_layers(name, training, dtype):
 # ---- compiled, recomputed ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "renorm_schedule"])
 @in_both_modes
 def test_compiled_equals_eager(name, training):

@@ -57,6 +57,7 @@ def onnx_run(file, images):
     return [torch.from_numpy(v) for v in session.run(None, {session.get_inputs()[0].name: images.numpy()})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "statistics"),
     [*((name, "population") for name in SAMPLES), *((name, "minibatch") for name in ("GhostBN", "SeqNorm"))],
@@ -75,6 +76,7 @@ def test_classifiers(name, statistics, tmp_path):
         torch.testing.assert_close(net(images), model(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BN", "GBGN"])
 def test_example_weight(name, tmp_path):
     plain, weighed = trained(name), tmp_path / "net.pt2"
@@ -87,6 +89,7 @@ def test_example_weight(name, tmp_path):
     assert (got - before).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "weight", "fused"), [("BN", 0.0, True), ("GhostBN", 0.2, False), ("BGN", 0.0, False)])
 def test_onnx(name, weight, fused, tmp_path):
     pytest.importorskip("onnxscript")
@@ -98,6 +101,7 @@ def test_onnx(name, weight, fused, tmp_path):
     torch.testing.assert_close(onnx_run(file, images)[0], model(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_onnx_of_minibatch_statistics(tmp_path):
     pytest.importorskip("onnxscript")
     model, file = trained("SeqNorm"), tmp_path / "net.onnx"
@@ -107,6 +111,7 @@ def test_onnx_of_minibatch_statistics(tmp_path):
     torch.testing.assert_close(onnx_run(file, images)[0], model(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_fused_and_as_it_was(tmp_path):
     """A fused file has no norm; the model that it is made of keeps its own, its mode and its statistics."""
     model = dn.set_statistics(trained(body=CifarResNet(8, 5)), "minibatch").train()
@@ -163,6 +168,7 @@ def assert_dense(model, outputs, images):
         torch.testing.assert_close(value, expected, atol=1e-5 * max(1, float(expected.abs().max())), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["population", "minibatch"])
 def test_retinanet_with_levels(statistics, tmp_path):
     """The file, then decoding and NMS, is the model."""
@@ -189,6 +195,7 @@ DATA_SETS = {
 }
 
 
+@pytest.mark.slow
 def test_retinanet_for_one_data_set(tmp_path):
     model, file = retinanet(**DATA_SETS), tmp_path / "net.pt2"
     images, results = torch.rand(1, 3, 192, 160), []
@@ -204,6 +211,7 @@ def test_retinanet_for_one_data_set(tmp_path):
         dn.export_model(model, file, domain="dusk")
 
 
+@pytest.mark.slow
 def test_retinanet_in_onnx(tmp_path):
     """Its head has data sets for domains, and its levels share them."""
     pytest.importorskip("onnxscript")
@@ -319,6 +327,7 @@ def run(tmp_path, *words):
     return export_net.main([str(word) for word in given])
 
 
+@pytest.mark.slow
 def test_the_command_line(classifier, tmp_path, capsys):
     weights = ("MODEL.WEIGHTS", tmp_path / "net.pth")
     images = torch.rand(4, 3, 32, 40)

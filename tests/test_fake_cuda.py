@@ -21,6 +21,7 @@ import domainnorm as dn
 from domainnorm.layers.build import LAYERS as NORMS
 
 aten = torch.ops.aten
+CASES = [*((norm, True) for norm in ["", *NORMS]), ("BN", False), ("SeqNorm", False)]
 OURS, TORCHVISION = (Path(package.__file__).parent for package in (dn, torchvision))
 
 
@@ -107,8 +108,7 @@ def forward(model, training):
     return reads
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["", *NORMS])
+@pytest.mark.parametrize(("norm", "training"), CASES)
 def test_retinanet_waits_for_torchvision_only(norm, training):
     reads = forward(detector("RetinaNet", norm), training)
     degenerate_boxes = {"torchvision/models/detection/retinanet.py:forward"}
@@ -116,8 +116,8 @@ def test_retinanet_waits_for_torchvision_only(norm, training):
     assert not ours(reads.shapes)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["", *NORMS])
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "training"), CASES)
 def test_mask_rcnn_waits_for_torchvision_and_for_its_positive_rois(norm, training):
     reads = forward(detector("GeneralizedRCNN", norm), training)
     assert not ours(reads.values)

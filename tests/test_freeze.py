@@ -82,6 +82,7 @@ def test_statistics_stop_at_the_switch(data_set, tmp_path, choices):
         assert torch.equal(value, after[key]) == frozen and torch.equal(value, final[key]) == frozen, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_a_frozen_run_resumes_to_the_bit_from_before_at_and_after_the_switch(data_set, tmp_path, affine, optimizer):
@@ -103,6 +104,7 @@ def _train(_, cfg):
     train(cfg)
 
 
+@pytest.mark.slow
 def test_ranks_freeze_merged_statistics(data_set, tmp_path):
     run_ranks(_train, 2, tiny.config(data_set, tmp_path, **FREEZE, SOLVER__FREEZE_NORM_AFFINE=True))
     first, second = (of["buffers"] for of in read_checkpoint(tmp_path / "model_final.pth")["ranks"])
@@ -157,6 +159,7 @@ def test_three_statistics_side_by_side(data_set, tmp_path, method, choices):
     assert files[1].read_text() == texts[1]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_keeps_its_own_unless_asked(data_set, tmp_path):
     for folder, asked in (("own", False), ("recomputed", True)):
         choices = RECOMPUTE | {"DATASETS__TEST": [data_set], "TEST__RECOMPUTE__IN_CHECKPOINT": asked}
@@ -180,6 +183,7 @@ def test_nothing_to_recompute_is_the_population(data_set, tmp_path, caplog):
     assert files[0].read_text() == files[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_target_domain_that_does_not_fit_is_refused_before_training(data_set, tmp_path):
     for target, message in (("nowhere.json:images", "nowhere"), ("shapes_val", "categories")):
         cfg = tiny.config(data_set, tmp_path / "out", **RECOMPUTE, TEST__RECOMPUTE__DATASET=target)
@@ -205,6 +209,7 @@ def test_the_target_domain(data_set, tmp_path):
 AVERAGE = {"SOLVER__AVERAGE_WEIGHTS_FROM": 2, "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__BASE_LR": 0.001}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SWA", "EMA"])
 def test_averaged_weights_with_statistics_recomputed_for_them(data_set, tmp_path, kind):
     choices = AVERAGE | RECOMPUTE | {"SOLVER__AVERAGE_WEIGHTS": kind, "SOLVER__AVERAGE_WEIGHTS_DECAY": 0.75}
@@ -229,6 +234,7 @@ def test_averaged_weights_with_statistics_recomputed_for_them(data_set, tmp_path
     torch.testing.assert_close(resumed, averaged, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_evaluating_the_average_on_the_way_leaves_no_trace(data_set, tmp_path):
     choices = tiny.MASK_RCNN | AVERAGE | RECOMPUTE | {"SOLVER__AVERAGE_WEIGHTS": "EMA", "DATASETS__TEST": [data_set]}
     weights = []
@@ -242,6 +248,7 @@ def _train_average(_, cfg):
     return train(cfg).state_dict()
 
 
+@pytest.mark.slow
 def test_ranks_have_the_same_average(data_set, tmp_path):
     choices = AVERAGE | RECOMPUTE | {"SOLVER__AVERAGE_WEIGHTS": "SWA", "SOLVER__FREEZE_NORM_AT": 3}
     first, second = run_ranks(_train_average, 2, tiny.config(data_set, tmp_path, **choices))
@@ -255,6 +262,7 @@ def _describe(_, cfg):
     return describe_normalization(cfg, dn.build_model(cfg))
 
 
+@pytest.mark.slow
 def test_the_log_says_what_the_normalization_batches_are(data_set, tmp_path, caplog):
     with caplog.at_level("INFO"):
         train(tiny.config(data_set, tmp_path, SOLVER__ACCUMULATE=2, SOLVER__MAX_ITER=1))

@@ -48,6 +48,7 @@ def assert_equal_kernels(xs, numbers, seed=0):
                 torch.testing.assert_close(one, other, atol=atol, rtol=tolerance)
 
 
+@pytest.mark.slow
 @needs_library
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 70), st.integers(1, 9)), min_size=1, max_size=4),

@@ -88,6 +88,7 @@ V2 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["", "_v2"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_torchvision_checkpoints_load_and_detect_the_same(version, shuffle, tmp_path):
@@ -248,6 +249,7 @@ def in_ranks(rank, norm, shuffle, amp, numbers, nothing):
     return losses, [p.grad for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize(
     ("norm", "shuffle"), [("BN", False), ("BN", True), ("SyncBN", False), ("GN", False), ("", True)]

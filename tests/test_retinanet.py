@@ -219,6 +219,7 @@ def synchronized_step(rank, world):
 SYNC = ["MODEL.BACKBONE.NORM", "SyncBN", "MODEL.RETINANET.NORM", "SyncBN", "MODEL.RETINANET.SGD_STATISTICS", "shared"]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_uneven_images_take_the_step_of_one():
     gradients, buffers = synchronized_step(0, 1)
     for got_gradients, got_buffers in run_ranks(synchronized_step, 2, 2):
@@ -282,6 +283,7 @@ def test_group_norm_in_inference_where_a_level_is_one_pixel():
     assert len(model(images_and_targets(1, size=(64, 64))[0])) == 1
 
 
+@pytest.mark.slow
 def test_a_bfloat16_step():
     model = tiny("MODEL.RETINANET.NORM", "BN").train()
     with torch.autocast("cpu", torch.bfloat16):

@@ -114,6 +114,7 @@ def draw_patterns(world, number):
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_equal_one_process_with_the_same_permutation(world):
     patterns = [*draw_patterns(world, 90), [0] * world, [1, *[0] * (world - 1)], [*[0] * (world - 1), 7]]

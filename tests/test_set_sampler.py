@@ -161,6 +161,7 @@ def test_a_step_has_the_same_images_however_it_is_cut(composition):
     assert all(steps(*cut) == steps(1, 1) for cut in CUTS)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(COMPOSITIONS), st.sampled_from(CUTS), st.booleans(), st.integers(0, 10**6), st.integers(0, 2**40)
 )

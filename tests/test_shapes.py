@@ -138,6 +138,7 @@ def generate(start):
     shapes_dataset("shapes_train", 25)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(cache):
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(2)

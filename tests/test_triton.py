@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     np.lib.NumpyVersion(triton.__version__) < "3.7.0" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="the interpreter of this Triton does not know this NumPy",
@@ -24,6 +25,7 @@ def test_they_equal_the_plain_ones_in_the_interpreter():
     in_process("-m", "pytest", "-p", "no:cacheprovider", str(HERE / "triton_in_interpreter.py"), TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_they_compile(capability, tmp_path):
     found = in_process(str(HERE / "triton_compiled.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))

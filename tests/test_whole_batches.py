@@ -29,6 +29,7 @@ WHOLE = LAYERS | {
 CORRECTED = ["BatchRenorm", "micro-batches", "corrected domains", "towards one population"]
 
 
+@pytest.mark.slow
 @needs_library
 @given(
     name=st.sampled_from(list(WHOLE)),
