@@ -138,6 +138,7 @@ def test_what_pytest_prints_is_read():
     }
     ended = gpu_report.tests_of(log + "tests/a.py::hangs[a b] Fatal Python error: Aborted\n")
     assert ended["rows"][-1] == {"test": "tests/a.py::hangs[a b]", "outcome": "never ended", "error": ""}
+    assert gpu_report.tests_of("tests/a.py::six SKIPPED [100%]\n") == {"rows": [], "summary": "1 skipped"}
     assert gpu_report.tests_of("no tests ran") == {"rows": [], "summary": "no tests"}
 
 
