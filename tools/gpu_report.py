@@ -64,7 +64,9 @@ def _benchmark(name: str, title: str, seconds: float, words: str, small: str) ->
 
 
 _PLACES = ("--device", "{device}", "--json", "{json}")
-_TESTS = "-m pytest tests/test_gpu.py -m gpu -vv --tb short -p no:cacheprovider --durations 10 --device {device}"
+_TESTS = (
+    "-m pytest -o addopts= tests/test_gpu.py -m gpu -vv --tb short -p no:cacheprovider --durations 10 --device {device}"
+)
 # The cheap ones first: if time runs out, it is the measurements that are cut short.
 STEPS = (
     _check("versions", "Versions and card", 60),
