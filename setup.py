@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
-KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/kernels/*.{kind}"))
+KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/ops/native/*.{kind}"))
 KINDS = {"default": []}  # of processors, and what a compiler must know of them
 if platform.machine() in ("x86_64", "AMD64"):
     KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
@@ -18,10 +18,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["domainnorm", "domainnorm.*"]),
-    package_data={"domainnorm": ["py.typed", "kernels/*.cpp", "kernels/*.h"]},
+    package_data={"domainnorm": ["py.typed", "ops/native/*.cpp", "ops/native/*.h"]},
     ext_modules=[
         Extension(
-            f"domainnorm.kernels._kernels_{kind}",
+            f"domainnorm.ops.native._kernels_{kind}",
             [str(path.relative_to(HERE)) for path in KERNELS if path.suffix == ".cpp"],
             depends=[str(path.relative_to(HERE)) for path in KERNELS],
             define_macros=[("SOURCE", str(zlib.crc32(b"".join(path.read_bytes() for path in KERNELS))))],

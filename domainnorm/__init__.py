@@ -1,62 +1,109 @@
-"""domainnorm: the batch of BatchNorm as an explicit choice."""
+"""domainnorm: the batch of BatchNorm as an explicit choice.
 
-from .config import load_config
-from .convert import convert_batchnorm, convert_groupnorm, set_statistics
-from .domains import add_domain, keep_domain, merge_domains, name_domains, nearest_domain, use_domain
-from .engine import train
-from .errors import UserError
-from .evaluation import evaluate
-from .example_weight import choose_example_weight, set_example_weight
-from .export import export_model
-from .fuse import fuse
-from .layers import (
-    BatchGroupNorm,
-    BatchRenorm,
-    DomainBatchNorm,
-    DomainSequential,
-    FrozenBatchNorm,
-    GhostBatchNorm,
-    GroupedBatchNorm,
-    SeqNorm,
-    get_norm,
-)
-from .modeling import build_model
-from .moments import Moments
-from .population import merge_population_statistics, recompute_population_statistics
-from .roi_shuffle import RoIShuffle
-from .virtual_batch import virtual_batch
+The public names are loaded when they are first used: the layers need torch alone.
+"""
 
-__all__ = [
-    "BatchGroupNorm",
-    "BatchRenorm",
-    "DomainBatchNorm",
-    "DomainSequential",
-    "FrozenBatchNorm",
-    "GhostBatchNorm",
-    "GroupedBatchNorm",
-    "Moments",
-    "RoIShuffle",
-    "SeqNorm",
-    "UserError",
-    "add_domain",
-    "build_model",
-    "choose_example_weight",
-    "convert_batchnorm",
-    "convert_groupnorm",
-    "evaluate",
-    "export_model",
-    "fuse",
-    "get_norm",
-    "keep_domain",
-    "load_config",
-    "merge_domains",
-    "merge_population_statistics",
-    "name_domains",
-    "nearest_domain",
-    "recompute_population_statistics",
-    "set_example_weight",
-    "set_statistics",
-    "train",
-    "use_domain",
-    "virtual_batch",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import load_config as load_config
+    from .distributed.roi_shuffle import RoIShuffle as RoIShuffle
+    from .engine import train as train
+    from .errors import UserError as UserError
+    from .evaluation import evaluate as evaluate
+    from .layers import (
+        BatchGroupNorm as BatchGroupNorm,
+    )
+    from .layers import (
+        BatchRenorm as BatchRenorm,
+    )
+    from .layers import (
+        DomainBatchNorm as DomainBatchNorm,
+    )
+    from .layers import (
+        DomainSequential as DomainSequential,
+    )
+    from .layers import (
+        FrozenBatchNorm as FrozenBatchNorm,
+    )
+    from .layers import (
+        GhostBatchNorm as GhostBatchNorm,
+    )
+    from .layers import (
+        GroupedBatchNorm as GroupedBatchNorm,
+    )
+    from .layers import (
+        SeqNorm as SeqNorm,
+    )
+    from .layers import (
+        get_norm as get_norm,
+    )
+    from .modeling import build_model as build_model
+    from .ops.moments import Moments as Moments
+    from .ops.select import backends as backends
+    from .statistics.choose import set_statistics as set_statistics
+    from .statistics.example_weight import choose_example_weight as choose_example_weight
+    from .statistics.example_weight import set_example_weight as set_example_weight
+    from .statistics.recompute import merge_population_statistics as merge_population_statistics
+    from .statistics.recompute import recompute_population_statistics as recompute_population_statistics
+    from .statistics.virtual_batch import virtual_batch as virtual_batch
+    from .surgery.convert import convert_batchnorm as convert_batchnorm
+    from .surgery.convert import convert_groupnorm as convert_groupnorm
+    from .surgery.domains import (
+        add_domain as add_domain,
+    )
+    from .surgery.domains import (
+        keep_domain as keep_domain,
+    )
+    from .surgery.domains import (
+        merge_domains as merge_domains,
+    )
+    from .surgery.domains import (
+        name_domains as name_domains,
+    )
+    from .surgery.domains import (
+        nearest_domain as nearest_domain,
+    )
+    from .surgery.domains import (
+        use_domain as use_domain,
+    )
+    from .surgery.export import export_model as export_model
+    from .surgery.fuse import fuse as fuse
+
+_MODULES = {  # of the public names, separated by spaces
+    "config": "load_config",
+    "distributed.roi_shuffle": "RoIShuffle",
+    "engine": "train",
+    "errors": "UserError",
+    "evaluation": "evaluate",
+    "layers": "BatchGroupNorm BatchRenorm DomainBatchNorm DomainSequential FrozenBatchNorm GhostBatchNorm "
+    "GroupedBatchNorm SeqNorm get_norm",
+    "modeling": "build_model",
+    "ops.moments": "Moments",
+    "ops.select": "backends",
+    "statistics.choose": "set_statistics",
+    "statistics.example_weight": "choose_example_weight set_example_weight",
+    "statistics.recompute": "merge_population_statistics recompute_population_statistics",
+    "statistics.virtual_batch": "virtual_batch",
+    "surgery.convert": "convert_batchnorm convert_groupnorm",
+    "surgery.domains": "add_domain keep_domain merge_domains name_domains nearest_domain use_domain",
+    "surgery.export": "export_model",
+    "surgery.fuse": "fuse",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'domainnorm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

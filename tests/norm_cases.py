@@ -15,14 +15,14 @@ import domainnorm as dn
 
 C = 4
 CASES = {  # name: (layer, options, its reference)
-    "ghost": ("GhostBatchNorm", {"group_size": 2}, GhostReference),
-    "ghost_num": ("GhostBatchNorm", {"num_groups": 2}, GhostReference),
-    "seq": ("SeqNorm", {"channel_groups": 2, "batch_groups": 2}, SeqReference),
+    "ghost": ("GhostBatchNorm", {"samples_per_group": 2}, GhostReference),
+    "ghost_num": ("GhostBatchNorm", {"num_sample_groups": 2}, GhostReference),
+    "seq": ("SeqNorm", {"num_channel_groups": 2, "num_sample_groups": 2}, SeqReference),
     "bgn": ("BatchGroupNorm", {"num_groups": 2}, BatchGroupReference),
     "bgn_pieces": ("BatchGroupNorm", {"num_groups": 8}, BatchGroupReference),
-    "gbgn": ("GroupedBatchNorm", {"channel_groups": 2, "examples_per_group": 2}, GroupedReference),
+    "gbgn": ("GroupedBatchNorm", {"num_channel_groups": 2, "samples_per_group": 2}, GroupedReference),
     "renorm": ("BatchRenorm", {}, RenormReference),
-    "renorm_micro": ("BatchRenorm", {"group_size": 2, "r_max": 1.5, "d_max": 0.5}, RenormReference),
+    "renorm_micro": ("BatchRenorm", {"samples_per_group": 2, "r_max": 1.5, "d_max": 0.5}, RenormReference),
 }
 # One of each kind, where the options make no difference.
 KINDS = ("ghost", "seq", "bgn", "gbgn", "renorm")

@@ -132,23 +132,23 @@ class Reference:
 
 
 class GhostReference(Reference):
-    def __init__(self, channels, group_size=None, num_groups=None, **options):
+    def __init__(self, channels, samples_per_group=None, num_sample_groups=None, **options):
         super().__init__(channels, **options)
-        self.group_size, self.num_groups = group_size, num_groups
+        self.samples_per_group, self.num_sample_groups = samples_per_group, num_sample_groups
 
     def batch_of(self, x):
-        size = self.group_size or math.ceil(x.shape[0] / self.num_groups)
+        size = self.samples_per_group or math.ceil(x.shape[0] / self.num_sample_groups)
         sizes = ghost_sizes(x.shape[0], size, x.shape[2:].numel())
         return pair(example_group_of(x, sizes), channel_of(x))
 
 
 class SeqReference(GhostReference):
-    def __init__(self, channels, channel_groups, batch_groups, **options):
-        super().__init__(channels, num_groups=batch_groups, **options)
-        self.channel_groups = channel_groups
+    def __init__(self, channels, num_channel_groups, num_sample_groups, **options):
+        super().__init__(channels, num_sample_groups=num_sample_groups, **options)
+        self.num_channel_groups = num_channel_groups
 
     def features(self, x):
-        return normalize(x, pair(sample_of(x), channel_group_of(x, self.channel_groups)), self.eps)
+        return normalize(x, pair(sample_of(x), channel_group_of(x, self.num_channel_groups)), self.eps)
 
 
 class BatchGroupReference(Reference):
@@ -163,29 +163,29 @@ class BatchGroupReference(Reference):
 
 
 class GroupedReference(Reference):
-    def __init__(self, channels, channel_groups, examples_per_group, **options):
+    def __init__(self, channels, num_channel_groups, samples_per_group, **options):
         super().__init__(channels, **options)
-        self.channel_groups, self.examples_per_group = channel_groups, examples_per_group
+        self.num_channel_groups, self.samples_per_group = num_channel_groups, samples_per_group
 
     def batch_of(self, x):
-        groups = example_group_of(x, group_sizes(x.shape[0], self.examples_per_group))
-        return pair(groups, channel_group_of(x, self.channel_groups))
+        groups = example_group_of(x, group_sizes(x.shape[0], self.samples_per_group))
+        return pair(groups, channel_group_of(x, self.num_channel_groups))
 
     def own_of(self, x):
-        return channel_group_of(x, self.channel_groups)
+        return channel_group_of(x, self.num_channel_groups)
 
 
 class RenormReference(Reference):
     """Algorithm 1, with σ kept as running_var = σ² - eps."""
 
-    def __init__(self, channels, r_max=3.0, d_max=5.0, group_size=None, momentum=0.01, **options):
+    def __init__(self, channels, r_max=3.0, d_max=5.0, samples_per_group=None, momentum=0.01, **options):
         super().__init__(channels, momentum=momentum, **options)
-        self.r_max, self.d_max, self.group_size = r_max, d_max, group_size
+        self.r_max, self.d_max, self.samples_per_group = r_max, d_max, samples_per_group
 
     def train(self, x, weight, bias):
         r_max, d_max = limit(self.r_max, self.steps), limit(self.d_max, self.steps)
         sigma = (self.var + self.eps).sqrt()
-        sizes = ghost_sizes(x.shape[0], self.group_size or x.shape[0], x.shape[2:].numel())
+        sizes = ghost_sizes(x.shape[0], self.samples_per_group or x.shape[0], x.shape[2:].numel())
         y = torch.zeros_like(x)
         for g in range(len(sizes)):
             for c in range(self.channels):

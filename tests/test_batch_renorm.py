@@ -33,7 +33,9 @@ def renorm(channels=C, **options):
 
 
 @pytest.mark.parametrize("shape", [(6, C), (5, C, 3), (5, C, 2, 3), (4, C, 2, 1, 2)])
-@pytest.mark.parametrize("options", [{}, TIGHT, {**TIGHT, "group_size": 2}, {"momentum": 0.5}, {"momentum": None}])
+@pytest.mark.parametrize(
+    "options", [{}, TIGHT, {**TIGHT, "samples_per_group": 2}, {"momentum": 0.5}, {"momentum": None}]
+)
 def test_steps(shape, options):
     check_steps(renorm(**options), RenormReference(C, **options), *shape, steps=4)
 
@@ -47,7 +49,7 @@ def test_steps(shape, options):
     eps=st.sampled_from([1e-5, 1e-1]),
 )
 def test_any_limits_and_micro_batches(n, size, r_max, d_max, eps):
-    options = {"r_max": r_max, "d_max": d_max, "group_size": min(size, n), "eps": eps, "momentum": 0.3}
+    options = {"r_max": r_max, "d_max": d_max, "samples_per_group": min(size, n), "eps": eps, "momentum": 0.3}
     layer, reference = renorm(2, **options), RenormReference(2, **options)
     for step in range(2):
         check_step(layer, reference, random_input(n, 2, 3, seed=step))
@@ -189,7 +191,7 @@ def test_a_resumed_schedule_goes_on():
         {"d_max": [(0, 0.0), (5, -2.0)]},
         {"r_max": [(5, 1.0), (0, 3.0)]},
         {"r_max": []},
-        {"group_size": 0},
+        {"samples_per_group": 0},
     ],
 )
 def test_wrong_limits(options):
@@ -202,7 +204,7 @@ def test_wrong_limits(options):
 
 def test_micro_batches_are_normalized_apart_with_the_buffers_of_before():
     """Paper, §4.2: as one layer called on each micro-batch with the same buffers."""
-    layer = renorm(group_size=2, **TIGHT)
+    layer = renorm(samples_per_group=2, **TIGHT)
     layer(random_input(4, C, 3, seed=1))
     x = random_input(5, C, 3)
     twin, parts, parameters = clone(x), [], []
@@ -219,7 +221,7 @@ def test_micro_batches_are_normalized_apart_with_the_buffers_of_before():
 
 
 def test_micro_batches_pool_their_statistics():
-    whole, micro = renorm(), renorm(group_size=2)
+    whole, micro = renorm(), renorm(samples_per_group=2)
     for step in range(3):
         x = random_input(6, C, 3, seed=step)
         whole(x), micro(x)
@@ -228,7 +230,7 @@ def test_micro_batches_pool_their_statistics():
 
 
 def test_a_micro_batch_larger_than_the_batch_is_refused():
-    layer = renorm(group_size=7)
+    layer = renorm(samples_per_group=7)
     with pytest.raises(ValueError, match=r"7.*5|5.*7"):
         layer(random_input(5, C, 3))
     assert layer.num_batches_tracked == 0
@@ -236,7 +238,7 @@ def test_a_micro_batch_larger_than_the_batch_is_refused():
 
 def test_micro_batches_of_one_element_are_refused():
     with pytest.raises(ValueError, match="more than 1 value"):
-        renorm(group_size=1)(random_input(4, C))
+        renorm(samples_per_group=1)(random_input(4, C))
 
 
 # ---- domains, ranks ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from norm_cases import close
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.layers import freeze_batchnorm
+from domainnorm.surgery.freeze import freeze_batchnorm
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 # Each norm by its name in a config and by its class, with options for a few samples.
@@ -16,10 +16,10 @@ NAMES = {
     "BN": ("DomainBatchNorm", {}),
     "GN": ("GroupNorm", {"num_groups": 2}),
     "FrozenBN": ("FrozenBatchNorm", {}),
-    "GhostBN": ("GhostBatchNorm", {"group_size": 2}),
-    "SeqNorm": ("SeqNorm", {"channel_groups": 2, "batch_groups": 2}),
+    "GhostBN": ("GhostBatchNorm", {"samples_per_group": 2}),
+    "SeqNorm": ("SeqNorm", {"num_channel_groups": 2, "num_sample_groups": 2}),
     "BGN": ("BatchGroupNorm", {"num_groups": 2}),
-    "GBGN": ("GroupedBatchNorm", {"channel_groups": 2, "examples_per_group": 2}),
+    "GBGN": ("GroupedBatchNorm", {"num_channel_groups": 2, "samples_per_group": 2}),
     "BRN": ("BatchRenorm", {}),
 }
 SPELLINGS = [(name, options) for short, (long, options) in NAMES.items() for name in (short, long)]
@@ -171,7 +171,7 @@ def test_there_and_back_again(name):
 def test_seq_norm_keeps_the_statistics_of_a_seq_norm_only():
     layer = dn.SeqNorm(4, 2, 2)
     layer(images(dtype=torch.float32).repeat(1, 2, 1, 1)[:, :4])
-    again = dn.convert_batchnorm(nn.Sequential(layer), "SeqNorm", channel_groups=2, batch_groups=1)[0]
+    again = dn.convert_batchnorm(nn.Sequential(layer), "SeqNorm", num_channel_groups=2, num_sample_groups=1)[0]
     assert torch.equal(again.running_mean, layer.running_mean) and again.num_batches_tracked == 1
     plain = dn.convert_batchnorm(nn.Sequential(layer), "BN")[0]
     assert torch.equal(plain.running_mean, torch.zeros(4)) and plain.num_batches_tracked == 0
@@ -211,7 +211,7 @@ def test_on_the_meta_device():
 
 @pytest.mark.parametrize(
     ("name", "groups"),
-    [("GN", "num_groups"), ("SeqNorm", "channel_groups"), ("BGN", "num_groups"), ("GBGN", "channel_groups")],
+    [("GN", "num_groups"), ("SeqNorm", "num_channel_groups"), ("BGN", "num_groups"), ("GBGN", "num_channel_groups")],
 )
 def test_channels_that_a_number_of_groups_does_not_divide(name, groups):
     """6 channels and 4 groups: 2, as `get_norm` says."""
@@ -232,7 +232,7 @@ def test_without_affine(name):
 def test_without_running_statistics_inference_stays_that_of_the_minibatch(name):
     model = small(track_running_stats=False).double()
     expected = model(images())
-    dn.convert_batchnorm(model, name, **({"group_size": 4} if name == "GhostBN" else {}))
+    dn.convert_batchnorm(model, name, **({"samples_per_group": 4} if name == "GhostBN" else {}))
     if name in ("BN", "GhostBN"):
         close(model(images()), expected)
     close(model.eval()(images()), model.train()(images()))

@@ -16,7 +16,7 @@ from torchvision.models import mobilenet_v3_small
 import domainnorm as dn
 
 TORCH = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
-KINDS = {"BN": {}, "SyncBN": {}, "GhostBN": {"group_size": 2}, "BRN": {}, "FrozenBN": {"train_affine": True}}
+KINDS = {"BN": {}, "SyncBN": {}, "GhostBN": {"samples_per_group": 2}, "BRN": {}, "FrozenBN": {"train_affine": True}}
 
 
 def chain(**options):

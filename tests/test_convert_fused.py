@@ -11,7 +11,7 @@ from test_convert import NAMES, each_norm, images, norms, step_of, trained
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.layers import freeze_batchnorm
+from domainnorm.surgery.freeze import freeze_batchnorm
 
 
 def fused(**options):
@@ -45,9 +45,9 @@ def test_fused_activations_follow_every_norm(name):
     model = dn.convert_batchnorm(fused(), name, **NAMES[name][1])[1].double()
     x = images().repeat(1, 3, 1, 1)[:, :8]
     close(model(x), nn.functional.silu(plain(x)))
-    again = dn.convert_batchnorm(nn.Sequential(model), "GhostBN", group_size=2)
+    again = dn.convert_batchnorm(nn.Sequential(model), "GhostBN", samples_per_group=2)
     if name not in ("GN", "FrozenBN"):
-        close(again(x), nn.functional.silu(dn.convert_batchnorm(plain, "GhostBN", group_size=2)(x)))
+        close(again(x), nn.functional.silu(dn.convert_batchnorm(plain, "GhostBN", samples_per_group=2)(x)))
 
 
 def test_fused_without_activation_and_in_fused_models_for_deployment():

@@ -23,7 +23,7 @@ TRAINED(torch.randn(4, 3, 2, 2))
     [
         (nn.BatchNorm2d(3), "Ghost", {}, ValueError, "'GhostBN'.*got 'Ghost'"),
         (nn.BatchNorm2d(3), "", {}, ValueError, "got ''"),
-        (nn.BatchNorm2d(3), "GhostBN", {"group_size": 0}, ValueError, "group_size.*positive.*got 0"),
+        (nn.BatchNorm2d(3), "GhostBN", {"samples_per_group": 0}, ValueError, "samples_per_group.*positive.*got 0"),
         (nn.BatchNorm2d(3), "GhostBN", {"size": 4}, TypeError, "size"),
         (nn.BatchNorm2d(3), "GBGN", {"sync": True}, ValueError, "sync"),
         (TRAINED, "BGN", {"num_groups": 2, "split_space": True}, ValueError, r"1.*3 sets.*2 groups"),

@@ -10,7 +10,8 @@ from reference import ReferenceDomainBatchNorm, elements
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.layers import freeze_batchnorm, normalize_in_step
+from domainnorm.layers import normalize_layers
+from domainnorm.surgery.freeze import freeze_batchnorm
 
 K, C = 3, 4
 CHOICES = ("shared", "per_domain")
@@ -443,7 +444,7 @@ def test_in_step_equals_one_after_the_other(training):
     for layer in (*layers, *twins):
         layer.train(training)
     xs, others = inputs(), inputs(seed=1)
-    together = normalize_in_step(layers, [xs, others])
+    together = normalize_layers(layers, [xs, others])
     apart = [twins[0](xs), twins[1](others)]
     for a, b in zip(itertools.chain(*together), itertools.chain(*apart), strict=True):
         close(a, b)

@@ -183,7 +183,10 @@ def test_a_list_of_tensors_with_a_domain_each():
 
 @pytest.mark.parametrize("kind", ["GhostBatchNorm", "BatchRenorm", "SeqNorm"])
 def test_lists_with_domains_in_other_norms(kind):
-    options = {"GhostBatchNorm": {"group_size": 2}, "SeqNorm": {"channel_groups": 1, "batch_groups": 2}}.get(kind, {})
+    options = {
+        "GhostBatchNorm": {"samples_per_group": 2},
+        "SeqNorm": {"num_channel_groups": 1, "num_sample_groups": 2},
+    }.get(kind, {})
     layer = getattr(dn, kind)(3, num_domains=2, **options, dtype=torch.float64)
     twin = copy.deepcopy(layer)
     x, y = images(4, 1), images(4, 2)

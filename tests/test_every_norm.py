@@ -181,11 +181,11 @@ def test_empty_spatial_sizes(name, training):
 
 
 ONE = {
-    "GhostBatchNorm": [{"group_size": 1}, {"num_groups": 1}],
-    "SeqNorm": [{"channel_groups": 1, "batch_groups": 1}],
+    "GhostBatchNorm": [{"samples_per_group": 1}, {"num_sample_groups": 1}],
+    "SeqNorm": [{"num_channel_groups": 1, "num_sample_groups": 1}],
     "BatchGroupNorm": [{"num_groups": C}],
-    "GroupedBatchNorm": [{"channel_groups": C, "examples_per_group": 1}],
-    "BatchRenorm": [{}, {"group_size": 1}],
+    "GroupedBatchNorm": [{"num_channel_groups": C, "samples_per_group": 1}],
+    "BatchRenorm": [{}, {"samples_per_group": 1}],
 }
 
 
@@ -533,9 +533,9 @@ def test_without_gradients_the_buffers_move_all_the_same(name):
 
 
 def test_recomputation_takes_a_short_last_batch():
-    layer = dn.GhostBatchNorm(C, group_size=4, dtype=torch.float64)
+    layer = dn.GhostBatchNorm(C, samples_per_group=4, dtype=torch.float64)
     x = random_input(10, C, 3, 3).detach()
     dn.recompute_population_statistics(layer, x.split(8), progress=False)
     close(layer.running_mean, x.mean((0, 2, 3)))
-    with pytest.raises(ValueError, match="group_size=4 needs 4 samples"):
+    with pytest.raises(ValueError, match="samples_per_group=4 needs 4 samples"):
         layer(x[:2])

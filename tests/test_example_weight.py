@@ -63,7 +63,7 @@ def test_weight_1_is_instance_norm(name):
 
 @pytest.mark.parametrize("examples", [1, 2, 5])
 def test_weight_1_of_grouped_batch_norm_is_group_norm(examples):
-    layer = build("GroupedBatchNorm", channel_groups=2, examples_per_group=examples)
+    layer = build("GroupedBatchNorm", num_channel_groups=2, samples_per_group=examples)
     layer(random_input(*SHAPE))
     layer.eval().example_weight = 1.0
     for shape in (SHAPE, (3, C), (1, C, 5)):

@@ -19,9 +19,9 @@ import export_net
 
 SAMPLES = {
     "BN": {},
-    "GhostBN": {"group_size": 2},
-    "SeqNorm": {"channel_groups": 4, "batch_groups": 2},
-    "GBGN": {"channel_groups": 4, "examples_per_group": 2},
+    "GhostBN": {"samples_per_group": 2},
+    "SeqNorm": {"num_channel_groups": 4, "num_sample_groups": 2},
+    "GBGN": {"num_channel_groups": 4, "samples_per_group": 2},
     "BGN": {"num_groups": 4},
     "BRN": {},
     "GN": {"num_groups": 4},

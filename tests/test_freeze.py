@@ -12,8 +12,8 @@ import domainnorm as dn
 from domainnorm.engine import train
 from domainnorm.engine.describe import describe_normalization
 from domainnorm.engine.optim import learning_rate
-from domainnorm.layers import freeze_batchnorm
 from domainnorm.modeling.weights import read_checkpoint
+from domainnorm.surgery.freeze import freeze_batchnorm
 
 
 @pytest.fixture(scope="module")

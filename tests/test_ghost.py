@@ -32,11 +32,11 @@ def test_the_worked_example_of_the_paper():
     """Ghost Normalization, §2.2: the second value, larger than the fifth, becomes smaller."""
     x = torch.tensor([35, 39, 30, 4, 38, 26, 27, 19.0]).view(8, 1, 1)
     expected = torch.tensor([0.6, 0.9, 0.2, -1.7, 1.5, -0.2, -0.07, -1.2])
-    for layer in (dn.GhostBatchNorm(1, num_groups=2), dn.GhostBatchNorm(1, group_size=4)):
+    for layer in (dn.GhostBatchNorm(1, num_sample_groups=2), dn.GhostBatchNorm(1, samples_per_group=4)):
         y = layer(x).detach().flatten()
         torch.testing.assert_close(y, expected, atol=0.05, rtol=0)
         assert abs(y[6] + 0.07) < 0.005 and y[1] < y[4]
-    plain = dn.GhostBatchNorm(1, num_groups=1)(x).detach().flatten()
+    plain = dn.GhostBatchNorm(1, num_sample_groups=1)(x).detach().flatten()
     expected = torch.tensor([0.7, 1.1, 0.3, -2.2, 1.0, -0.1, -0.02, -0.8])
     torch.testing.assert_close(plain, expected, atol=0.0501, rtol=0)
 
@@ -46,10 +46,10 @@ def test_the_worked_example_of_the_paper():
 def test_any_partition(data):
     n = data.draw(st.integers(1, 7), "n")
     spatial = data.draw(st.sampled_from([(), (1,), (2,), (2, 2), (1, 2, 2)]), "spatial")
-    which = data.draw(st.sampled_from(["group_size", "num_groups"]), "which")
+    which = data.draw(st.sampled_from(["samples_per_group", "num_sample_groups"]), "which")
     number = data.draw(st.integers(1, n), which)
     elements = torch.Size(spatial).numel()
-    size = number if which == "group_size" else -(-n // number)
+    size = number if which == "samples_per_group" else -(-n // number)
     layer, x = ghost(2, **{which: number}), random_input(n, 2, *spatial)
     if any(s * elements == 1 for s in ghost_sizes(n, size, elements)):
         with pytest.raises(ValueError, match="more than 1 value"):
@@ -61,14 +61,14 @@ def test_any_partition(data):
 @pytest.mark.parametrize(
     ("samples", "options", "sizes"),
     [
-        (8, {"group_size": 3}, [3, 3, 2]),
-        (7, {"group_size": 3}, [3, 4]),  # the last would be one element
-        (7, {"num_groups": 3}, [3, 4]),
-        (5, {"num_groups": 4}, [2, 3]),  # ⌈5 / 4⌉ = 2
-        (6, {"num_groups": 4}, [2, 2, 2]),
-        (3, {"group_size": 3}, [3]),
-        (2, {"group_size": 1}, [2]),  # the last of one element joins the one before
-        (2, {"num_groups": 2}, [2]),
+        (8, {"samples_per_group": 3}, [3, 3, 2]),
+        (7, {"samples_per_group": 3}, [3, 4]),  # the last would be one element
+        (7, {"num_sample_groups": 3}, [3, 4]),
+        (5, {"num_sample_groups": 4}, [2, 3]),  # ⌈5 / 4⌉ = 2
+        (6, {"num_sample_groups": 4}, [2, 2, 2]),
+        (3, {"samples_per_group": 3}, [3]),
+        (2, {"samples_per_group": 1}, [2]),  # the last of one element joins the one before
+        (2, {"num_sample_groups": 2}, [2]),
     ],
 )
 def test_groups_are_consecutive_samples(samples, options, sizes):
@@ -80,12 +80,12 @@ def test_groups_are_consecutive_samples(samples, options, sizes):
 
 def test_one_sample_of_several_elements_is_a_group_of_its_own():
     x = random_input(5, C, 2)
-    y = ghost(affine=None, group_size=2)(x)
+    y = ghost(affine=None, samples_per_group=2)(x)
     close(y[4:], nn.functional.batch_norm(x[4:], None, None, training=True))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None, 1.0])
-@pytest.mark.parametrize("options", [{"group_size": 6}, {"num_groups": 1}])
+@pytest.mark.parametrize("options", [{"samples_per_group": 6}, {"num_sample_groups": 1}])
 def test_one_group_is_batch_norm(options, momentum):
     layer = ghost(**options, momentum=momentum)
     plain = with_affine_of(layer, nn.BatchNorm2d(C, momentum=momentum, dtype=torch.float64))
@@ -97,7 +97,7 @@ def test_one_group_is_batch_norm(options, momentum):
 
 def test_population_statistics_are_those_of_batch_norm_whatever_the_groups():
     plain = nn.BatchNorm1d(C, dtype=torch.float64)
-    layers = [ghost(group_size=2), ghost(group_size=3), ghost(num_groups=4)]
+    layers = [ghost(samples_per_group=2), ghost(samples_per_group=3), ghost(num_sample_groups=4)]
     for step in range(3):
         x = random_input(7, C, 3, seed=step)
         for layer in (plain, *layers):
@@ -109,7 +109,7 @@ def test_population_statistics_are_those_of_batch_norm_whatever_the_groups():
 
 def test_gradient_accumulation_is_ghost_batch_norm():
     """n passes through nn.BatchNorm2d, gradients added up, are n groups."""
-    layer = ghost(group_size=2)
+    layer = ghost(samples_per_group=2)
     plain = with_affine_of(layer, nn.BatchNorm2d(C, dtype=torch.float64))
     x = random_input(7, C, 3, 2)
     twin, cotangent = clone(x), torch.randn(7, C, 3, 2, dtype=torch.float64)
@@ -130,7 +130,7 @@ def plain_on_a_half(rank, x, weight, bias, cotangent):
 
 
 def test_two_processes_without_synchronization_are_two_groups():
-    layer, x = ghost(num_groups=2), random_input(6, C, 2, 3)
+    layer, x = ghost(num_sample_groups=2), random_input(6, C, 2, 3)
     cotangent = torch.randn(x.shape, dtype=x.dtype)
     ranks = run_ranks(plain_on_a_half, 2, x.detach(), layer.weight.detach(), layer.bias.detach(), cotangent)
     outputs, grads, weights, biases = zip(*ranks, strict=True)
@@ -141,7 +141,7 @@ def test_two_processes_without_synchronization_are_two_groups():
 
 
 def test_a_nan_stays_in_its_group():
-    layer, x = ghost(group_size=2), random_input(6, C, 3).detach()
+    layer, x = ghost(samples_per_group=2), random_input(6, C, 3).detach()
     expected = layer(x)
     x[0, 0, 0] = torch.nan
     y = layer(x)
@@ -154,7 +154,7 @@ def test_a_nan_stays_in_its_group():
 
 
 def test_in_inference_a_smaller_batch_is_one_group():
-    layer = ghost(group_size=4).eval()
+    layer = ghost(samples_per_group=4).eval()
     layer.statistics = "minibatch"
     x = random_input(3, C, 2)
     plain = with_affine_of(layer, nn.BatchNorm1d(C, dtype=torch.float64)).train()
@@ -163,7 +163,7 @@ def test_in_inference_a_smaller_batch_is_one_group():
 
 
 def test_in_inference_fewer_samples_than_groups_are_groups_of_one():
-    layer = ghost(num_groups=4).eval()
+    layer = ghost(num_sample_groups=4).eval()
     layer.statistics = "minibatch"
     x = random_input(2, C, 3)
     y = layer(x)
@@ -177,7 +177,7 @@ def test_shared_statistics_join_the_groups_of_equal_number():
     """Each domain's samples are split into groups of their own; the g-th groups of all are one normalization batch."""
     sizes = [(4, 3, 2), (6, 2, 2), (2, 1, 3)]  # 2, 3 and 1 groups of 2 samples
     xs = [random_input(n, C, *spatial, seed=k) for k, (n, *spatial) in enumerate(sizes)]
-    layer = ghost(group_size=2, num_domains=3, sgd_statistics="shared", affine="per_domain")
+    layer = ghost(samples_per_group=2, num_domains=3, sgd_statistics="shared", affine="per_domain")
     plain = dn.DomainBatchNorm(C, 3, "shared", affine="per_domain", dtype=torch.float64)
     with_affine_of(layer, plain)
     twins = [clone(x) for x in xs]
@@ -193,7 +193,7 @@ def test_shared_statistics_join_the_groups_of_equal_number():
 @pytest.mark.parametrize("sgd", ["shared", "per_domain"])
 def test_population_statistics_of_domains_do_not_depend_on_the_groups(sgd, population):
     xs = [random_input(n, C, 2, seed=n) for n in (4, 6)]
-    layer = ghost(group_size=2, num_domains=2, sgd_statistics=sgd, population_statistics=population)
+    layer = ghost(samples_per_group=2, num_domains=2, sgd_statistics=sgd, population_statistics=population)
     plain = dn.DomainBatchNorm(C, 2, sgd, population, dtype=torch.float64)
     for _ in range(2):
         layer(xs), plain(xs)
@@ -201,7 +201,7 @@ def test_population_statistics_of_domains_do_not_depend_on_the_groups(sgd, popul
         close(layer.get_buffer(name), value)
 
 
-@pytest.mark.parametrize("option", ["group_size", "num_groups"])
+@pytest.mark.parametrize("option", ["samples_per_group", "num_sample_groups"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_domain_smaller_than_a_group_is_refused_as_by_a_layer_of_its_own(option, mixed):
     layer = ghost(num_domains=2, **{option: 2})
@@ -217,14 +217,21 @@ def test_a_domain_smaller_than_a_group_is_refused_as_by_a_layer_of_its_own(optio
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"group_size": 2, "num_groups": 2}, {"group_size": 0}, {"num_groups": 0}, {"group_size": -3}]
+    "options",
+    [
+        {},
+        {"samples_per_group": 2, "num_sample_groups": 2},
+        {"samples_per_group": 0},
+        {"num_sample_groups": 0},
+        {"samples_per_group": -3},
+    ],
 )
 def test_exactly_one_positive_option(options):
-    with pytest.raises(ValueError, match=r"group_size.*num_groups|positive"):
+    with pytest.raises(ValueError, match=r"samples_per_group.*num_sample_groups|positive"):
         dn.GhostBatchNorm(C, **options)
 
 
-@pytest.mark.parametrize("option", ["group_size", "num_groups"])
+@pytest.mark.parametrize("option", ["samples_per_group", "num_sample_groups"])
 def test_too_small_a_batch_is_refused_in_training(option):
     layer = ghost(**{option: 7})
     with pytest.raises(ValueError, match=r"7.*5|5.*7"):
@@ -234,13 +241,13 @@ def test_too_small_a_batch_is_refused_in_training(option):
 
 
 def test_groups_of_one_element_are_refused_in_training():
-    layer = ghost(group_size=1)
+    layer = ghost(samples_per_group=1)
     with pytest.raises(ValueError, match="more than 1 value"):
         layer(random_input(4, C))
     assert layer.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("shape", [(6, C), (5, C, 3), (5, C, 2, 3), (4, C, 2, 1, 2)])
-@pytest.mark.parametrize("options", [{"group_size": 3}, {"num_groups": 2}])
+@pytest.mark.parametrize("options", [{"samples_per_group": 3}, {"num_sample_groups": 2}])
 def test_steps(shape, options):
     check_steps(ghost(**options), GhostReference(C, **options), *shape)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import domainnorm as dn
 from domainnorm.modeling.retinanet import RetinaNetHead
+from domainnorm.ops.select import VARIABLE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -35,13 +36,13 @@ LAYERS = {  # of one tensor, of five levels, or of one tensor whose samples have
     "BN, per domain": (lambda: dn.DomainBatchNorm(16, 5), LEVELS),
     "BN, per domain, affine too": (lambda: dn.DomainBatchNorm(16, 5, affine="per_domain"), LEVELS),
     "BN of mixed domains": (lambda: dn.DomainBatchNorm(16, 3), SHAPES),
-    "GhostBN": (lambda: dn.GhostBatchNorm(16, group_size=2), SHAPES),
-    "GhostBN, an uneven group": (lambda: dn.GhostBatchNorm(16, group_size=4), SHAPES),
+    "GhostBN": (lambda: dn.GhostBatchNorm(16, samples_per_group=2), SHAPES),
+    "GhostBN, an uneven group": (lambda: dn.GhostBatchNorm(16, samples_per_group=4), SHAPES),
     "GhostBN, shared": (lambda: dn.GhostBatchNorm(16, 1, num_domains=5, sgd_statistics="shared"), LEVELS),
-    "SeqNorm": (lambda: dn.SeqNorm(16, channel_groups=4, batch_groups=2), SHAPES),
+    "SeqNorm": (lambda: dn.SeqNorm(16, num_channel_groups=4, num_sample_groups=2), SHAPES),
     "BGN": (lambda: dn.BatchGroupNorm(16, num_groups=4), SHAPES),
     "BGN, channels split in space": (lambda: dn.BatchGroupNorm(16, num_groups=64), SHAPES),
-    "GBGN": (lambda: dn.GroupedBatchNorm(16, channel_groups=4, examples_per_group=2), SHAPES),
+    "GBGN": (lambda: dn.GroupedBatchNorm(16, num_channel_groups=4, samples_per_group=2), SHAPES),
     "BRN": (lambda: dn.BatchRenorm(16), SHAPES),
     "BRN, a schedule": (lambda: dn.BatchRenorm(16, r_max=[(0, 2), (9, 3)], d_max=[(0, 1), (9, 5)]), SHAPES),
     "FrozenBN": (lambda: dn.FrozenBatchNorm(16, train_affine=True), SHAPES),
@@ -119,9 +120,9 @@ def assert_close(found, expected, tolerance=TOLERANCE):
         assert one.shape == other.shape
         rounding = 0.0 if one.dtype in WIDE else 0.51 * torch.finfo(one.dtype).eps
         one, other = one.detach().double().cpu(), other.detach().double().cpu()
-        apart = (one - other).abs() - rounding * other.abs()
-        error, size = apart.max().item(), max(other.abs().max().item(), 1e-3)
-        assert error <= tolerance * size, f"{error:.3g} too far apart, where values are up to {size:.3g}"
+        excess = (one - other).abs() - rounding * other.abs()
+        error, size = excess.max().item(), max(other.abs().max().item(), 1e-3)
+        assert error <= tolerance * size, f"{error:.3g} too far from it, where values are up to {size:.3g}"
 
 
 def check(layer, shapes, dtype, device, layout=torch.contiguous_format):
@@ -153,6 +154,17 @@ def _inference(layer, xs, weight):
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, dtype, layout, device):
     check(*make(name), dtype, device, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_by_other_backends(name, backend, device, monkeypatch):
+    """Which the library would choose elsewhere."""
+    monkeypatch.setenv(VARIABLE, backend)
+    layer, shapes = make(name)
+    check(layer, shapes, torch.float32, device)
+    (xs, grads), _ = inputs(shapes, torch.float32, device)
+    assert used_by(lambda: training_step(layer.train(), xs, grads)) in (backend, "eager", "another way")
 
 
 @pytest.mark.parametrize("name", SYNCHRONIZED)

@@ -145,14 +145,14 @@ def test_what_pytest_prints_is_read():
 def test_waits_are_counted_by_place():
     names = {}
     code = f"import warnings\ndef wait(): warnings.warn({MESSAGE!r})\ndef warn(): warnings.warn('something else')"
-    exec(compile(code, str(Path(dn.__file__).parent / "moments.py"), "exec"), names)
+    exec(compile(code, str(Path(dn.__file__).parent / "ops" / "moments.py"), "exec"), names)
     with Waits("cpu") as waits:
         for _ in range(3):
             names["wait"]()
         names["warn"]()
         warnings.warn(MESSAGE, stacklevel=1)
     ours, other = waits.places.items()
-    assert ours[0][:2] == ("ours", "domainnorm/moments.py:2 wait") and ours[1] == 3
+    assert ours[0][:2] == ("ours", "domainnorm/ops/moments.py:2 wait") and ours[1] == 3
     assert other[0][0] == "other" and "test_waits_are_counted_by_place" in other[0][1] and other[1] == 1
 
 

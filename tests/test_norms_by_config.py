@@ -11,12 +11,12 @@ from test_roi_shuffle import Head, rois
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.distributed.roi_shuffle import roi_permutation
 from domainnorm.engine.check import check_model
 from domainnorm.engine.describe import describe_normalization
 from domainnorm.engine.freeze import freeze_norm
 from domainnorm.layers import DomainBatchNorm
 from domainnorm.modeling.norm import norm_options, roi_norm_options
-from domainnorm.roi_shuffle import roi_permutation
 
 LAYERS = {
     "BN": DomainBatchNorm,
@@ -196,13 +196,13 @@ def test_a_head_under_minibatch_statistics_sees_one_image(norm):
     ("norm", "key", "value", "attribute"),
     [
         ("GN", "GN.NUM_GROUPS", 4, "num_groups"),
-        ("GhostBN", "GHOSTBN.SAMPLES_PER_GROUP", 3, "group_size"),
-        ("SeqNorm", "SEQNORM.NUM_CHANNEL_GROUPS", 2, "channel_groups"),
-        ("SeqNorm", "SEQNORM.NUM_SAMPLE_GROUPS", 3, "batch_groups"),
+        ("GhostBN", "GHOSTBN.SAMPLES_PER_GROUP", 3, "samples_per_group"),
+        ("SeqNorm", "SEQNORM.NUM_CHANNEL_GROUPS", 2, "num_channel_groups"),
+        ("SeqNorm", "SEQNORM.NUM_SAMPLE_GROUPS", 3, "num_sample_groups"),
         ("BGN", "BGN.NUM_GROUPS", 2, "num_groups"),
         ("BGN", "BGN.SYNC", True, "sync"),
-        ("GBGN", "GBGN.NUM_CHANNEL_GROUPS", 2, "channel_groups"),
-        ("GBGN", "GBGN.SAMPLES_PER_GROUP", 3, "examples_per_group"),
+        ("GBGN", "GBGN.NUM_CHANNEL_GROUPS", 2, "num_channel_groups"),
+        ("GBGN", "GBGN.SAMPLES_PER_GROUP", 3, "samples_per_group"),
         ("BRN", "BRN.MOMENTUM", 0.25, "momentum"),
         ("BRN", "BRN.SYNC", True, "sync"),
     ],
@@ -226,14 +226,14 @@ def test_limits_of_batch_renorm_grow_over_the_iterations(accumulate, times):
     options = norm_options(cfg, "BRN")
     assert options["r_max"] == [(10 * times, 1.0), (50 * times, 4.0)]
     assert options["d_max"] == [(10 * times, 0.0), (20 * times, 6.0)]
-    assert options["group_size"] == 2 and "allow_smaller_batch" not in options
+    assert options["samples_per_group"] == 2 and "allow_smaller_batch" not in options
     assert roi_norm_options(cfg, "BRN")["allow_smaller_batch"]
 
 
 def test_limits_of_batch_renorm_from_the_first_step():
     at_once = ["MODEL.NORM.BRN.BN_UNTIL", 0, "MODEL.NORM.BRN.R_MAX_AT", 0, "MODEL.NORM.BRN.D_MAX_AT", 0]
     options = norm_options(dn.load_config(None, at_once), "BRN")
-    assert (options["r_max"], options["d_max"], options["group_size"]) == (3.0, 5.0, None)
+    assert (options["r_max"], options["d_max"], options["samples_per_group"]) == (3.0, 5.0, None)
 
 
 @pytest.mark.parametrize("at", [0.3, 0.5])
@@ -342,10 +342,13 @@ def test_virtual_batches_are_refused_where_samples_are_split(norm):
     [
         ("BN", "16 images x height x width, of one process"),
         ("GN", "a sample alone, by groups of channels"),
-        ("GhostBN", "GhostBatchNorm (group_size=2) of 16 images x height x width, of one process"),
-        ("SeqNorm", "SeqNorm (channel_groups=4, batch_groups=2) of 16 images x height x width, of one process"),
+        ("GhostBN", "GhostBatchNorm (samples_per_group=2) of 16 images x height x width, of one process"),
+        (
+            "SeqNorm",
+            "SeqNorm (num_channel_groups=4, num_sample_groups=2) of 16 images x height x width, of one process",
+        ),
         ("BGN", "BatchGroupNorm (num_groups=4) of 16 images x height x width, of one process"),
-        ("GBGN", "GroupedBatchNorm (channel_groups=4, examples_per_group=2) of 16 images x height x width"),
+        ("GBGN", "GroupedBatchNorm (num_channel_groups=4, samples_per_group=2) of 16 images x height x width"),
         ("BRN", "16 images x height x width, of one process"),
     ],
 )

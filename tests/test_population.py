@@ -7,7 +7,7 @@ from ranks import run_ranks
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.convert import left_as_found
+from domainnorm.statistics.choose import preserve_state
 
 
 def make_model():
@@ -38,7 +38,7 @@ def merge(rank):
     model["shared"](xs)
     model["synchronized"](xs[0])
     before = copy.deepcopy(model.state_dict())
-    with left_as_found(model):
+    with preserve_state(model):
         dn.merge_population_statistics(model)
         inside = copy.deepcopy(model.state_dict())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -12,8 +12,8 @@ from ranks import run_ranks
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.lockstep import OutOfStepError
-from domainnorm.population import METHODS, _num_samples
+from domainnorm.statistics.lockstep import OutOfStepError
+from domainnorm.statistics.recompute import METHODS, _num_samples
 
 recompute = dn.recompute_population_statistics
 

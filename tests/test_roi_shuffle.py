@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import domainnorm as dn
-from domainnorm.roi_shuffle import roi_permutation
+from domainnorm.distributed.roi_shuffle import roi_permutation
 
 SEED = 5
 

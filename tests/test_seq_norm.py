@@ -11,16 +11,18 @@ from torch import nn
 import domainnorm as dn
 
 
-def seq(channel_groups=2, batch_groups=2, channels=C, **options):
-    return build("SeqNorm", channels, channel_groups=channel_groups, batch_groups=batch_groups, **options)
+def seq(num_channel_groups=2, num_sample_groups=2, channels=C, **options):
+    return build(
+        "SeqNorm", channels, num_channel_groups=num_channel_groups, num_sample_groups=num_sample_groups, **options
+    )
 
 
 class Composed(nn.Module):
     """The two layers one after the other."""
 
-    def __init__(self, channel_groups, second, eps=1e-5):
+    def __init__(self, num_channel_groups, second, eps=1e-5):
         super().__init__()
-        self.first = nn.GroupNorm(channel_groups, C, eps, affine=False)
+        self.first = nn.GroupNorm(num_channel_groups, C, eps, affine=False)
         self.second = second
 
     def forward(self, x):
@@ -28,25 +30,25 @@ class Composed(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(6, C), (5, C, 3), (5, C, 2, 3), (4, C, 2, 1, 2)])
-@pytest.mark.parametrize("channel_groups", [1, 2])
-def test_steps(shape, channel_groups):
-    check_steps(seq(channel_groups), SeqReference(C, channel_groups, 2), *shape)
+@pytest.mark.parametrize("num_channel_groups", [1, 2])
+def test_steps(shape, num_channel_groups):
+    check_steps(seq(num_channel_groups), SeqReference(C, num_channel_groups, 2), *shape)
 
 
 @settings(deadline=None, max_examples=25)
 @given(
     n=st.integers(2, 6),
-    batch_groups=st.integers(1, 6),
-    channel_groups=st.sampled_from([1, 2, 3, 6]),
+    num_sample_groups=st.integers(1, 6),
+    num_channel_groups=st.sampled_from([1, 2, 3, 6]),
     spatial=st.sampled_from([(2,), (3,), (2, 2), (1, 2, 2)]),
 )
-def test_any_partition(n, batch_groups, channel_groups, spatial):
-    layer, x = seq(channel_groups, batch_groups, channels=6), random_input(n, 6, *spatial)
-    if batch_groups > n:
-        with pytest.raises(ValueError, match=rf"{batch_groups}.*{n}|{n}.*{batch_groups}"):
+def test_any_partition(n, num_sample_groups, num_channel_groups, spatial):
+    layer, x = seq(num_channel_groups, num_sample_groups, channels=6), random_input(n, 6, *spatial)
+    if num_sample_groups > n:
+        with pytest.raises(ValueError, match=rf"{num_sample_groups}.*{n}|{n}.*{num_sample_groups}"):
             layer(x)
     else:
-        check_step(layer, SeqReference(6, channel_groups, batch_groups), x)
+        check_step(layer, SeqReference(6, num_channel_groups, num_sample_groups), x)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-1])
@@ -65,7 +67,7 @@ def test_one_batch_group_is_batch_norm_of_group_norm(eps):
 @pytest.mark.parametrize("statistics", ["auto", "minibatch"])
 def test_it_is_ghost_batch_norm_of_group_norm(statistics):
     layer = seq(2, 3)
-    ghost = with_affine_of(layer, dn.GhostBatchNorm(C, num_groups=3, dtype=torch.float64))
+    ghost = with_affine_of(layer, dn.GhostBatchNorm(C, num_sample_groups=3, dtype=torch.float64))
     composed = Composed(2, ghost)
     layer.statistics = ghost.statistics = statistics
     for step in range(2):
@@ -106,17 +108,17 @@ def test_inference_still_normalizes_by_the_sample():
 @pytest.mark.parametrize(
     "options",
     [
-        {"channel_groups": 3, "batch_groups": 2},
-        {"channel_groups": 0, "batch_groups": 2},
-        {"channel_groups": 8, "batch_groups": 2},
+        {"num_channel_groups": 3, "num_sample_groups": 2},
+        {"num_channel_groups": 0, "num_sample_groups": 2},
+        {"num_channel_groups": 8, "num_sample_groups": 2},
     ],
 )
 def test_channel_groups_divide_the_channels(options):
-    with pytest.raises(ValueError, match=rf"{options['channel_groups']}") as error:
+    with pytest.raises(ValueError, match=rf"{options['num_channel_groups']}") as error:
         dn.SeqNorm(C, **options)
-    assert "channel_groups" in str(error.value) and str(C) in str(error.value)
+    assert "num_channel_groups" in str(error.value) and str(C) in str(error.value)
 
 
 def test_batch_groups_are_positive():
-    with pytest.raises(ValueError, match=r"batch_groups.*0"):
-        dn.SeqNorm(C, channel_groups=2, batch_groups=0)
+    with pytest.raises(ValueError, match=r"num_sample_groups.*0"):
+        dn.SeqNorm(C, num_channel_groups=2, num_sample_groups=0)

@@ -11,8 +11,8 @@ from ranks import run_ranks
 
 import domainnorm as dn
 from domainnorm.distributed import ALL_GATHER
-from domainnorm.layers import normalize_in_step
-from domainnorm.moments import Moments
+from domainnorm.layers import normalize_layers
+from domainnorm.ops.moments import Moments
 
 K, C = 3, 4
 CHOICES = ("shared", "per_domain")
@@ -131,12 +131,12 @@ def one_collective(rank):
     twins = [make("per_domain", "per_domain", True) for _ in range(2)]
     xs = rank_inputs(rank, [2, 1, 0])
     with Counted() as forward:
-        together = normalize_in_step(layers, [xs, [torch.randn_like(x).requires_grad_() for x in xs]])
+        together = normalize_layers(layers, [xs, [torch.randn_like(x).requires_grad_() for x in xs]])
     with Counted() as backward:
         loss_of(itertools.chain(*together)).backward()
     apart = [twins[0](xs)]
     try:
-        normalize_in_step(layers, [xs, [x[..., 1:] for x in xs]])
+        normalize_layers(layers, [xs, [x[..., 1:] for x in xs]])
         raise AssertionError("unequal sizes in step were accepted")
     except ValueError as error:
         assert "equal N and spatial sizes" in str(error)

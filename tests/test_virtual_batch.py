@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import domainnorm as dn
-from domainnorm.lockstep import OutOfStepError
+from domainnorm.statistics.lockstep import OutOfStepError
 
 
 def make_model(sync=False):

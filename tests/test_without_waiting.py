@@ -19,10 +19,10 @@ LAYERS = {
     "shared": lambda: dn.DomainBatchNorm(16, 3, "shared", "shared"),
     "per domain": lambda: dn.DomainBatchNorm(16, 3, affine="per_domain"),
     "shared, per domain": lambda: dn.DomainBatchNorm(16, 3, "shared", "per_domain"),
-    "GhostBN": lambda: dn.GhostBatchNorm(16, group_size=2),
-    "SeqNorm": lambda: dn.SeqNorm(16, channel_groups=4, batch_groups=2),
+    "GhostBN": lambda: dn.GhostBatchNorm(16, samples_per_group=2),
+    "SeqNorm": lambda: dn.SeqNorm(16, num_channel_groups=4, num_sample_groups=2),
     "BGN": lambda: dn.BatchGroupNorm(16, num_groups=4),
-    "GBGN": lambda: dn.GroupedBatchNorm(16, channel_groups=4, examples_per_group=2),
+    "GBGN": lambda: dn.GroupedBatchNorm(16, num_channel_groups=4, samples_per_group=2),
     "BRN": lambda: dn.BatchRenorm(16, r_max=[(5, 1), (9, 3)], d_max=[(5, 0), (9, 5)]),
     "BRN of domains": lambda: dn.BatchRenorm(16, num_domains=3),
 }

@@ -9,7 +9,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from domainnorm.kernels import gpu, triton_rows
+from domainnorm.ops import triton
 
 
 class NoGPU:
@@ -35,11 +35,12 @@ def compile_only(kernel, grid):
 
 driver.set_active(NoGPU())
 JITFunction.__getitem__ = compile_only
-for dtype in gpu.TYPES:
+for dtype in triton.DTYPES:
     xs = [torch.empty(shape, dtype=dtype) for shape in ((2, 8, 64, 128), (1, 8, 7, 9), (1, 8, 1, 1))]
-    rows, channels = torch.empty(4, 8), torch.empty(8)
-    triton_rows.moments(xs)
-    triton_rows.affine(xs, rows, rows[:1], channels)
-    triton_rows.sums(xs, xs, rows)
-    triton_rows.gradient(xs, xs, rows, rows, rows, channels)
-    triton_rows.moments([torch.empty(64, 64, 7, 7, dtype=dtype)])  # one piece, one warp
+    samples, rows, channels = [None] * len(xs), torch.empty(4, 8), torch.empty(8)
+    triton.moments(xs, samples)
+    triton.affine(xs, samples, rows, rows[:1], channels)
+    triton.sums(xs, xs, samples, rows)
+    triton.gradient(xs, xs, samples, rows, rows, rows[:1], channels)
+    triton.moments([torch.empty(64, 64, 7, 7, dtype=dtype)], [None])  # one piece, one warp
+    triton.affine([torch.empty(1, 1, 7, 7, dtype=dtype)], [None], *[torch.empty(1, 1)] * 3)  # one row

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from train_net import Parser
 
 from domainnorm.config import UserError, load_config
-from domainnorm.example_weight import set_example_weight
-from domainnorm.export import FORMATS, Exported, export_model
 from domainnorm.modeling import build_model
 from domainnorm.modeling.weights import load_weights, read_weights
+from domainnorm.statistics.example_weight import set_example_weight
+from domainnorm.surgery.export import FORMATS, Exported, export_model
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -70,7 +70,7 @@ _TESTS = (
 # The cheap ones first: if time runs out, it is the measurements that are cut short.
 STEPS = (
     _check("versions", "Versions and card", 60),
-    _check("kernels", "Functions of rows against the eager ones; which ones the layers took", 90),
+    _check("kernels", "Functions of segments against their formulas; which backends the layers took", 90),
     _check("shuffle", "RoI shuffle and collectives in a process group of one", 60),
     _check("statistics", "Exact population statistics, with waiting batches out of the device's memory", 60),
     _check("waits", "Where a training step waits", 75),

@@ -5,18 +5,11 @@ import copy
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..convert import convert_groupnorm
 from ..distributed import world_size
 from ..errors import UserError
 from ..layers import DomainBatchNorm
-from .freeze import beginnings
-
-# Options of the layers that say how many samples a group has, and their names in MODEL.NORM.
-_KEYS = {
-    "group_size": "SAMPLES_PER_GROUP",
-    "examples_per_group": "SAMPLES_PER_GROUP",
-    "batch_groups": "NUM_SAMPLE_GROUPS",
-}
+from ..surgery.convert import convert_groupnorm
+from .freeze import prefixes
 
 
 def check_model(cfg: CfgNode, model: nn.Module) -> None:
@@ -26,7 +19,7 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
         UserError: naming the key.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, DomainBatchNorm)}
-    for beginning in beginnings(cfg) if cfg.SOLVER.FREEZE_NORM_AT else ():
+    for beginning in prefixes(cfg) if cfg.SOLVER.FREEZE_NORM_AT else ():
         if not any(name.startswith(beginning) for name in norms):
             parts = ", ".join(name for name, _ in model.named_children())
             if not beginning:
@@ -37,13 +30,12 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
             )
     images = cfg.SOLVER.IMS_PER_BATCH // (world_size() * cfg.SOLVER.ACCUMULATE)
     for name, layer in norms.items():
-        split = layer.split
-        if split is not None and not split.allow_smaller_batch and not layer.frozen and split.least > images:
-            key = _KEYS.get(split.option, split.option.upper())
+        groups = layer.sample_groups
+        if groups is not None and not groups.allow_smaller_batch and not layer.frozen and groups.min_samples > images:
             raise UserError(
                 f"MODEL.NORM: {name} ({type(layer).__name__}, {layer.grouping()}) normalizes groups of {images} "
                 f"images, those of one forward pass (SOLVER.IMS_PER_BATCH over processes and SOLVER.ACCUMULATE): "
-                f"expected {split.least} or more; lower {key} there, or raise IMS_PER_BATCH"
+                f"expected {groups.min_samples} or more; lower {groups.option.upper()} there, or raise IMS_PER_BATCH"
             )
     if cfg.TEST.EXAMPLE_WEIGHTS:
         try:

@@ -16,12 +16,12 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..config import RENAMED, flatten
-from ..convert import left_as_found
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError
 from ..modeling.weights import load_weights, read_checkpoint
 from ..output import replace_file
-from ..population import merge_population_statistics
+from ..statistics.choose import preserve_state
+from ..statistics.recompute import merge_population_statistics
 from .average import WeightAverage
 
 # What a resumed run may choose anew: nothing here changes the weights that training arrives at.
@@ -66,7 +66,7 @@ def save_training(
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     buffers = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items() if name in names}
     ranks = gather_objects({"random": _random_states(), "buffers": buffers})
-    with left_as_found(model):
+    with preserve_state(model):
         merge_population_statistics(model)
         if rank() == 0:
             state = {

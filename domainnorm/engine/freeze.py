@@ -3,16 +3,16 @@
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..layers import freeze_batchnorm
-from ..population import merge_population_statistics
+from ..statistics.recompute import merge_population_statistics
+from ..surgery.freeze import freeze_batchnorm
 
 
 def freeze_norm(cfg: CfgNode, model: nn.Module) -> None:
     """Make the layers of `SOLVER.FREEZE_NORM_LAYERS` FrozenBatchNorms, of statistics merged over the ranks."""
     merge_population_statistics(model)
-    freeze_batchnorm(model, beginnings(cfg), train_affine=not cfg.SOLVER.FREEZE_NORM_AFFINE)
+    freeze_batchnorm(model, prefixes(cfg), train_affine=not cfg.SOLVER.FREEZE_NORM_AFFINE)
 
 
-def beginnings(cfg: CfgNode) -> list[str]:
+def prefixes(cfg: CfgNode) -> list[str]:
     """Of the names of the layers to freeze."""
     return list(cfg.SOLVER.FREEZE_NORM_LAYERS) or [""]

@@ -21,7 +21,7 @@ from ..evaluation import evaluate, recompute
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
 from ..output import output_folder
-from ..population import merge_population_statistics
+from ..statistics.recompute import merge_population_statistics
 from .average import WeightAverage
 from .check import check_model
 from .checkpoint import read_training, restore_training, save_model, save_training

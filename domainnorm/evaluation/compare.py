@@ -10,12 +10,12 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..config import STATISTICS
-from ..convert import left_as_found, set_statistics
 from ..data import test_loader
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
-from ..population import merge_population_statistics
+from ..statistics.choose import preserve_state, set_statistics
+from ..statistics.recompute import merge_population_statistics
 from .recompute import recompute
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
@@ -52,7 +52,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     device = get_device(cfg.MODEL.DEVICE)
     results: dict[str, Any] = {}
     for name in names:
-        with left_as_found(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             merge_population_statistics(model)
             if name == "recomputed":
                 recompute(cfg, set_statistics(model, "auto"))

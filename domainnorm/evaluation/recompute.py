@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data import one_set_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..layers import DomainBatchNorm
-from ..population import recompute_population_statistics
+from ..statistics.recompute import recompute_population_statistics
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import logging
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..convert import convert_groupnorm
 from ..distributed import rank
-from ..example_weight import choose_example_weight
 from ..layers import DomainBatchNorm
 from ..modeling import NUM_LEVELS, RetinaNet
 from ..output import output_folder, write_json
+from ..statistics.example_weight import choose_example_weight
+from ..surgery.convert import convert_groupnorm
 from .recompute import recompute
 from .test_set import TestSet
 

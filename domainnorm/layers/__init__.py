@@ -1,11 +1,10 @@
 from .batch_group import BatchGroupNorm
 from .batch_renorm import BatchRenorm
 from .build import LAYERS, get_norm, is_norm, norm_name
-from .domain_batch_norm import DomainBatchNorm
-from .frozen import FrozenBatchNorm, freeze_batchnorm
+from .domain_batch_norm import DomainBatchNorm, normalize_layers
+from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
 from .grouped import GroupedBatchNorm
-from .in_step import normalize_in_step
 from .seq_norm import SeqNorm
 from .sequential import DomainSequential
 
@@ -19,9 +18,8 @@ __all__ = [
     "GhostBatchNorm",
     "GroupedBatchNorm",
     "SeqNorm",
-    "freeze_batchnorm",
     "get_norm",
     "is_norm",
     "norm_name",
-    "normalize_in_step",
+    "normalize_layers",
 ]

@@ -1,14 +1,14 @@
 """All samples and one of G pieces of the flattened features normalized together."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..moments import Moments, Rows
 from .domain_batch_norm import DomainBatchNorm
-from .domains import DomainBatch
+from .inputs import LayerInput
 
 
 class BatchGroupNorm(DomainBatchNorm):
@@ -28,15 +28,15 @@ class BatchGroupNorm(DomainBatchNorm):
             before where pieces are not whole channels.
     """
 
-    plain = False
-    per_channel = False
+    is_channel_affine = False
+    merged_channels = True
 
     def __init__(self, num_features: int, num_groups: int, **options: Any) -> None:
         super().__init__(num_features, **options)
         if num_groups < 1:
             raise ValueError(f"num_groups takes a positive number, got {num_groups}")
         self.num_groups = num_groups
-        self.channels_together = (0 if num_features % num_groups else num_features // num_groups, 0)
+        self.channels_per_group = num_features // num_groups
         self.feature_size: tuple[int, ...] | None = None  # where pieces are not whole channels
         self._register_statistics(num_groups, {"device": options.get("device"), "dtype": options.get("dtype")})
 
@@ -54,7 +54,7 @@ class BatchGroupNorm(DomainBatchNorm):
         spatial = 0 if expected is None else math.prod(expected)
         length = math.gcd(self.num_features * spatial // self.num_groups, spatial)
         rows = self.num_features * (spatial // length if length else self.num_groups)
-        return [x.reshape(len(x), rows, length if x.numel() else 0) for x in tensors]
+        return [x.reshape(x.shape[0], rows, length if x.numel() else 0) for x in tensors]
 
     def _check_feature_size(self, x: Tensor, expected: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """ValueError if `x` cannot be split, or has elements and not the expected size, which is returned."""
@@ -75,40 +75,27 @@ class BatchGroupNorm(DomainBatchNorm):
             )
         return tuple(x.shape[2:])
 
-    def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
-        outputs = super()._normalize(batch, merged)
-        if self.training and self.num_features % self.num_groups:
-            for x in batch.tensors:
+    def _tensors(self, inputs: LayerInput) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        pieces = self._pieces(inputs.tensors)
+        times = pieces[0].shape[1] // self.num_features
+        weight, bias = (
+            v if v is None or times == 1 else v.repeat_interleave(times, -1) for v in (self.weight, self.bias)
+        )
+        return pieces, weight, bias
+
+    def _channels_per_group(self, tensors: Sequence[Tensor]) -> int:
+        # where pieces are not whole channels, the rows of a channel are several pieces, or parts of them
+        return tensors[0].shape[1] // self.num_groups
+
+    def _restore(self, outputs: list[Tensor], inputs: LayerInput) -> list[Tensor]:
+        if self.training and self.uses_minibatch and self.num_features % self.num_groups:
+            for x in inputs.tensors:
                 if x.numel():
                     self.feature_size = tuple(x.shape[2:])
-        return [_like(y, x) for y, x in zip(outputs, batch.tensors, strict=True)]
+        return [_like(y, x) for y, x in zip(outputs, inputs.tensors, strict=True)]
 
-    def _population(self, batch: DomainBatch) -> list[Tensor]:
-        return [_like(y, x) for y, x in zip(super()._population(batch), batch.tensors, strict=True)]
-
-    def _elements(self, x: Tensor) -> int:
-        return math.prod(x.shape[1:]) // self.num_groups
-
-    def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:
-        rows = Rows(self._pieces(tensors))
-        return rows, rows.moments.merge_channels(self.num_groups)
-
-    def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        return super()._normalize_by(rows, *self._by_row(rows.moments.mean.shape[1], of, weight, bias))
-
-    def _normalize_fixed(
-        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        (pieces,) = self._pieces([x])
-        of = Moments(torch.ones_like(mean), mean, var)
-        of, weight, bias = self._by_row(pieces.shape[1], of, weight, bias)
-        return super()._normalize_fixed(pieces, of.mean, of.var, weight, bias)
-
-    def _by_row(self, rows: int, of: Moments, *affine: Tensor | None) -> tuple[Any, ...]:
-        """Of each of that many rows of a sample, the moments of its piece, γ and β of its channel."""
-        times = rows // self.num_features
-        affine = tuple(v if v is None or times == 1 else v.repeat_interleave(times, -1) for v in affine)
-        return of.repeat_channels(rows // self.num_groups), *affine
+    def _elements(self, tensors: Sequence[Tensor]) -> list[int]:
+        return [math.prod(x.shape[1:]) // self.num_groups for x in tensors]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -126,6 +113,8 @@ class BatchGroupNorm(DomainBatchNorm):
 
 def _like(pieces: Tensor, x: Tensor) -> Tensor:
     """`pieces` in the shape and memory format of `x`."""
+    if pieces.shape == x.shape:
+        return pieces
     y = pieces.reshape(x.shape)
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return y.contiguous(memory_format=torch.channels_last)

@@ -1,19 +1,20 @@
 """BatchNorm corrected towards its population statistics."""
 
+from __future__ import annotations
+
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..batches import Affine, corrected, read
-from ..kernels.compiled_batches import Batches, Towards
-from ..moments import Moments
+from ..ops.formula import Normalization
 from .domain_batch_norm import DomainBatchNorm
-from .domains import DomainBatch
-from .split import Split
+from .inputs import LayerInput
+from .renamed import renamed_arguments
+from .sample_groups import SampleGroups
 
 RECENT = 64  # forward passes that activation checkpointing may recompute
 Limit = float | Sequence[tuple[float, float]] | Callable[[int], float]
@@ -36,90 +37,57 @@ class BatchRenorm(DomainBatchNorm):
             and variance 1: begin with 1 and 0 for a few multiples of `1 / momentum` steps. Steps are training
             forwards, as `num_batches_tracked` counts them: of each domain, where the domains share it.
         momentum: of the EMA (the paper's α).
-        group_size: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all.
+        samples_per_group: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all.
         allow_smaller_batch: of `GhostBatchNorm`.
-        **options: of `DomainBatchNorm`; `sync` without `group_size` only.
+        **options: of `DomainBatchNorm`; `sync` without `samples_per_group` only.
 
     Raises:
-        ValueError: a limit below 1 (`r_max`) or 0 (`d_max`); `sync` with `group_size`.
+        ValueError: a limit below 1 (`r_max`) or 0 (`d_max`); `sync` with `samples_per_group`.
         RuntimeError: activation checkpointing, and which forward pass is recomputed cannot be told.
     """
 
-    plain = False
     averages_deviation = True
+    _renamed: ClassVar = {"group_size": "samples_per_group"}
 
+    @renamed_arguments(_renamed)
     def __init__(
         self,
         num_features: int,
         r_max: Limit = 3.0,
         d_max: Limit = 5.0,
         momentum: float | None = 0.01,
-        group_size: int | None = None,
+        samples_per_group: int | None = None,
         *,
         allow_smaller_batch: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(num_features, momentum=momentum, **options)
-        if group_size is not None:
+        if samples_per_group is not None:
             if self.sync:
-                raise ValueError(f"group_size={group_size} splits one rank's samples: leave it out, or sync")
-            self.split = Split("group_size", size=group_size, allow_smaller_batch=allow_smaller_batch)
-        for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-            values = [(0, least)] if callable(limit) else _points(limit)
-            if not values or any(value < least for _, value in values):
-                raise ValueError(f"{name} takes numbers from {least} on, or points (step, number), got {limit}")
+                raise ValueError(
+                    f"samples_per_group={samples_per_group} splits one rank's samples: leave it out, or sync"
+                )
+            self.sample_groups = SampleGroups(
+                "samples_per_group", size=samples_per_group, allow_smaller_batch=allow_smaller_batch
+            )
+        for name, limit, minimum in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+            values = [(0, minimum)] if callable(limit) else _points(limit)
+            if not values or any(value < minimum for _, value in values):
+                raise ValueError(f"{name} takes numbers from {minimum} on, or points (step, number), got {limit}")
             if [step for step, _ in values] != sorted({step for step, _ in values}):
                 raise ValueError(f"{name} takes points (step, value) of increasing steps, got {limit}")
         self.r_max = r_max
         self.d_max = d_max
-        self.group_size = group_size
-        # Of the last training forwards, the batch's mean and the buffers that it was normalized towards: those move,
-        # and activation checkpointing computes the forward again.
+        self.samples_per_group = samples_per_group
+        # The mean of each segment's batch, and the buffers at that time, of the last forward passes within activation
+        # checkpointing: it computes them again when the buffers have moved.
         self._recent: deque[tuple[Tensor, _Buffers]] = deque(maxlen=RECENT)
 
-    def _corrected(self, affine: Affine, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
-        if not self.training:
-            return affine
-        if torch.compiler.is_compiling():
-            return corrected(affine, *map(_saved, self._correction(batch, of, self._moving())))
-        mean = merged.mean.detach()
-        if batch.updates:
-            self._remember(mean)
-            return corrected(affine, *self._correction(batch, of, self._moving()))
-        return corrected(affine, *self._correction(batch, of, self._remembered(mean)))
-
-    def _towards(self, batch: DomainBatch, batches: Batches) -> Towards | None:
-        if not self.training:
-            return None
-        # activation checkpointing runs this forward again
-        again = not batch.updates
-        mean, var, steps = self._remembered(read(batch.tensors, batches).counted[0]) if again else self._moving()
-        limits = []
-        for limit in (self.r_max, self.d_max):
-            values = [limit] if isinstance(limit, (int, float)) else _at(limit, steps).flatten().tolist()
-            limits.append(values * (len(batches.counts) // len(values)))
-        return Towards(mean, var, *limits)
-
-    def _moving(self) -> _Buffers:
-        return self.running_mean, self.running_var, self.num_batches_tracked
-
-    @torch.no_grad()
-    def _correction(self, batch: DomainBatch, of: Moments, towards: _Buffers) -> tuple[Tensor, Tensor]:
-        """r and d of what is normalized by the moments `of`."""
-        mean, var = (self._of_rows(v, batch) for v in towards[:2])
-        r_max, d_max = (
-            limit
-            if isinstance(limit, (int, float))
-            else self._of_rows(_at(limit, towards[2].unsqueeze(-1)), batch).to(of.mean.dtype)
-            for limit in (self.r_max, self.d_max)
-        )
-        sigma = (var.to(of.mean.dtype) + self.eps).sqrt()
-        r = (of.var + self.eps).sqrt() / sigma
-        d = (of.mean - mean) / sigma
-        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
-
-    def _remember(self, mean: Tensor) -> None:
-        self._recent.append((mean, tuple(v.clone() for v in self._moving())))
+    def normalization(self, inputs: LayerInput) -> Normalization:
+        problem = super().normalization(inputs)
+        if self.training and self.uses_minibatch:
+            problem.correction = _Correction(self, inputs, problem)
+        return problem
 
     def _remembered(self, mean: Tensor) -> _Buffers:
         """The buffers that the batch with this mean was normalized towards, for a forward pass that is recomputed."""
@@ -133,10 +101,59 @@ class BatchRenorm(DomainBatchNorm):
         return found[0][1]
 
     def grouping(self) -> str:
-        return "" if self.group_size is None else f"group_size={self.group_size}"
+        return "" if self.samples_per_group is None else f"samples_per_group={self.samples_per_group}"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
+
+
+class _Correction:
+    """r and d of a forward pass, by the mean and variance of each segment's normalization batch; computed once."""
+
+    def __init__(self, layer: BatchRenorm, inputs: LayerInput, problem: Normalization) -> None:
+        self.layer = layer
+        self.of_segments = problem.of_segments
+        self.again = not inputs.updates
+        compiling = torch.compiler.is_compiling()
+        # within activation checkpointing, which computes the forward pass again, and with other running statistics
+        self.remember = not compiling and (not torch.is_grad_enabled() or _saved_tensors_are_hooked())
+        self.keep = _saved if compiling else _unchanged
+        self.known: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        if self.known is None:
+            with torch.no_grad():
+                r, d = self._compute(mean, var)
+                self.known = self.keep(r), self.keep(d)
+        return self.known
+
+    def _compute(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        layer = self.layer
+        if self.again:
+            running = layer._remembered(mean)
+        else:
+            running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+            if self.remember:
+                layer._recent.append((mean.clone(), tuple(v.clone() for v in running)))
+        running_mean, running_var = (self.of_segments(v).to(mean.dtype) for v in running[:2])
+        limits: list[Any] = [
+            limit
+            if isinstance(limit, (int, float))
+            else self.of_segments(_at(limit, running[2].unsqueeze(-1))).to(mean.dtype)
+            for limit in (layer.r_max, layer.d_max)
+        ]
+        r_max, d_max = limits
+        sigma = (running_var + layer.eps).sqrt()
+        r = (var + layer.eps).sqrt() / sigma
+        return r.clamp(1 / r_max, r_max), ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+
+
+def _saved_tensors_are_hooked() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 @torch.library.custom_op("domainnorm::saved", mutates_args=())

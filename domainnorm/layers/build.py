@@ -29,10 +29,10 @@ CHOICES_OF_DOMAINS = ("sgd_statistics", "population_statistics")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "SyncBN": {"sync": True},
     "GN": {"num_groups": 32},
-    "GhostBN": {"group_size": 16},
-    "SeqNorm": {"channel_groups": 4, "batch_groups": 8},
+    "GhostBN": {"samples_per_group": 16},
+    "SeqNorm": {"num_channel_groups": 4, "num_sample_groups": 8},
     "BGN": {"num_groups": 16},
-    "GBGN": {"channel_groups": 32, "examples_per_group": 2},
+    "GBGN": {"num_channel_groups": 32, "samples_per_group": 2},
 }
 
 
@@ -47,7 +47,7 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
         name: `""`: None is returned. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
             `"FrozenBN"`, `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`:
             `nn.GroupNorm`. The names of the classes are taken too.
-        **options: of the layer, such as `num_domains`, `group_size`, `eps`. `GN` has no domains and no running
+        **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN` has no domains and no running
             statistics: it takes `num_groups` and `eps` and is the same layer for every domain.
             `BGN` also takes `split_space=True`: `num_groups` as it is, also where it splits channels in space; the
             layer then works at one feature size.
@@ -58,11 +58,14 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     if name == "":
         return None
     name = norm_name(name)
-    options = _DEFAULTS.get(name, {}) | options
-    if name == "GhostBN" and options.get("num_groups"):
-        options.pop("group_size")
+    old_names = getattr(LAYERS[name], "_renamed", {})
+    options = {
+        key: value for key, value in _DEFAULTS.get(name, {}).items() if key not in map(old_names.get, options)
+    } | options
+    if name == "GhostBN" and (options.get("num_sample_groups") or options.get("num_groups")):
+        options.pop("samples_per_group")
     exact = options.pop("split_space", False) if name == "BGN" else False
-    for key in ("num_groups", "channel_groups"):
+    for key in ("num_groups", "num_channel_groups", "channel_groups"):
         if key in options and name in ("GN", "SeqNorm", "BGN", "GBGN") and not exact:
             options[key] = math.gcd(options[key], num_features)
     if name == "GN":

@@ -1,22 +1,21 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ..batches import Affine
-from ..distributed import Group, deepcopy_over_group
-from ..kernels import compiled, kernel
-from ..kernels.compiled_batches import Batches, Towards
-from ..moments import Moments, Rows, is_recomputed
-from .domains import Domain, DomainBatch, Domains, Input, of_domain
-from .in_step import normalize
-from .population_statistics import PopulationStatistics, one_of
-from .split import Split
+from ..autograd import is_recomputed
+from ..distributed.collectives import Group, deepcopy_over_group, world_size
+from ..ops.formula import Normalization
+from ..ops.moments import Moments
+from ..ops.normalize import domain_moments, normalize
+from .base import PopulationStatistics, one_of
+from .inputs import Domain, Domains, Input, LayerInput, spatial_elements
+from .renamed import renamed_attribute
+from .sample_groups import SampleGroups
 
 CHOICES = ("shared", "per_domain")
 
@@ -48,7 +47,7 @@ class DomainBatchNorm(PopulationStatistics):
         momentum: of the EMA, in torch's meaning; None: cumulative average.
         sync: True merges the moments of all ranks by their true element counts (uneven and empty ranks are
             exact); a process group: of its ranks. In training only. One collective per direction serves all
-            domains; see `normalize_in_step` for several layers.
+            domains; see `normalize_layers` for several layers.
 
     Attributes:
         statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
@@ -69,10 +68,14 @@ class DomainBatchNorm(PopulationStatistics):
     `sync`, and raises with it.
     """
 
-    plain = True  # whether each normalization batch is normalized as nn.BatchNorm2d does
-    per_channel = True  # whether inference under population statistics is one affine of each channel
-    channels_together = (1, 0)  # neighbours in a normalization batch (0: not of whole channels); in a GroupNorm before
-    split: Split | None = None  # of samples into groups that training normalizes apart
+    _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
+
+    # what a subclass chooses
+    is_channel_affine = True  # whether inference under population statistics is one affine of each channel
+    sample_groups: SampleGroups | None = None  # groups of samples that training normalizes apart
+    channels_per_group = 1  # neighboring channels that are normalized together
+    merged_channels = False  # whether the population statistics are those of such channels, too
+    channels_per_first_group = 0  # of a GroupNorm that comes first
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class DomainBatchNorm(PopulationStatistics):
         self.current_domain: Domain | None = None
         self._used: list[Domain] = []  # current domains of the last forward passes
         self._recomputed = False  # since then, by activation checkpointing
-        self.batch_hook: Callable[[DomainBatchNorm, DomainBatch], None] | None = None
+        self.batch_hook: Callable[[DomainBatchNorm, LayerInput], None] | None = None
 
         factory = {"device": device, "dtype": dtype}
         # With one domain, shared and per_domain are the same thing: (C,), as torch.
@@ -120,68 +123,134 @@ class DomainBatchNorm(PopulationStatistics):
     bias: nn.Parameter | None
 
     def forward(self, x: Input, domain: Domains | None = None) -> Input:
-        outputs = normalize(self, self._batch(x, domain))
-        return outputs if isinstance(x, (list, tuple)) else outputs[0]
+        if isinstance(x, fx.Proxy):  # a layer is one node of a symbolic trace
+            target = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", target, (x,) if domain is None else (x, domain), {})
+        return normalize_layers([self], [x], domain)[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._renamed:
+            return renamed_attribute(self, name, self._renamed[name])
+        return super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
         return deepcopy_over_group(self, self.sync, memo)
 
-    # What another layer is made of: which moments its statistics count, and how it normalizes by given ones.
+    def normalization(self, inputs: LayerInput) -> Normalization:
+        """Which segments of an input are normalized together, and how: what all layers differ in."""
+        tensors, weight, bias = self._tensors(inputs)
+        shared = self.sgd_statistics == "shared"
+        elements = self._elements(inputs.tensors)
+        by_population: dict[str, Any] = {}
+        if not self.uses_minibatch:
+            by_population = {"by_population": (self.running_mean, self.running_var)}
+            by_population["example_weight"] = 0.0 if self.training else self.example_weight
+        by_sample = bool(by_population) or self.channels_per_first_group > 0
+        if self.sample_groups is not None and not by_population:
+            segmentation = self.sample_groups.segmentation(inputs, shared, elements, by_sample)
+        else:
+            segmentation = inputs.segmentation(by_sample)
+        problem = Normalization(
+            tensors,
+            segmentation.segments,
+            inputs.domains,
+            segmentation.domains,
+            weight,
+            bias,
+            self.eps,
+            shared,
+            segmentation.groups,
+            self._channels_per_group(tensors),
+            self.merged_channels,
+            self.channels_per_first_group,
+            inputs.external,
+            **by_population,
+        )
+        if self.training and not by_population:
+            self._train(problem, inputs, elements)
+        return problem
 
-    def _read(self, tensors: list[Tensor]) -> tuple[Rows, Moments]:
-        """The rows of `tensors`, and the moments `(ΣN, …)` that the statistics count of them."""
-        rows = Rows(tensors)
-        return rows, rows.moments
+    def _train(self, problem: Normalization, inputs: LayerInput, elements: list[int]) -> None:
+        """What training adds: synchronization, a check of the numbers of elements, and the update of the population."""
+        if self.sync and world_size(group := None if self.sync is True else self.sync) > 1:
+            problem.sync = (group,)
+        problem.population = self.population if inputs.updates else self.population.copy()
+        if self.sample_groups is not None:
+            self.sample_groups.check(inputs, problem.shared, elements)
+        else:
+            self._check_counts(problem, inputs.elements_of_domains(elements, problem.shared), min(elements))
+        if problem.sync is None and inputs.external is None:
+            together = problem.shared and self.population_statistics == "shared"
+            counted = elements if self.merged_channels else spatial_elements(inputs.tensors)
+            problem.counts = inputs.elements_of_domains(counted, together)
 
-    def _elements(self, x: Tensor) -> int:
-        """How many numbers a row brings into a normalization batch."""
-        return math.prod(x.shape[2:])
+    def _check_counts(self, problem: Normalization, counts: list[int] | None, elements: int) -> None:
+        """A normalization batch of one element has no variance: ValueError, on every rank alike.
 
-    def _normalize_by(self, rows: Rows, of: Moments, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        """The rows normalized by moments like the counted ones, broadcasting against them; of each tensor."""
-        return rows.normalize(of, weight, bias, self.eps)
+        What the shapes on this rank leave open is checked once the moments are merged; a GPU is waited for then.
+        """
+        ranks = 1 if problem.sync is None else world_size(problem.sync[0])
+        if counts is None:  # the samples of a domain are counted on the device, but come in whole rows
+            if ranks > 1 or elements == 1:
+                problem.check_counts = partial(self._refuse_single, ranks)
+        elif ranks > 1 or problem.external is not None:
+            if min(counts) < 2:
+                problem.check_counts = partial(self._refuse_single, ranks)
+        else:
+            self._refuse_single(ranks, counts)
 
-    def _normalize_fixed(
-        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """`x` normalized by given statistics, `(C,)` or `(N, C)`; by torch's own inference kernel if it can."""
-        if mean.ndim == 1 and (weight is None or weight.ndim == 1) and x.numel():
-            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        scale = (var + self.eps).rsqrt() if weight is None else weight * (var + self.eps).rsqrt()
-        shift = -mean * scale if bias is None else bias - mean * scale
-        rows = (*x.shape[:2], *[1] * (x.ndim - 2))
-        scale, shift = (v.expand(x.shape[:2]).reshape(rows) for v in (scale, shift))
-        return (x * scale + shift).to(x.dtype)
+    def _refuse_single(self, ranks: int, counts: Sequence[float]) -> None:
+        """ValueError if a domain, or all where they are shared, has one element."""
+        per_domain = self.sgd_statistics == "per_domain"
+        counts = counts if per_domain else [sum(counts)]
+        if 1 in counts:
+            which = f"domain {counts.index(1)}" if per_domain and self.num_domains > 1 else "the normalization batch"
+            where = f" on all {ranks} ranks together" if ranks > 1 else ""
+            raise ValueError(
+                f"{type(self).__name__}: expected more than 1 value per channel in training, got 1 in {which}{where}: "
+                "use a larger batch or input, or statistics='population'"
+            )
 
-    def _affine(self, batch: DomainBatch) -> Affine:
-        """γ and β of all rows."""
-        return self._of_rows(self.weight, batch), self._of_rows(self.bias, batch)
+    def moments_of_domains(self, inputs: LayerInput) -> Moments:
+        """The moments `(K, C)` that the population statistics count of an input, on this rank."""
+        tensors, *_ = self._tensors(inputs)
+        segments, domains, _ = inputs.segmentation(self.channels_per_first_group > 0)
+        options = (
+            self._channels_per_group(tensors),
+            self.merged_channels,
+            self.channels_per_first_group,
+            inputs.external,
+        )
+        return domain_moments(
+            Normalization(tensors, segments, inputs.domains, domains, None, None, self.eps, False, None, *options)
+        )
 
-    def _corrected(self, affine: Affine, batch: DomainBatch, merged: Moments, of: Moments) -> Affine:
-        """γ and β where what is normalized by the moments `of` of rows, `merged` of domains, is corrected."""
-        return affine
+    def _tensors(self, inputs: LayerInput) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """The tensors whose channels are normalized, with a weight and a bias for each channel."""
+        return inputs.tensors, self.weight, self.bias
 
-    def _towards(self, batch: DomainBatch, batches: Batches) -> Towards | None:
-        """What whole batches are corrected towards."""
-        return None
+    def _channels_per_group(self, tensors: Sequence[Tensor]) -> int:
+        """How many neighboring channels of these tensors are normalized together."""
+        return self.channels_per_group
 
-    def _remember(self, mean: Tensor) -> None:
-        """Called with the batch's mean, before the statistics move."""
+    def _restore(self, outputs: list[Tensor], inputs: LayerInput) -> list[Tensor]:
+        """Normalized tensors in the shape of the input."""
+        return outputs
 
-    def _of_rows(self, value: Any, batch: DomainBatch) -> Any:
-        """Of something `(C,)` for all domains, or `(K, C)`, what broadcasts against the rows `(ΣN, C)`."""
-        return value if value is None or value.ndim == 1 else batch.of_rows(value)
+    def _elements(self, tensors: Sequence[Tensor]) -> list[int]:
+        """How many elements one sample of each tensor brings into a normalization batch."""
+        return [elements * self.channels_per_group for elements in spatial_elements(tensors)]
 
-    def _batch(self, x: Input, domain: Domains | None) -> DomainBatch:
+    def _input(self, x: Input, domain: Domains | None) -> LayerInput:
         """The input and its domains, once `batch_hook` has seen them."""
         if domain is None and self.current_domain is not None and self.domains_per_name == 1 and isinstance(x, Tensor):
             domain = self.domain_in_use()
-        batch = DomainBatch.of(x, domain, self.num_domains, self.num_features, self._read, self._elements)
+        inputs = LayerInput.of(x, domain, self.num_domains, self.num_features)
         if self.batch_hook is not None:
-            self.batch_hook(self, batch)
-        return batch
+            self.batch_hook(self, inputs)
+        return inputs
 
-    def take_domains(self, layer: "DomainBatchNorm") -> None:
+    def copy_domain_config(self, layer: "DomainBatchNorm") -> None:
         """The domains of a layer that has as many: their names, and which one is in use."""
         if self.num_domains == layer.num_domains:
             self.domain_names, self.domains_per_name = layer.domain_names, layer.domains_per_name
@@ -212,67 +281,6 @@ class DomainBatchNorm(PopulationStatistics):
             self._recomputed = True
         return self.current_domain
 
-    def _population(self, batch: DomainBatch) -> list[Tensor]:
-        """Normalized by the buffers, in inference with the samples' own moments by `example_weight`."""
-        values = (self.running_mean, self.running_var, self.weight, self.bias)
-        if self.example_weight > 0 and not self.training:
-            mean, var, weight, bias = (self._of_rows(v, batch) for v in values)
-            if self.channels_together == (1, 0) and kernel(batch.tensors) is compiled:
-                return compiled.weighed(batch.tensors, self.example_weight, mean, var, weight, bias, self.eps)
-            return self._normalize_by(batch.rows, self._weighed(batch.counted, mean, var), weight, bias)
-        return [
-            self._normalize_fixed(x, *(of_domain(v, domain) for v in values))
-            for x, domain in zip(batch.tensors, batch.domains, strict=True)
-        ]
-
-    def _weighed(self, own: Moments, mean: Tensor, var: Tensor) -> Moments:
-        """Eq. 3: the union of the sample's own moments and the population's, by the weights α and 1 - α."""
-        mean, var = (v.to(own.mean.dtype).expand_as(own.mean) for v in (mean, var))
-        # filled, not copied from the processor, for which a GPU would wait
-        alpha = self.example_weight
-        shares = torch.stack([own.mean.new_full((1, 1), share) for share in (alpha, 1 - alpha)])
-        return Moments(shares, torch.stack([own.mean, mean]), torch.stack([own.var, var])).merge(0)[0]
-
-    def _merge(self, batch: DomainBatch) -> Moments:
-        """The moments of each domain, `(K, C)`, on this rank; or of all, `(1, C)`, where no more is asked for."""
-        return batch.together() if self.sgd_statistics == self.population_statistics == "shared" else batch.by_domain()
-
-    def _normalize(self, batch: DomainBatch, merged: Moments) -> list[Tensor]:
-        """Normalized by the moments that `_merge` gives, over all ranks; updates the buffers."""
-        shared = self.sgd_statistics == "shared"
-        total = merged.merge(0) if shared and len(merged.mean) > 1 else merged  # (1, C) or (K, C)
-        if self.split is not None:
-            of = self.split.merge(batch, shared)  # (ΣN, C)
-        else:
-            of = total if len(total.mean) == 1 else batch.of_rows(total)
-        affine = self._corrected(self._affine(batch), batch, merged, of)
-        outputs = self._normalize_by(batch.rows, of, *affine)
-        if self.training and batch.updates:
-            self._update_population(total if self.population_statistics == "shared" else merged)
-        return outputs
-
-    def _check_counts(self, batch: DomainBatch, counts: Callable[[], list[float]], ranks: int) -> None:
-        """A normalization batch of one element has no variance: ValueError, on every rank alike.
-
-        Args:
-            counts: the elements of each domain, or of all; to know them, a GPU may have to be waited for.
-        """
-        per_domain = self.sgd_statistics == "per_domain"
-        if self.split is not None:
-            self.split.check_size(batch, not per_domain)
-            self.split.check_elements(batch, not per_domain)
-            return
-        if batch.cannot_be_single(per_domain, ranks):
-            return  # known from the shapes
-        of = counts() if per_domain else [sum(counts())]
-        if 1 in of:
-            which = f"domain {of.index(1)}" if per_domain and self.num_domains > 1 else "the normalization batch"
-            where = f" on all {ranks} ranks together" if ranks > 1 else ""
-            raise ValueError(
-                f"{type(self).__name__}: expected more than 1 value per channel in training, got 1 in {which}{where}: "
-                "use a larger batch or input, or statistics='population'"
-            )
-
     def grouping(self) -> str:
         """How what is normalized together differs from BatchNorm, as options; "" where it does not."""
         return ""
@@ -294,3 +302,33 @@ class DomainBatchNorm(PopulationStatistics):
         if self.statistics != "auto":
             text += f", statistics={self.statistics!r}"
         return text
+
+
+def normalize_layers(
+    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: Domains | None = None
+) -> list[Input]:
+    """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
+
+    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
+    equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
+
+    Raises:
+        ValueError: the layers are synchronized, and their inputs have other sizes.
+    """
+    given = [layer._input(x, domain) for layer, x in zip(layers, inputs, strict=True)]
+    problems = [layer.normalization(own) for layer, own in zip(layers, given, strict=True)]
+    if problems[0].sync is not None:
+        _check_sizes(given)
+        outputs = normalize(problems)
+    else:
+        outputs = [normalize([problem])[0] for problem in problems]
+    outputs = [layer._restore(ys, own) for layer, ys, own in zip(layers, outputs, given, strict=True)]
+    return [ys if isinstance(x, (list, tuple)) else ys[0] for x, ys in zip(inputs, outputs, strict=True)]
+
+
+def _check_sizes(inputs: Sequence[LayerInput]) -> None:
+    """One collective carries one count per domain for all layers."""
+    shapes = [[(x.shape[0], *x.shape[2:]) for x in own.tensors] for own in inputs]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(f"layers in step take inputs of equal N and spatial sizes, got {shapes[0]} and {other}")

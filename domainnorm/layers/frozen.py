@@ -1,6 +1,5 @@
 """BatchNorm whose statistics, and by default affine, are constants."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from torch import nn
 
 from .activation import keep_activation
 from .domain_batch_norm import DomainBatchNorm
-from .replace import replace_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -39,7 +37,7 @@ class FrozenBatchNorm(DomainBatchNorm):
         Raises:
             ValueError: the layer keeps no running statistics, or its inference is not one affine of each channel.
         """
-        if isinstance(layer, DomainBatchNorm) and not layer.per_channel:
+        if isinstance(layer, DomainBatchNorm) and not layer.is_channel_affine:
             raise ValueError(f"{type(layer).__name__} is no affine of each channel in inference: use freeze_batchnorm")
         if layer.running_mean is None:
             raise ValueError(f"{layer} keeps no running statistics (track_running_stats=False) that could be frozen")
@@ -51,7 +49,7 @@ class FrozenBatchNorm(DomainBatchNorm):
             factory |= {"affine": "shared" if layer.affine else None, "momentum": layer.momentum}
         frozen = cls(layer.num_features, train_affine, eps=layer.eps, **factory)
         if isinstance(layer, DomainBatchNorm):
-            frozen.take_domains(layer)
+            frozen.copy_domain_config(layer)
         with torch.no_grad():
             frozen.load_state_dict({key: value for key, value in layer.state_dict().items() if "." not in key})
         if isinstance(layer, DomainBatchNorm):
@@ -76,41 +74,8 @@ class FrozenBatchNorm(DomainBatchNorm):
             options["affine"] = self.affine is not None
         thawed = kind(self.num_features, **options)
         if isinstance(thawed, DomainBatchNorm):
-            thawed.take_domains(self)
+            thawed.copy_domain_config(self)
         with torch.no_grad():
             thawed.load_state_dict({key: value for key, value in self.state_dict().items() if "." not in key})
         keep_activation(thawed, self)
         return thawed
-
-
-def freeze_batchnorm(model: nn.Module, beginnings: Sequence[str] = ("",), train_affine: bool = False) -> nn.Module:
-    """Replace every BatchNorm of `model` by a `FrozenBatchNorm`, with the very same parameters.
-
-    So an optimizer that holds them goes on with its state. Layers whose inference is more than an affine of each
-    channel (SeqNorm, BGN, GBGN) stay what they are, with `frozen` set.
-
-    Args:
-        beginnings: of the names of the layers to replace; by default all.
-        train_affine: whether their γ and β go on learning.
-
-    Returns:
-        The model, or the frozen layer in its place.
-    """
-    starts = tuple(beginnings)
-
-    def freeze(name: str, module: nn.Module) -> nn.Module:
-        if not isinstance(module, (DomainBatchNorm, _BatchNorm)) or getattr(module, "frozen", False):
-            return module
-        if not name.startswith(starts):
-            return module
-        frozen: nn.Module = module
-        if isinstance(module, DomainBatchNorm) and not module.per_channel:
-            module.frozen = True
-        else:
-            frozen = FrozenBatchNorm.from_batch_norm(module, train_affine).train(module.training)
-            frozen.weight, frozen.bias = module.weight, module.bias
-        for parameter in frozen.parameters(recurse=False):
-            parameter.requires_grad_(train_affine)
-        return frozen
-
-    return replace_layers(model, freeze)

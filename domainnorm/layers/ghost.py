@@ -1,9 +1,12 @@
 """BatchNorm over groups of samples."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, ClassVar
 
 from .domain_batch_norm import DomainBatchNorm
-from .split import Split
+from .renamed import renamed_arguments
+from .sample_groups import SampleGroups
 
 
 class GhostBatchNorm(DomainBatchNorm):
@@ -18,40 +21,45 @@ class GhostBatchNorm(DomainBatchNorm):
 
     Args:
         num_features: C.
-        group_size: samples in a group; or
-        num_groups: groups of ⌈N / num_groups⌉ samples.
+        samples_per_group: samples in a group; or
+        num_sample_groups: groups of ⌈N / num_sample_groups⌉ samples.
         allow_smaller_batch: whether training takes a batch, or a domain's part of it, that is smaller than one group
             (or of fewer samples than groups) as it is: where the number of samples varies, as that of RoIs. Else it is
             a ValueError; in inference under minibatch statistics it never is.
-        option: what the groups are called in messages, where not by one of these.
         **options: of `DomainBatchNorm`; groups are of one rank, so not `sync`.
 
     Raises:
-        ValueError: not one of `group_size` and `num_groups`, or `sync`.
+        ValueError: not one of `samples_per_group` and `num_sample_groups`, or `sync`.
     """
 
-    plain = False
+    _renamed: ClassVar = {"group_size": "samples_per_group", "num_groups": "num_sample_groups"}
 
+    @renamed_arguments(_renamed)
     def __init__(
         self,
         num_features: int,
-        group_size: int | None = None,
-        num_groups: int | None = None,
+        samples_per_group: int | None = None,
+        num_sample_groups: int | None = None,
         *,
         allow_smaller_batch: bool = False,
-        option: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
         if self.sync:
             raise ValueError(f"{type(self).__name__} normalizes groups of one rank's samples: leave sync out")
-        given = {"group_size": group_size, "num_groups": num_groups}
-        if (group_size is None) == (num_groups is None):
-            raise ValueError(f"expected one of group_size and num_groups, got {given}")
-        option = option or ("num_groups" if group_size is None else "group_size")
-        self.split = Split(option, size=group_size, number=num_groups, allow_smaller_batch=allow_smaller_batch)
-        self.group_size = group_size
-        self.num_groups = num_groups
+        if (samples_per_group is None) == (num_sample_groups is None):
+            given = {"samples_per_group": samples_per_group, "num_sample_groups": num_sample_groups}
+            raise ValueError(f"expected one of samples_per_group and num_sample_groups, got {given}")
+        self.sample_groups = SampleGroups(
+            "num_sample_groups" if samples_per_group is None else "samples_per_group",
+            size=samples_per_group,
+            number=num_sample_groups,
+            allow_smaller_batch=allow_smaller_batch,
+        )
+        self.samples_per_group = samples_per_group
+        self.num_sample_groups = num_sample_groups
 
     def grouping(self) -> str:
-        return f"num_groups={self.num_groups}" if self.group_size is None else f"group_size={self.group_size}"
+        if self.samples_per_group is None:
+            return f"num_sample_groups={self.num_sample_groups}"
+        return f"samples_per_group={self.samples_per_group}"

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .domain_batch_norm import DomainBatchNorm
-from .domains import Input
+from .inputs import Input
 
 
 class DomainSequential(nn.Sequential):

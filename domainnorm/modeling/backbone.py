@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..layers import freeze_batchnorm, get_norm
+from ..layers import get_norm
+from ..surgery.freeze import freeze_batchnorm
 from .norm import norm_options
 
 

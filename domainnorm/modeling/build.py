@@ -9,8 +9,8 @@ from torchvision.models.detection.rpn import RPNHead
 
 from ..data import domain_names, num_classes
 from ..distributed import get_device
-from ..domains import name_domains
 from ..errors import UserError
+from ..surgery.domains import name_domains
 from .backbone import build_backbone
 from .channels_last import Transform
 from .classifier import build_classifier

@@ -10,12 +10,13 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..convert import convert_batchnorm, left_as_found
 from ..data import num_classes
-from ..domains import use_domains_of
 from ..errors import UserError
 from ..layers import DomainBatchNorm
-from ..layers.replace import replace_layers
+from ..statistics.choose import preserve_state
+from ..surgery.convert import convert_batchnorm
+from ..surgery.domains import use_domains_of
+from ..surgery.replace import replace_layers
 from .cifar_resnet import CifarResNet
 from .norm import norm_options
 from .weights import load_weights, read_weights
@@ -98,7 +99,7 @@ def _try_image(cfg: CfgNode, model: Classifier) -> None:
     """UserError now, and not in the first step, if the body does not take images of this size."""
     side = cfg.INPUT.CROP_SIZE
     try:
-        with left_as_found(model):
+        with preserve_state(model):
             use_domains_of(model, [{"domain": torch.tensor(0)}])
             model.eval()([torch.zeros(3, side, side)])
     except (RuntimeError, ValueError, AssertionError) as error:

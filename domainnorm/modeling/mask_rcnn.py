@@ -13,9 +13,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import maskrcnn_inference, project_masks_on_boxes
 
 from ..distributed import all_reduce_sum, world_size
-from ..domains import use_domains_of
+from ..distributed.roi_shuffle import RoIShuffle
 from ..layers import DomainBatchNorm, get_norm
-from ..roi_shuffle import RoIShuffle
+from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast
 
 
@@ -59,7 +59,7 @@ class RoIHeads(roi_heads.RoIHeads):
         self.box_shuffle = self.mask_shuffle = None
         if shuffle_seed is not None:
             # groups of samples must not be of neighbours
-            mixed = any(isinstance(m, DomainBatchNorm) and m.split is not None for m in self.modules())
+            mixed = any(isinstance(m, DomainBatchNorm) and m.sample_groups is not None for m in self.modules())
             self.box_shuffle = RoIShuffle(self.box_branch, shuffle_seed, in_order=mixed)
             if self.has_mask():
                 self.mask_shuffle = RoIShuffle(self.mask_branch, shuffle_seed, in_order=mixed)
@@ -148,6 +148,11 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN, ChannelsLast):
     In training, images come in the size they are trained at; in inference they are resized here, and boxes and masks
     are in the pixels of the image given. Under minibatch statistics the RoIs of an image are one normalization batch.
     """
+
+    not_exportable = (
+        "a GeneralizedRCNN cannot be exported: its heads run on RoIs whose number differs from image to image; "
+        "export a RetinaNet or a classifier"
+    )
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` in [0, 1] and targets -> losses in training, in inference a list of detections.

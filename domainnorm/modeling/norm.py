@@ -28,19 +28,22 @@ def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     if name == "GN":
         return {"num_groups": node.GN.NUM_GROUPS}
     if name == "GhostBN":
-        return {"group_size": node.GHOSTBN.SAMPLES_PER_GROUP}
+        return {"samples_per_group": node.GHOSTBN.SAMPLES_PER_GROUP}
     if name == "SeqNorm":
-        return {"channel_groups": node.SEQNORM.NUM_CHANNEL_GROUPS, "batch_groups": node.SEQNORM.NUM_SAMPLE_GROUPS}
+        return {
+            "num_channel_groups": node.SEQNORM.NUM_CHANNEL_GROUPS,
+            "num_sample_groups": node.SEQNORM.NUM_SAMPLE_GROUPS,
+        }
     if name == "BGN":
         return {"num_groups": node.BGN.NUM_GROUPS, "split_space": node.BGN.SPLIT_SPACE, "sync": node.BGN.SYNC}
     if name == "GBGN":
-        return {"channel_groups": node.GBGN.NUM_CHANNEL_GROUPS, "examples_per_group": node.GBGN.SAMPLES_PER_GROUP}
+        return {"num_channel_groups": node.GBGN.NUM_CHANNEL_GROUPS, "samples_per_group": node.GBGN.SAMPLES_PER_GROUP}
     if name == "BRN":
         return {
             "r_max": _limit(cfg, 1.0, node.BRN.R_MAX, node.BRN.R_MAX_AT),
             "d_max": _limit(cfg, 0.0, node.BRN.D_MAX, node.BRN.D_MAX_AT),
             "momentum": node.BRN.MOMENTUM,
-            "group_size": node.BRN.SAMPLES_PER_GROUP or None,
+            "samples_per_group": node.BRN.SAMPLES_PER_GROUP or None,
             "sync": node.BRN.SYNC,
         }
     return {}
@@ -49,7 +52,7 @@ def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
 def roi_norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     """Of a norm in a head over RoIs, whose number varies: fewer than a group has are one group."""
     options = norm_options(cfg, name)
-    if name in ("GhostBN", "SeqNorm", "GBGN") or options.get("group_size"):
+    if name in ("GhostBN", "SeqNorm", "GBGN") or options.get("samples_per_group"):
         options["allow_smaller_batch"] = True
     return options
 

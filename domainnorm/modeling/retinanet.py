@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection import retinanet
 from torchvision.models.detection._utils import encode_boxes
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ..distributed import all_reduce_sum, world_size
-from ..domains import use_domains_of
-from ..layers import DomainBatchNorm, get_norm, normalize_in_step
+from ..layers import DomainBatchNorm, get_norm, normalize_layers
+from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast, Transform
 from .focal_loss import focal_loss
 
@@ -122,7 +123,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         """One block (convolution, norm, activation) of each tower, applied to the levels of each."""
         for layers in zip(*blocks, strict=True):
             if isinstance(layers[0], DomainBatchNorm):
-                inputs = normalize_in_step(layers, inputs, self._domains(layers[0], len(inputs[0])))
+                inputs = normalize_layers(layers, inputs, self._domains(layers[0], len(inputs[0])))
             else:
                 inputs = [[layer(x) for x in levels] for layer, levels in zip(layers, inputs, strict=True)]
         return inputs
@@ -198,6 +199,10 @@ class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
         made = self.transform
         self.transform = Transform(made.min_size, made.max_size, made.image_mean, made.image_std, _skip_resize=True)
 
+    def for_export(self) -> "DenseRetinaNet":
+        """What an exported program computes."""
+        return DenseRetinaNet(self)
+
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections.
 
@@ -209,6 +214,29 @@ class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
             return super().forward(images, targets)
         # One at a time: neither minibatch statistics nor the padding to a common size may see another image.
         return [super(RetinaNet, self).forward([image])[0] for image in images]
+
+
+class DenseRetinaNet(nn.Module):
+    """What a RetinaNet computes before boxes are decoded and chosen by NMS.
+
+    Attributes:
+        stride: of the levels that come from the backbone: sides of images are multiples of it.
+        min_side: of images: torch.export makes a constant of a side of 1, as P7 has below.
+    """
+
+    stride, min_side = 32, 160
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images `(N, 3, H, W)` in [0, 1] -> `cls_logits` `(N, A, classes)`, `bbox_regression` `(N, A, 4)` and the
+        `anchors` `(A, 4)` that it is relative to, in pixels."""
+        images = self.model.transform.normalize(images)
+        features = list(self.model.backbone(images).values())
+        listed = ImageList(images, [(images.shape[2], images.shape[3])])
+        return self.model.head(features) | {"anchors": self.model.anchor_generator(listed, features)[0]}
 
 
 def _flatten(levels: list[Tensor], columns: int) -> Tensor:

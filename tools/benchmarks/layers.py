@@ -114,11 +114,11 @@ def _batch_norm(batch: int, channels: int) -> tuple[nn.Module, Normalize]:
 
 
 def _ghost(batch: int, channels: int) -> tuple[nn.Module, Normalize]:
-    return dn.GhostBatchNorm(channels, group_size=batch // 4), textbook.ghost(batch // 4)
+    return dn.GhostBatchNorm(channels, samples_per_group=batch // 4), textbook.ghost(batch // 4)
 
 
 def _seq_norm(batch: int, channels: int) -> tuple[nn.Module, Normalize]:
-    return dn.SeqNorm(channels, channel_groups=4, batch_groups=4), textbook.seq_norm(4, batch // 4)
+    return dn.SeqNorm(channels, num_channel_groups=4, num_sample_groups=4), textbook.seq_norm(4, batch // 4)
 
 
 def _batch_group(batch: int, channels: int) -> tuple[nn.Module, Normalize]:
@@ -126,7 +126,7 @@ def _batch_group(batch: int, channels: int) -> tuple[nn.Module, Normalize]:
 
 
 def _grouped(batch: int, channels: int) -> tuple[nn.Module, Normalize]:
-    return dn.GroupedBatchNorm(channels, channel_groups=16, examples_per_group=2), textbook.grouped(16, 2)
+    return dn.GroupedBatchNorm(channels, num_channel_groups=16, samples_per_group=2), textbook.grouped(16, 2)
 
 
 def _batch_renorm(batch: int, channels: int) -> tuple[nn.Module, Normalize]:

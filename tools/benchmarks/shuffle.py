@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 import domainnorm as dn
 from domainnorm.distributed import all_gather_stack, all_reduce_sum, barrier, rank, world_size
-from domainnorm.roi_shuffle import Route, roi_permutation
+from domainnorm.distributed.roi_shuffle import Route, roi_permutation
 
 from .ranks import check_processes, rows_of_ranks
 from .table import Row

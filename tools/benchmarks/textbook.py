@@ -22,25 +22,25 @@ class Textbook(nn.Module):
         return self.normalize(x, self.weight, self.bias)
 
 
-def ghost(group_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def ghost(samples_per_group: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.cat([F.batch_norm(g, None, None, weight, bias, True, eps=EPS) for g in x.split(group_size)])
+        return torch.cat([F.batch_norm(g, None, None, weight, bias, True, eps=EPS) for g in x.split(samples_per_group)])
 
     return normalize
 
 
-def seq_norm(channel_groups: int, group_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    second = ghost(group_size)
-    return lambda x, weight, bias: second(F.group_norm(x, channel_groups, eps=EPS), weight, bias)
+def seq_norm(num_channel_groups: int, samples_per_group: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    second = ghost(samples_per_group)
+    return lambda x, weight, bias: second(F.group_norm(x, num_channel_groups, eps=EPS), weight, bias)
 
 
 def batch_group(num_groups: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, weight, bias: _standardized(x.reshape(len(x), num_groups, -1), (0, 2), x, weight, bias)
 
 
-def grouped(channel_groups: int, examples: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def grouped(num_channel_groups: int, examples: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _standardized(x.reshape(len(x) // examples, examples, channel_groups, -1), (1, 3), x, weight, bias)
+        return _standardized(x.reshape(len(x) // examples, examples, num_channel_groups, -1), (1, 3), x, weight, bias)
 
     return normalize
 

@@ -1,23 +1,21 @@
-"""Which implementation the library chooses for tensors, and which one a layer took: the one place that knows how."""
+"""Which backend the library chooses for tensors, and which ones a layer took: the one place that knows how."""
 
+import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from domainnorm import kernels, moments
-from domainnorm.kernels import plain
+from domainnorm.ops import eager, native, select, triton
 
-FASTEST = {"cuda": "triton_rows"}  # what is expected of a device, where a layer is not torch's own
-REFERENCE: ModuleType = plain
+FASTEST = {"cuda": "triton"}  # what is expected of a device, where a layer is not torch's own
 
 
 def chosen(xs: Sequence[Tensor]) -> ModuleType:
-    """The module whose functions compute the rows of `xs`. The first call on a device compiles and compares them."""
+    """The module whose functions can be given `xs`. The first call on a device compiles and compares them."""
     with torch.no_grad():
-        return kernels.kernel(xs)
+        return next((module for module in (triton, native) if not module.refusal(xs)), eager)
 
 
 def name_of(module: ModuleType) -> str:
@@ -25,15 +23,25 @@ def name_of(module: ModuleType) -> str:
 
 
 def used_by(run: Callable[[], object]) -> str:
-    """The modules that `run()` takes functions of rows from; "another way", such as torch's own kernel, if none."""
-    names = set()
-    choose = moments.kernel
-
-    def noted(xs: Sequence[Tensor]) -> ModuleType:
-        module = choose(xs)
-        names.add(name_of(module))
-        return module
-
-    with mock.patch.object(moments, "kernel", noted):
+    """The backends that compute what `run()` normalizes; "another way", such as by constants, if none."""
+    notes = _Names()
+    level = select.logger.level
+    select.logger.addHandler(notes)
+    select.logger.setLevel(logging.DEBUG)
+    try:
         run()
-    return ", ".join(sorted(names)) or "another way"
+    finally:
+        select.logger.setLevel(level)
+        select.logger.removeHandler(notes)
+    return ", ".join(sorted(notes.names)) or "another way"
+
+
+class _Names(logging.Handler):
+    """The first word of each message, which is the name of a backend."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.names: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.names.add(record.getMessage().split()[0])

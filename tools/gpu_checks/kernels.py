@@ -1,6 +1,6 @@
-"""The functions of rows that the library chooses, against the eager ones; and which ones its layers took."""
+"""The functions of segments that the library chooses, against the formulas; and which backends its layers took."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from benchmarks.timing import milliseconds, times
 from torch import Tensor
 
 import domainnorm as dn
+from domainnorm.ops import eager
 
-from .backend import FASTEST, REFERENCE, chosen, name_of, used_by
+from .backend import FASTEST, chosen, name_of, used_by
 
 LEVELS = ((2, 256, 100, 167), (2, 256, 50, 84), (2, 256, 25, 42), (2, 256, 13, 21), (2, 256, 7, 11))
 SHAPES = {
@@ -28,7 +29,7 @@ SMALL = {
 }
 # The largest error, as a share of the largest value: of what is in the type of the input, and of sums in float32.
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-OF_SUMS = 1e-4
+SUMS_LIMIT = 1e-4
 PASSES = {"moments": 1, "affine": 2, "sums": 2, "gradient": 3}  # tensors read and written
 
 
@@ -49,21 +50,25 @@ def _functions(label: str, shapes: Any, dtype: torch.dtype, device: str, repeats
         return (torch.randn(shape, generator=generator) * 2 + 1).to(device)
 
     xs, grads = ([random(*shape).to(dtype) for shape in shapes] for _ in range(2))
+    samples = [None] * len(xs)
     rows = (sum(shape[0] for shape in shapes), shapes[0][1])
-    scale, center, third, fourth = (random(*rows) for _ in range(4))
+    scale, center, shift, slope, offset = (random(*rows) for _ in range(5))
     module = chosen(xs)
     for function, given in {
-        "moments": (xs,),
-        "affine": (xs, scale, center, third),
-        "sums": (grads, xs, center),
-        "gradient": (grads, xs, scale, center, third, fourth),
+        "moments": (xs, samples),
+        "affine": (xs, samples, scale, center, shift),
+        "sums": (grads, xs, samples, center),
+        "gradient": (grads, xs, samples, scale, center, slope, offset),
     }.items():
-        ours, eager = (getattr(which, function) for which in (module, REFERENCE))
-        expected = getattr(REFERENCE, function)(*map(_double, given))
-        errors = [_error(run(*given), expected) for run in (ours, eager)]
-        runs = {"ours": lambda ours=ours, given=given: ours(*given), "eager": lambda f=eager, given=given: f(*given)}
+        ours, formula = getattr(module, function, FORMULAS[function]), FORMULAS[function]
+        expected = formula(*map(_double, given))
+        errors = [_error(run(*given), expected) for run in (ours, formula)]
+        runs = {
+            "ours": lambda run=ours, given=given: run(*given),
+            "eager": lambda run=formula, given=given: run(*given),
+        }
         taken = times(runs, repeats, seconds=0.0 if repeats == 1 else 0.003, device=device)
-        limit = OF_SUMS if function in ("moments", "sums") else TYPES[dtype]
+        limit = SUMS_LIMIT if function in ("moments", "sums") else TYPES[dtype]
         moved = PASSES[function] * sum(x.nbytes for x in xs)
         yield {
             "function": function,
@@ -79,8 +84,45 @@ def _functions(label: str, shapes: Any, dtype: torch.dtype, device: str, repeats
         }
 
 
+def _sums(grads: Sequence[Tensor], xs: Sequence[Tensor], samples: Any, center: Tensor) -> list[Tensor]:
+    """Σ grad and Σ grad · (x - center) of each sample and channel."""
+    found = []
+    for x, grad, own in zip(xs, grads, center.split([len(x) for x in xs]), strict=True):
+        grad = grad.to(center.dtype)
+        found.append(torch.stack([grad.sum((2, 3)), (grad * (x - own[..., None, None])).sum((2, 3))]))
+    return list(torch.cat(found, 1))
+
+
+def _gradient(
+    grads: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    samples: Any,
+    scale: Tensor,
+    center: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+) -> list[Tensor]:
+    """`scale · grad + slope · (x - center) + offset`."""
+    values = (v.split([len(x) for x in xs]) for v in (scale, center, slope, offset))
+    found = []
+    for x, grad, *own in zip(xs, grads, *values, strict=True):
+        row_scale, row_center, row_slope, row_offset = (v[..., None, None] for v in own)
+        found.append((row_scale * grad + row_slope * (x - row_center) + row_offset).to(x.dtype))
+    return found
+
+
+FORMULAS: dict[str, Callable[..., Sequence[Tensor]]] = {
+    "moments": eager.moments,
+    "affine": eager.affine,
+    "sums": _sums,
+    "gradient": _gradient,
+}
+
+
 def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else [x.double() for x in value]
+    if isinstance(value, list):
+        return [_double(x) for x in value]
+    return value.double() if isinstance(value, Tensor) else value
 
 
 def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -112,7 +154,8 @@ def _layers(dtype: torch.dtype, layout: str, device: str, small: bool) -> Iterat
         taken = used_by(run)
         # A plain BatchNorm of each tensor is torch's own; in channels_last there are eager operations only.
         plain = name == "BN" or name.endswith("per_domain")
-        expected = FASTEST.get(device, taken) if layout == "NCHW" and not plain else taken
+        fastest = "torch" if plain else FASTEST.get(device) if layout == "NCHW" else "eager"
+        expected = fastest if device in FASTEST else taken
         yield {
             "layer": name,
             "type": _name(dtype),

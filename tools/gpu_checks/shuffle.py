@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import domainnorm as dn
-from domainnorm import distributed, roi_shuffle
+from domainnorm import distributed
+from domainnorm.distributed import roi_shuffle
 
 
 def measure(device: str, small: bool) -> Iterator[Row]:
@@ -76,10 +77,10 @@ def _merged(device: str) -> tuple[list[Tensor], list[Tensor]]:
     results = []
     for over_ranks in (True, False):
         x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-        of_all = dn.Moments.rows(x).merge(0)
-        of_all = of_all.merge_ranks(None) if over_ranks else of_all
-        (of_all.mean.square().sum() + of_all.var.square().sum()).backward()
-        results.append([of_all.mean.detach(), of_all.var.detach(), x.grad])
+        merged = dn.Moments.rows(x).merge(0)
+        merged = merged.merge_ranks(None) if over_ranks else merged
+        (merged.mean.square().sum() + merged.var.square().sum()).backward()
+        results.append([merged.mean.detach(), merged.var.detach(), x.grad])
     return results[0], results[1]
 
 

@@ -29,7 +29,7 @@ WARM_UP = 3  # steps, in which kernels are compiled and tried
 
 
 def measure(device: str, small: bool) -> Iterator[Row]:
-    """Of each detector a row for each place, and one for all of them."""
+    """For each detector a row for each place, and one for all of them."""
     size = (64, 96) if small else (800, 1333)
     images, targets = batch(2, *size, device=device)
     for detector, options in DETECTORS.items():

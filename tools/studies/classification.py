@@ -34,7 +34,7 @@ PATTERNS = {  # of minibatches of 32 images: how they are made, of how many clas
     "disjoint halves": ("class_disjoint_halves", 0),
 }
 GN = {"num_groups": 8}
-GBGN = {"channel_groups": 8, "examples_per_group": 2}
+GBGN = {"num_channel_groups": 8, "samples_per_group": 2}
 
 
 def sections() -> dict[str, dict[str, Run]]:
@@ -67,7 +67,7 @@ def sections() -> dict[str, dict[str, Run]]:
 
 def ghost(batch: int, size: int, **others: Any) -> Run:
     """Of one group it is BN."""
-    return Run("BN", batch, **others) if size >= batch else Run("GhostBN", batch, {"group_size": size}, **others)
+    return Run("BN", batch, **others) if size >= batch else Run("GhostBN", batch, {"samples_per_group": size}, **others)
 
 
 def norms(batch: int) -> dict[str, Run]:
@@ -80,7 +80,7 @@ def norms(batch: int) -> dict[str, Run]:
         "BGN": Run("BN", batch) if g >= 64 else Run("BGN", batch, {"num_groups": g}),
         "GBGN": Run("GBGN", batch, GBGN),
         "GhostBN": ghost(batch, size),
-        "SeqNorm": Run("SeqNorm", batch, {"channel_groups": 8, "batch_groups": batch // size}),
+        "SeqNorm": Run("SeqNorm", batch, {"num_channel_groups": 8, "num_sample_groups": batch // size}),
         "BRN": Run("BRN", batch, {"momentum": min(max(0.1 * batch / 32, 0.01), 0.1)}),
     }
 
@@ -90,19 +90,19 @@ def remedies(kind: str, classes: int) -> dict[str, Run]:
     of = partial(Run, batch=32, pattern=(kind, classes), times=3)
     runs = {"BN": of("BN")}
     if kind == "class_disjoint_halves":
-        return runs | {"GhostBN, any order": of("GhostBN", options={"group_size": 16})}
+        return runs | {"GhostBN, any order": of("GhostBN", options={"samples_per_group": 16})}
     runs |= {"GN": of("GN", options=GN), "GBGN": of("GBGN", options=GBGN)}
     runs["BRN, momentum 0.1"] = of("BRN", options={"momentum": 0.1})
     if kind == "iid":
         return runs
-    size = {"group_size": classes}
+    size = {"samples_per_group": classes}
     runs["GhostBN, any order"] = of("GhostBN", options=size)
     runs["GhostBN, each class once"] = of("GhostBN", options=size, pattern=(f"{kind}_in_rounds", classes))
     if classes == 2:
         runs["BRN, momentum 0.02"] = of("BRN", options={"momentum": 0.02})
         runs["BN, frozen from half-way on"] = of("BN", freeze=True)
         runs["BGN"] = of("BGN", options={"num_groups": 4})
-        runs["SeqNorm"] = of("SeqNorm", options={"channel_groups": 8, "batch_groups": 2})
+        runs["SeqNorm"] = of("SeqNorm", options={"num_channel_groups": 8, "num_sample_groups": 2})
     return runs
 
 

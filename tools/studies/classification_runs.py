@@ -16,7 +16,7 @@ import domainnorm as dn
 from domainnorm.data import ClassificationDataset
 from domainnorm.data.arrays import read_idx_pair
 from domainnorm.data.class_sampler import ClassBatchSampler
-from domainnorm.layers import freeze_batchnorm
+from domainnorm.surgery.freeze import freeze_batchnorm
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # the α of which validation chooses one
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9, 0.97, 1.0)  # those of the section on α

@@ -29,7 +29,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 import domainnorm as dn
 from domainnorm.data.scene import CLASSES, LOOKS, draw_scene
-from domainnorm.population import METHODS
+from domainnorm.statistics.recompute import METHODS
 
 SIZE = 32  # pixels of an object's image
 SEEDS = (0, 1, 2)  # of the images from which statistics are recomputed

@@ -1,0 +1,27 @@
+from .collectives import (
+    ALL_GATHER,
+    Group,
+    all_gather_stack,
+    all_reduce_sum,
+    barrier,
+    deepcopy_over_group,
+    gather_objects,
+    rank,
+    world_size,
+)
+from .launch import get_device, launch, to_device
+
+__all__ = [
+    "ALL_GATHER",
+    "Group",
+    "all_gather_stack",
+    "all_reduce_sum",
+    "barrier",
+    "deepcopy_over_group",
+    "gather_objects",
+    "get_device",
+    "launch",
+    "rank",
+    "to_device",
+    "world_size",
+]

@@ -1,0 +1,1 @@
+"""The formula, and the backends that compute it."""

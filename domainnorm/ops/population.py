@@ -1,0 +1,82 @@
+"""Population statistics as training gathers them: an exponential moving average of what normalizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+
+@dataclass
+class Population:
+    """Running statistics, and how a training step moves them.
+
+    Attributes:
+        mean, var: `(C,)` of all domains, or `(K, C)`.
+        num_batches_tracked: EMA steps, `()` or `(K,)`.
+        momentum: of the EMA, in torch's meaning; None: the cumulative average.
+        averages_deviation: whether `sqrt(var + eps)` is averaged (Batch Renorm), and not the unbiased variance.
+        eps: for that.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float | None
+    averages_deviation: bool = False
+    eps: float = 0.0
+
+    def of_domain(self, domain: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and number of steps of one domain; of all, where they are shared."""
+        values = (self.mean, self.var, self.num_batches_tracked)
+        return values if self.mean.ndim == 1 else tuple(v[domain] for v in values)  # type: ignore[return-value]
+
+    def copy(self) -> Population:
+        """Statistics to move in place of these."""
+        mean, var, tracked = (v.clone() for v in (self.mean, self.var, self.num_batches_tracked))
+        return Population(mean, var, tracked, self.momentum, self.averages_deviation, self.eps)
+
+    def update(self, moments: Moments, counts: Sequence[float] | None) -> None:
+        """One step for each set of `moments` that has elements; a set of one element moves the mean only.
+
+        Sets of which there are more than statistics move these one after the other, as a BatchNorm that is called once
+        for each (rows 3 and 5 of Table 5 in *Rethinking "Batch"*).
+
+        Args:
+            moments: `(1, C)` or `(K, C)`.
+            counts: elements of each set, where they are known on the host.
+        """
+        sets = moments.mean.shape[0]
+        with torch.no_grad():
+            if self.mean.ndim == 2 or sets == 1:
+                self._step(moments, counts)
+            else:
+                for k in range(sets):
+                    self._step(moments[k : k + 1], None if counts is None else counts[k : k + 1])
+
+    def _step(self, moments: Moments, counts: Sequence[float] | None) -> None:
+        shape, dtype = moments.mean.shape, self.mean.dtype
+        mean, var = self.mean.view(shape), self.var.view(shape)
+        several = (
+            counts is not None and min(counts) > 1
+        )  # elements in every set, so that no step depends on their number
+        count = moments._tensors()[0].to(dtype)
+        tracked = self.num_batches_tracked.view(-1, 1)
+        tracked += 1 if several else count > 0
+        step: Tensor | float = self.momentum if self.momentum is not None else 1 / tracked.clamp(min=1).to(dtype)
+        var_step = step
+        if not several:
+            step, var_step = count.clamp(max=1) * step, (count - 1).clamp(0, 1) * step
+        mean.lerp_(moments.mean.to(dtype), step)
+        if self.averages_deviation:
+            deviation, new = ((v.to(dtype) + self.eps).sqrt() for v in (var, moments.var))
+            moved = deviation.lerp(new, var_step).square() - self.eps
+            var.copy_(moved if several else torch.where(count > 1, moved, var))
+        elif several and len(counts) == 1:  # type: ignore[arg-type]
+            var.lerp_((moments.var * (counts[0] / (counts[0] - 1))).to(dtype), var_step)  # type: ignore[index]
+        else:
+            var.lerp_(moments.unbiased_var().to(dtype), var_step)

@@ -1,0 +1,1 @@
+"""Population statistics of a whole model, and which statistics normalize."""

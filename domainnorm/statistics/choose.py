@@ -1,0 +1,59 @@
+"""Which statistics normalize, in all layers of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..layers import DomainBatchNorm
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
+    """Set which statistics normalize in every `DomainBatchNorm` of `model`; returns the model.
+
+    Args:
+        statistics: `"auto"`: minibatch in training, population in eval; `"minibatch"`: of the current input, also in
+            eval, where no buffer changes; `"population"`: the buffers, also in training.
+
+    `FrozenBatchNorm` layers stay frozen.
+
+    Raises:
+        TypeError: the model has a torch BatchNorm, whose statistics cannot be chosen so; nothing was changed.
+    """
+    refuse_torch_batch_norm(model)
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            module.statistics = statistics
+    return model
+
+
+def refuse_torch_batch_norm(model: nn.Module) -> None:
+    """Raises TypeError if the model has a torch BatchNorm, whose batch cannot be chosen."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise TypeError(
+                f"{name or 'the model'} is torch's {type(module).__name__}, which follows train() and eval() only: "
+                "dn.convert_batchnorm(model, 'DomainBatchNorm') makes it a layer whose statistics can be chosen"
+            )
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """After the block, every mode, every layer's choices and every buffer are as before it."""
+    modes = [(module, module.training) for module in model.modules()]
+    layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    choices = [(layer, layer.statistics, layer.example_weight, layer.current_domain) for layer in layers]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for layer, statistics, weight, domain in choices:
+            layer.statistics, layer.example_weight, layer.current_domain = statistics, weight, domain
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,67 @@
+"""Inference example weighing of a whole model, and the choice of its weight (*Four Things*, §3.1)."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ..layers import DomainBatchNorm
+from .choose import refuse_torch_batch_norm
+
+WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+
+def set_example_weight(model: nn.Module, weight: float) -> nn.Module:
+    """Set how much a sample's own moments weigh in inference under population statistics; returns the model.
+
+    In every norm of this library. 0 is BatchNorm's inference, 1 that of InstanceNorm (of GroupNorm, in a
+    `GroupedBatchNorm`). It needs no training; `choose_example_weight` finds a good one.
+
+    Args:
+        weight: the paper's α, from 0 to 1.
+
+    Raises:
+        TypeError: the model has torch BatchNorms, GroupNorms or no norm of this library; nothing was changed.
+        ValueError: a weight outside [0, 1]; nothing was changed.
+    """
+    refuse_torch_batch_norm(model)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"example weights are from 0 to 1, got {weight}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            raise TypeError(
+                f"{name or 'the model'} is a GroupNorm, which has no population statistics to weigh against: "
+                "dn.convert_groupnorm(model), then dn.recompute_population_statistics"
+            )
+    layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    if not layers:
+        raise TypeError("the model has no norm of this library: dn.convert_batchnorm(model, 'DomainBatchNorm')")
+    for layer in layers:
+        layer.example_weight = weight
+    return model
+
+
+def choose_example_weight(
+    model: nn.Module, score: Callable[[nn.Module], float], weights: Sequence[float] = WEIGHTS
+) -> dict[float, float]:
+    """Set the weight with the best score on a validation set.
+
+    Args:
+        score: of the model as it is set, the larger the better: accuracy, AP, minus a loss. It evaluates in eval mode.
+        weights: that are tried.
+
+    Returns:
+        The score of each weight, in the order given; the model keeps the best (of equal ones the smallest). If `score`
+        raises, every layer keeps the weight it had.
+    """
+    if not weights:
+        raise ValueError("weights: expected at least one example weight to try, got none")
+    before = [(layer, layer.example_weight) for layer in model.modules() if isinstance(layer, DomainBatchNorm)]
+    scores: dict[float, float] = {}
+    try:
+        for weight in weights:
+            scores[weight] = float(score(set_example_weight(model, weight)))
+    finally:
+        for layer, weight in before:
+            layer.example_weight = weight
+    set_example_weight(model, max(sorted(scores), key=lambda weight: scores[weight]))
+    return scores

@@ -1,0 +1,300 @@
+"""Population statistics of a whole model: recomputed from a fixed one, or merged over the ranks that gathered them."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..distributed import all_gather_stack, gather_objects, rank, world_size
+from ..distributed.roi_shuffle import RoIShuffle
+from ..layers import DomainBatchNorm
+from ..layers.inputs import LayerInput
+from ..ops.formula import Normalization
+from ..ops.moments import Moments
+from ..ops.normalize import domain_moments
+from .choose import preserve_state
+from .estimators import Estimate, Layer, MeanOfVariances, Pooled, TorchBatchNorm, is_shared, ranks_of, write
+from .lockstep import OutOfStepError, barrier_exchange, register_tensors, run_lockstep
+from .offload import ActivationOffloader
+
+METHODS = ("pooled", "mean_of_variances", "exact")
+
+
+@torch.no_grad()
+def recompute_population_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_samples: int = 10_000,
+    method: str = "pooled",
+    *,
+    live: int | None = None,
+    folder: str | Path | None = None,
+    as_in_inference: Sequence[nn.Module] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace the running statistics of every BatchNorm by those of a population, under the weights as they are.
+
+    Of `DomainBatchNorm` and torch's `BatchNorm1d/2d/3d` and `SyncBatchNorm`. The model runs in training mode, where
+    RoIs are sampled and dropout drops; if it is in training mode already, layers that were put in eval mode stay so
+    and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the buffers, in
+    place, at the very end: an exception leaves the model as it was.
+
+    Args:
+        model: called as `model(batch)`; what it returns is not used.
+        batches: any iterable; of B samples each, where more are better but for `"exact"` (the paper: B ≥ 100).
+        num_samples: stop after the batch with which all ranks together have so many; earlier if `batches` end.
+        method: `"pooled"` (Eq. 2): the moments of all batches, merged by their true counts, with Bessel's correction
+            for their sum. `"mean_of_variances"` (Eq. 3): the mean of the batches' means and of their unbiased
+            variances. `"exact"` (App. A.3): as if the population were one batch, whatever B: each layer normalizes by
+            the statistics of all batches. It takes one pass, with all batches in memory between two layers; a model
+            that keeps tensors in its attributes from one layer to a later one would mix up its batches. Every batch
+            holds a thread until all are done (on a CPU with its OpenMP team: thousands need `OMP_NUM_THREADS=1`).
+        live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
+        folder: for the others, into memory-mapped files there; None: into host memory.
+        as_in_inference: layers to recompute with the rest of the model in eval mode: for batches of images alone. None:
+            all layers, of a model in training mode.
+        progress: whether rank 0 shows a bar with the time that remains.
+
+    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
+    RoIs are shuffled, the ranks stop with the first that has no batch left.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: unknown method, no batch (for `"exact"`: on some rank), or no layer to recompute.
+        OutOfStepError: `"exact"`, and the model runs its layers in another order for another batch.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method takes one of {list(METHODS)}, got {method!r}")
+    share = math.ceil(num_samples / world_size())
+    found = model
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # whose forwards need not be as many on every rank
+    with preserve_state(model), _batches_of_any_size(model):
+        if as_in_inference is not None:
+            model.eval()
+            for layer in as_in_inference:
+                layer.train()
+        elif not model.training:
+            model.train()
+        layers = {name: layer for name, layer in model.named_modules() if _follows_batches(layer)}
+        if not layers:
+            raise ValueError("the model has no BatchNorm in training mode that keeps running statistics")
+        if method == "exact":
+            offloader = None if live is None else ActivationOffloader(model, live, folder)
+            estimates = _exact(model, layers, batches, share, offloader, progress)
+        else:
+            estimates = _from_minibatches(model, layers, batches, share, method, progress)
+    for name, estimate in estimates.items():
+        write(layers[name], *estimate)
+    return found
+
+
+@contextmanager
+def _batches_of_any_size(model: nn.Module) -> Iterator[None]:
+    """Within it, layers that normalize groups of samples take fewer: the last batch often is a short one."""
+    modules = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    groups = [module.sample_groups for module in modules if module.sample_groups is not None]
+    before = [own.allow_smaller_batch for own in groups]
+    try:
+        for own in groups:
+            own.allow_smaller_batch = True
+        yield
+    finally:
+        for own, allowed in zip(groups, before, strict=True):
+            own.allow_smaller_batch = allowed
+
+
+def _from_minibatches(
+    model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], share: int, method: str, progress: bool
+) -> Mapping[str, Estimate]:
+    """Each batch normalized by itself, as in training."""
+    sums = {name: Pooled(layer) if method == "pooled" else MeanOfVariances(layer) for name, layer in layers.items()}
+    in_step = _shuffles(model) or any(ranks_of(layer) is not None for layer in layers.values())
+    with _observed(layers, lambda name, moments: sums[name].add(moments)):
+        number = sum(_forward(model, batch) for batch in _taken(batches, share, in_step, progress))
+    if not sum(gather_objects(number)):
+        raise ValueError("there is no batch to recompute statistics from")
+    return {name: of_layer.finish() for name, of_layer in sums.items()}
+
+
+def _exact(
+    model: nn.Module,
+    layers: dict[str, Layer],
+    batches: Iterable[Any],
+    share: int,
+    offloader: ActivationOffloader | None,
+    progress: bool,
+) -> Mapping[str, Estimate]:
+    """All batches in step; a layer normalizes by its buffers, which are set when all are there."""
+    totals: dict[str, Moments] = {}
+
+    def combine(name: str, values: list[tuple[Tensor, Tensor, Tensor]]) -> list[None]:
+        _same_on_all_ranks(f"at {name}")
+        parts = Moments(*(torch.stack(of) for of in zip(*values, strict=True))).merge(0)[0]
+        merged = parts.merge_ranks(None) if world_size() > 1 else parts
+        write(layers[name], merged.count, merged.mean, merged.var)
+        totals[name] = totals[name] + merged if name in totals else merged  # a layer that is reached several times
+        bar.update()
+        return [None] * len(values)
+
+    def observe(name: str, moments: Moments) -> None:
+        own = moments.merge(0) if is_shared(layers[name]) else moments
+        barrier_exchange(name, (own.count, own.mean, own.var))
+
+    for layer in layers.values():
+        if isinstance(layer, DomainBatchNorm):
+            layer.statistics = "population"
+        else:
+            layer.eval()
+    taken = _taken(batches, share, _shuffles(model), progress)
+    first = list(itertools.islice(taken, 1))
+    if without := [r for r, has in enumerate(gather_objects(bool(first))) if not has]:
+        raise ValueError(f"method 'exact' needs a batch on every rank, there is none on {without}")
+
+    def forward(batch: Any) -> None:
+        register_tensors(batch)
+        model(batch)
+
+    forwards = (partial(forward, batch) for batch in itertools.chain(first, taken))
+    with _observed(layers, observe), tqdm(total=len(layers), desc="layers", disable=_silent(progress)) as bar:
+        run_lockstep(forwards, combine, offloader)
+        _same_on_all_ranks("finished")
+    return {name: (total.count, total.mean, total.unbiased_var()) for name, total in totals.items()}
+
+
+def _shuffles(model: nn.Module) -> bool:
+    """Whether a forward has collectives of its own, so that the ranks must run as many."""
+    return world_size() > 1 and any(isinstance(module, RoIShuffle) for module in model.modules())
+
+
+def _same_on_all_ranks(place: str) -> None:
+    if len(set(places := gather_objects(place))) > 1:
+        raise OutOfStepError(f"the ranks are {places}: exact statistics need a model that runs its layers in one order")
+
+
+def _follows_batches(module: nn.Module) -> bool:
+    """Whether it normalizes by minibatches in training and keeps running statistics of them."""
+    if isinstance(module, DomainBatchNorm):
+        return module.training and module.statistics != "population"
+    return isinstance(module, TorchBatchNorm) and module.training and module.running_mean is not None
+
+
+@contextmanager
+def _observed(layers: dict[str, Layer], observe: Any) -> Iterator[None]:
+    """`observe(name, moments)` with the moments, in float64, of each normalization batch that the statistics count:
+    of the domains, `(K, C)`, or `(1, C)` where the SGD and the population statistics both are shared.
+    """
+
+    def merged(moments: Moments, one: bool = False) -> Moments:
+        return moments.double().merge(0) if one else moments.double()
+
+    for name, layer in layers.items():
+        if isinstance(layer, DomainBatchNorm) and layer.batch_hook is not None:
+            raise ValueError(f"{name} has a batch_hook already (within a virtual batch?): remove it first")
+    handles = []
+    for name, layer in layers.items():
+        if isinstance(layer, DomainBatchNorm):
+            one = layer.sgd_statistics == "shared" and is_shared(layer)
+            layer.batch_hook = lambda layer, inputs, name=name, one=one: observe(
+                name, merged(layer.moments_of_domains(inputs), one)
+            )
+        else:
+
+            def hook(layer: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                x = args[0] if args else kwargs["input"]
+                observe(name, merged(_moments_of_torch(LayerInput.of(x, None, 1, layer.num_features))))
+
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            if isinstance(layer, DomainBatchNorm):
+                layer.batch_hook = None
+        for handle in handles:
+            handle.remove()
+
+
+def _moments_of_torch(inputs: LayerInput) -> Moments:
+    """The moments `(1, C)` of the input of a layer of torch."""
+    segments, domains, _ = inputs.segmentation()
+    return domain_moments(Normalization(inputs.tensors, segments, inputs.domains, domains, None, None, eps=0.0))
+
+
+def _taken(batches: Iterable[Any], share: int, in_step: bool, progress: bool) -> Iterator[Any]:
+    """Batches until `share` samples are reached; with `in_step`, until some rank has no more."""
+    iterator, taken = iter(batches), 0
+    with tqdm(total=share, desc="samples", disable=_silent(progress)) as bar:
+        while True:
+            batch = list(itertools.islice(iterator, 1)) if taken < share else []
+            if not (all(gather_objects(bool(batch))) if in_step else batch):
+                return
+            yield batch[0]
+            number = _num_samples(batch[0])
+            taken += number
+            bar.update(number)
+
+
+def _num_samples(batch: Any) -> int:
+    """Of a tensor `(N, …)`: N; of a list of images `(C, H, W)`: their number; else of the first tensor inside."""
+    if isinstance(batch, Tensor) and batch.ndim:
+        return len(batch)
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(items, (list, tuple)) or not items:
+        return 1
+    if isinstance(batch, list) and all(isinstance(item, Tensor) and item.ndim == 3 for item in items):
+        return len(items)
+    inner = [item for item in items if isinstance(item, (Tensor, Mapping, list, tuple))]
+    return _num_samples(inner[0]) if inner else len(items)
+
+
+def _silent(progress: bool) -> bool | None:
+    return None if progress and rank() == 0 else True  # None: only where somebody looks
+
+
+def _forward(model: nn.Module, batch: Any) -> int:
+    """Lets go of what the model returns; 1, to count."""
+    model(batch)
+    return 1
+
+
+@torch.no_grad()
+def merge_population_statistics(model: nn.Module) -> nn.Module:
+    """Make the running statistics of every `DomainBatchNorm` those of all ranks, in place. Every rank calls it.
+
+    A layer that normalizes per rank, on shuffled inputs or not, has other running statistics on every rank. Merged
+    they are the moments of the union of what the ranks have seen (`Moments`), equal everywhere. A rank weighs by its
+    EMA steps: one that never had an element does not count. `num_batches_tracked` becomes the largest of any rank.
+    Layers that are synchronized over all ranks, or frozen, are equal already and left as they are.
+
+    Returns:
+        The model.
+    """
+    for layer in _kept_per_rank(model):
+        tracked, mean, var = layer.num_batches_tracked, layer.running_mean, layer.running_var
+        # (1 or K, 1) and (1 or K, C); float64, for sums that round to the same number if all ranks have it
+        count, *own = (v.double().reshape(tracked.numel(), -1) for v in (tracked, mean, var))
+        merged = Moments(count, *own).merge_ranks(None)
+        seen = merged.count > 0
+        mean.copy_(torch.where(seen, merged.mean, own[0]).view_as(mean))
+        var.copy_(torch.where(seen, merged.var, own[1]).view_as(var))
+        tracked.copy_(all_gather_stack(tracked).amax(0))
+    return model
+
+
+def _kept_per_rank(model: nn.Module) -> list[DomainBatchNorm]:
+    """The layers whose running statistics may differ between ranks."""
+    if world_size() == 1:
+        return []
+    layers = (layer for layer in model.modules() if isinstance(layer, DomainBatchNorm))
+    return [layer for layer in layers if layer.sync is not True and not layer.frozen]

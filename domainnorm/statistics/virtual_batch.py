@@ -1,0 +1,86 @@
+"""Extra samples that take part in the statistics and in nothing else (*Rethinking "Batch"*, App. A.5)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import DomainBatchNorm
+from ..layers.inputs import LayerInput
+from ..ops.moments import Moments
+from .choose import refuse_torch_batch_norm
+from .lockstep import barrier_exchange, run_lockstep
+
+
+@contextmanager
+def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
+    """Within it, `model(x)` normalizes by the minibatch statistics of `x` and `extra_images` together.
+
+    Both go through the model in step. No gradient flows through the extra images, and none of their outputs is
+    returned; in training they count in the running statistics. In eval, the layers use minibatch statistics within the
+    block, and no buffer changes. Layers under population statistics, and frozen ones, stay so.
+
+    Args:
+        model: with `DomainBatchNorm` layers; it is called as `model(extra_images)` beside each call of the block.
+        extra_images: what the model takes.
+
+    Raises:
+        TypeError: the model has a torch BatchNorm.
+        ValueError: no layer of the model normalizes by minibatches, one splits them into groups, or it is within such
+            a block already.
+        RuntimeError: activation checkpointing runs the model again within the block; leave it out.
+        OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
+    """
+    refuse_torch_batch_norm(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.statistics != "population"}
+    if not layers:
+        raise ValueError("the model has no DomainBatchNorm that normalizes by minibatches")
+    if hooked := [name for name, layer in layers.items() if layer.batch_hook is not None]:
+        raise ValueError(f"{hooked[0]} has a batch_hook already: virtual batches cannot be nested")
+    if split := [name for name, layer in layers.items() if layer.sample_groups is not None]:
+        raise ValueError(
+            f"{split[0]} ({type(layers[split[0]]).__name__}) normalizes groups of samples apart, which a virtual batch "
+            "would not make larger: give it larger groups"
+        )
+    own_forward = vars(model).get("forward")  # of this object, not of its class
+    forward, choices = model.forward, [layer.statistics for layer in layers.values()]
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        return run_lockstep([partial(_as_extra, forward, extra_images), partial(forward, *args, **kwargs)], _exchange)[
+            1
+        ]
+
+    try:
+        model.forward = both
+        for name, layer in layers.items():
+            layer.statistics = "minibatch"
+            layer.batch_hook = partial(_join, name)
+        yield
+    finally:
+        del model.forward
+        if own_forward is not None:
+            model.forward = own_forward
+        for layer, choice in zip(layers.values(), choices, strict=True):
+            layer.statistics, layer.batch_hook = choice, None
+
+
+@torch.no_grad()
+def _as_extra(forward: Callable[[Any], Any], images: Any) -> None:
+    forward(images)
+
+
+def _join(name: str, layer: DomainBatchNorm, inputs: LayerInput) -> None:
+    """The moments of the other forward at this layer join the normalization batch, as constants."""
+    if not inputs.updates:
+        raise RuntimeError("virtual batches do not work with activation checkpointing: the extra images are gone")
+    own = layer.moments_of_domains(inputs).detach()
+    *other, inputs.updates = barrier_exchange(name, (own.count, own.mean, own.var))
+    inputs.external = Moments(*other)
+
+
+def _exchange(_: str, values: list[Any]) -> list[Any]:
+    extra, own = values
+    return [(*own, False), (*extra, True)]

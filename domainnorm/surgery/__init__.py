@@ -1,0 +1,1 @@
+"""A model changed: other norms, frozen ones, domains, fused, exported."""

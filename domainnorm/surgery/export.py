@@ -1,0 +1,209 @@
+"""A trained model as one file that runs without this library, checked against the model that it is made of."""
+
+import copy
+import importlib.util
+import io
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from ..errors import UserError
+from ..layers import DomainBatchNorm
+from ..output import replace_file
+from ..statistics.choose import set_statistics
+from .domains import _with_domains, keep_domain
+from .fuse import fuse
+
+FORMATS = ("torch", "onnx")
+Sizes = list[tuple[int, int, int]]  # of batches of images: (N, H, W)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a file holds.
+
+    Attributes:
+        images: the shape of what it takes, with names such as "N" where any number will do.
+        difference: the largest from the model, over batches of the sizes `checked`; of an output with numbers above 1,
+            relative to its largest.
+        checked: (N, H, W).
+    """
+
+    images: tuple[int | str, ...]
+    difference: float
+    checked: Sizes
+
+
+def export_model(
+    model: nn.Module,
+    file: str | Path,
+    format: str = "torch",
+    *,
+    size: tuple[int, int] = (224, 224),
+    domain: int | str | None = None,
+    statistics: str = "population",
+    fused: bool = False,
+    atol: float = 1e-5,
+) -> Exported:
+    """Write `model`, as it predicts in eval mode, to `file`; the model stays as it was.
+
+    A classifier (or any module) takes images `(N, 3, H, W)`, ours in [0, 1], and returns logits `(N, classes)`. N is
+    any number, and so are H and W where the model can be exported so, else those of `size`. A `RetinaNet` takes images
+    in [0, 1] whose sides are multiples of 32 from 160 on, and returns what `DenseRetinaNet` does: resizing, decoding of
+    boxes (`torchvision.models.detection._utils.BoxCoder`) and NMS stay with whoever runs it. Under minibatch
+    statistics, where a prediction depends on its own image only, N is 1.
+
+    The file is loaded again, compared with the model on random images of several batch sizes and sizes, and takes its
+    name only then.
+
+    Args:
+        format: `"torch"`, for `torch.export.load`, on the model's device; or `"onnx"`.
+        size: H and W of the images that it is traced with.
+        domain: the number or name of the only data set for which it predicts, where these are domains of norms.
+        statistics: `"population"` or `"minibatch"`: which normalize.
+        fused: whether norms are folded into convolutions first, by `dn.fuse`.
+        atol: the largest difference that is allowed; see `Exported`.
+
+    Raises:
+        UserError: the model cannot be exported so, packages are missing, or the outputs differ; `file` is as it was.
+    """
+    file = Path(file)
+    if format not in FORMATS:
+        raise UserError(f"format takes one of {list(FORMATS)}, got {format!r}")
+    if format == "onnx":
+        _check_onnx()
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
+        raise UserError(f"{file}: cannot be written: expected a file in a folder that exists and may be written to")
+    model = _prepared(model, domain, statistics, fused)
+    if hasattr(model, "for_export"):
+        model = model.for_export()  # type: ignore[operator]
+    choices = _dynamic(model, size)
+    if format == "onnx":
+        model = model.cpu()
+    height, width = size
+    for dims in choices:
+        sizes = [(n, height, width) for n in ((2, 1, 3) if 0 in dims else (1,))]
+        if 2 in dims:
+            stride = getattr(model, "stride", 32)
+            sizes += [(1, height + stride, width), (sizes[-1][0], height, width + 2 * stride)]
+        try:
+            content, difference = _attempt(model, format, dims, sizes)
+            break
+        except Exception as error:  # of many kinds: torch.export runs all of the model's code
+            failure = error
+    else:
+        lines = str(failure).strip().splitlines() or [type(failure).__name__]
+        raise UserError(f"{format} cannot export the model: {lines[0]}") from failure
+    if not difference <= atol:
+        raise UserError(
+            f"{file}: not written, because its outputs would differ from the model's by {difference:.1e}, more than "
+            f"atol={atol:.1e}"
+        )
+    try:
+        with replace_file(file, "wb") as stream:
+            stream.write(content)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    sides = [f"{model.stride}·{name}" if hasattr(model, "stride") else name for name in "HW"]
+    shape = ("N" if 0 in dims else 1, 3, *(sides if 2 in dims else size))
+    return Exported(shape, difference, sizes)
+
+
+def _dynamic(model: nn.Module, size: tuple[int, int]) -> list[dict[int, Any]]:
+    """Which dimensions of the images may be of any size: all that one wishes for, then fewer."""
+    per_image = any(m.uses_minibatch for m in model.modules() if isinstance(m, DomainBatchNorm))
+    batch: dict[int, Any] = {} if per_image else {0: Dim("N")}
+    if not hasattr(model, "stride"):
+        return [batch | {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, batch]
+    stride: Any = model.stride
+    min_side: Any = model.min_side
+    if min(size) < min_side or any(side % stride for side in size):
+        raise UserError(f"size takes multiples of {stride} from {min_side} on for a RetinaNet, got {size}")
+    return [batch | {k: stride * Dim(name, min=min_side // stride) for k, name in ((2, "H"), (3, "W"))}]
+
+
+def _check_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"format 'onnx' needs packages that are not installed: pip install {' '.join(missing)}")
+
+
+def _prepared(model: nn.Module, domain: int | str | None, statistics: str, fused: bool) -> nn.Module:
+    """A copy that predicts as is asked."""
+    if reason := getattr(model, "not_exportable", ""):
+        raise UserError(reason)
+    if statistics not in ("population", "minibatch"):
+        raise UserError(f"statistics takes one of ['population', 'minibatch'], got {statistics!r}")
+    if fused and statistics == "minibatch":
+        raise UserError("minibatch statistics cannot be fused: each image has its own")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = _with_domains(model)
+    if layers and domain is None:
+        names = next((layer.domain_names for layer in layers if layer.domain_names), None)
+        known = list(names) if names else f"0 to {layers[0].num_domains // layers[0].domains_per_name - 1}"
+        raise UserError(f"norms of the model have domains: say which to export for, of {known}")
+    try:
+        if domain is not None:
+            keep_domain(model, domain)
+        if any(isinstance(m, DomainBatchNorm) for m in model.modules()) or statistics == "minibatch":
+            set_statistics(model, statistics)
+        return fuse(model) if fused else model
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot be exported: {error}") from error
+
+
+@torch.no_grad()
+def _attempt(model: nn.Module, format: str, dims: dict[int, Any], sizes: Sizes) -> tuple[bytes, float]:
+    """What the file is to hold, and the largest difference of its outputs for batches of `sizes`."""
+    like = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.zeros(()))
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.rand(n, 3, *size, generator=random).to(like) for n, *size in sizes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        program = torch.export.export(model, (batches[0],), dynamic_shapes=(dims,))
+        content, run = (_onnx if format == "onnx" else _torch)(program, _named(model(batches[0])))
+    differences = [
+        _difference(own, other)
+        for images in batches
+        for own, other in zip(_named(model(images)).values(), run(images), strict=True)
+    ]
+    return content, float(torch.stack(differences).max())
+
+
+def _torch(program: Any, outputs: dict[str, Tensor]) -> tuple[bytes, Callable[[Tensor], Sequence[Tensor]]]:
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    loaded: Any = torch.export.load(io.BytesIO(stream.getvalue())).module()
+    return stream.getvalue(), lambda images: list(_named(loaded(images)).values())
+
+
+def _onnx(program: Any, outputs: dict[str, Tensor]) -> tuple[bytes, Callable[[Tensor], Sequence[Tensor]]]:
+    import onnxruntime
+
+    made: Any = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=["images"], output_names=list(outputs)
+    )
+    content = made.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: [torch.as_tensor(v) for v in session.run(None, {"images": images.numpy()})]
+
+
+def _named(outputs: Any) -> dict[str, Tensor]:
+    """What a model returns, by name; a single tensor is `logits`."""
+    named = outputs if isinstance(outputs, dict) else {"logits": outputs}
+    if not all(isinstance(value, Tensor) for value in named.values()):
+        raise TypeError(f"expected a model that returns a tensor or a dict of tensors, got {type(outputs).__name__}")
+    return named
+
+
+def _difference(own: Tensor, other: Tensor) -> Tensor:
+    if own.shape != other.shape:
+        raise ValueError(f"expected an output of shape {tuple(own.shape)}, got {tuple(other.shape)}")
+    return ((own - other).abs().max() / own.abs().max().clamp(min=1)).float().cpu()
