@@ -544,6 +544,7 @@ def test_nothing_warns_without_reason():
 
 @needs_library
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="its compiler always says that it exports")
 @pytest.mark.parametrize("affine", ["shared", "per_domain", None])
 @pytest.mark.parametrize("choices", CHOICES)
 def test_a_large_compiled_batch_norm_is_an_operator(choices, affine):

@@ -141,12 +141,9 @@ class DomainBatchNorm(PopulationStatistics):
         tensors, weight, bias = self._tensors(inputs)
         shared = self.sgd_statistics == "shared"
         elements = self._elements(inputs.tensors)
-        by_population: dict[str, Any] = {}
-        if not self.uses_minibatch:
-            by_population = {"by_population": (self.running_mean, self.running_var)}
-            by_population["example_weight"] = 0.0 if self.training else self.example_weight
-        by_sample = bool(by_population) or self.channels_per_first_group > 0
-        if self.sample_groups is not None and not by_population:
+        minibatch = self.uses_minibatch
+        by_sample = not minibatch or self.channels_per_first_group > 0
+        if self.sample_groups is not None and minibatch:
             segmentation = self.sample_groups.segmentation(inputs, shared, elements, by_sample)
         else:
             segmentation = inputs.segmentation(by_sample)
@@ -164,9 +161,11 @@ class DomainBatchNorm(PopulationStatistics):
             self.merged_channels,
             self.channels_per_first_group,
             inputs.external,
-            **by_population,
         )
-        if self.training and not by_population:
+        if not minibatch:
+            problem.by_population = (self.running_mean, self.running_var)
+            problem.example_weight = 0.0 if self.training else self.example_weight
+        elif self.training:
             self._train(problem, inputs, elements)
         return problem
 

@@ -106,6 +106,8 @@ def _of_batches(
         to_batch = torch.stack(
             [-(scale * total), products * scale / (batch.var + problem.eps) * -0.5]
         )  # mean, variance
+        if problem.channels_per_group > 1:  # before ranks are merged, of which an empty one may have other channels
+            to_batch = to_batch.unflatten(-1, (-1, problem.channels_per_group)).sum(-1)
         partition = problem.batches()
         to_batches.append(to_batch.sum(-2, keepdim=True) if partition is None else partition.sum(to_batch))
     if problems[0].sync is not None:
@@ -113,9 +115,9 @@ def _of_batches(
         to_batches = list(all_reduce_sum(torch.cat(to_batches, -1), problems[0].sync[0]).split(widths, -1))
     results = []
     for problem, affine, summed, weight_and_bias in zip(problems, affines, to_batches, to_affine, strict=True):
-        size, partition = problem.channels_per_group, problem.batches()
-        if size > 1:
-            summed = summed.unflatten(-1, (-1, size)).sum(-1).repeat_interleave(size, -1)
+        partition = problem.batches()
+        if problem.channels_per_group > 1:
+            summed = summed.repeat_interleave(problem.channels_per_group, -1)
         to_mean, to_var = summed.unbind() if partition is None else map(partition.spread, summed)
         count = affine.batch.count.clamp(min=1)  # type: ignore[union-attr]
         results.append((*weight_and_bias, affine.center, 2 * to_var / count, to_mean / count))
