@@ -17,6 +17,16 @@ setup(
     long_description=HERE.joinpath("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="domainnorm developers",
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+    keywords=["batch normalization", "object detection", "RetinaNet", "Mask R-CNN", "PyTorch"],
+    entry_points={"console_scripts": ["domainnorm = domainnorm.cli:main"]},
+    package_dir={"": "."},  # so that an editable installation is a path, which static tools see
     packages=find_packages(include=["domainnorm", "domainnorm.*"]),
     package_data={"domainnorm": ["py.typed", "ops/native/*.cpp", "ops/native/*.h"]},
     ext_modules=[

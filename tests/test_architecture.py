@@ -39,6 +39,10 @@ ALLOWED = {
         *("errors", "output", "config", "distributed", "data"),
         *("ops", "layers", "statistics", "surgery", "modeling", "evaluation"),
     },
+    "cli": {
+        *("errors", "output", "config", "distributed"),
+        *("statistics", "surgery", "modeling", "evaluation", "engine"),
+    },
 }
 BACKENDS = {"ops.native", "ops.triton", "ops.fused", "ops.operator", "ops.select"}  # what only ops knows of
 

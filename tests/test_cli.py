@@ -9,12 +9,11 @@ import pytest
 import tiny
 import torch
 
+from domainnorm.cli import main as domainnorm
+from domainnorm.cli import train as train_net
 from domainnorm.config import save_config
 
 TOOL = Path(__file__).parent.parent / "tools" / "train_net.py"
-sys.path.insert(0, str(TOOL.parent))
-
-import train_net  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +80,21 @@ def test_mistakes_in_what_to_evaluate(config_file, data_set, tmp_path, capsys):
     torch.save({"backbone.body.other": torch.zeros(1)}, tmp_path / "other.pth")
     message = mistake(capsys, *evaluate, "MODEL.WEIGHTS", tmp_path / "other.pth")
     assert "missing" in message and "unexpected backbone.body.other" in message and "more" in message
+
+
+def test_one_command_for_all(config_file, capsys):
+    assert domainnorm(["explain", "SOLVER.BASE_LR"]) == 0
+    assert "SOLVER.BASE_LR" in capsys.readouterr().out
+    assert domainnorm(["train", "--config-file", config_file, "SOLVER.MAX_ITERS", "2"]) == 2
+    assert "SOLVER.MAX_ITER" in capsys.readouterr().err
+    assert domainnorm(["eval", "--config-file", config_file]) == 2
+    assert "--eval-only: MODEL.WEIGHTS is empty" in capsys.readouterr().err
+    assert domainnorm(["export"]) == 2 and "--config-file" in capsys.readouterr().err
+    assert domainnorm(["--help"]) == 0 and "train,eval,export,explain" in capsys.readouterr().out
+    for wrong in ([], ["trian"]):
+        assert domainnorm(wrong) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: expected a command of ['train', 'eval', 'export', 'explain'], got ")
 
 
 def test_other_errors_keep_their_traceback(config_file, monkeypatch):

@@ -10,14 +10,12 @@ import pytest
 import yaml
 
 import domainnorm as dn
+from domainnorm.cli import explain as explain_tool
 from domainnorm.config import RENAMED, explain, flatten, save_config
 from domainnorm.config.option import Option, Range, Section
 from domainnorm.config.schema import OPTIONS, SECTIONS
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import explain as explain_tool  # noqa: E402
 
 each_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.key)
 TRAIN = ["DATASETS.TRAIN", ["a:b", "c:d"]]

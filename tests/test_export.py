@@ -1,7 +1,6 @@
 """What a file computes that domainnorm.export wrote, and what cannot be written."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,9 @@ import torch
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.cli import export as export_net
 from domainnorm.config import save_config
 from domainnorm.modeling.cifar_resnet import CifarResNet
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import export_net
 
 SAMPLES = {
     "BN": {},

@@ -1,82 +1,9 @@
 #!/usr/bin/env python
-"""Write the trained RetinaNet or classifier of a config as one file that runs without this library.
+"""`domainnorm export` as a file."""
 
-    tools/export_net.py --config-file F --format torch|onnx --out FILE [--domain NAME|INDEX]
-        [--statistics population|minibatch] [--example-weight A] [--fuse] [--atol 1e-5] KEY VALUE …
-
-MODEL.WEIGHTS names the checkpoint. The file is checked against the model before it takes its name.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from train_net import Parser
-
-from domainnorm.config import UserError, load_config
-from domainnorm.modeling import build_model
-from domainnorm.modeling.weights import load_weights, read_weights
-from domainnorm.statistics.example_weight import set_example_weight
-from domainnorm.surgery.export import FORMATS, Exported, export_model
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """KEY VALUE pairs may stand before, between or after the others."""
-    parser = Parser(description="Export the trained model of a config.", allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", required=True)
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--out", metavar="FILE", required=True)
-    parser.add_argument("--domain", help="name or number, where data sets are the domains of norms")
-    parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
-    parser.add_argument("--example-weight", type=float, help="of an image's own moments, under population statistics")
-    parser.add_argument("--fuse", action="store_true", help="fold norms into convolutions where they can be")
-    parser.add_argument("--atol", type=float, default=1e-5, help="largest difference from the model")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
-    return parser.parse_intermixed_args(argv)
-
-
-def export(args: argparse.Namespace) -> Exported:
-    cfg = load_config(args.config_file, args.opts)
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to export")
-    model = build_model(cfg)
-    options = {}
-    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        options["size"] = (cfg.INPUT.CROP_SIZE, cfg.INPUT.CROP_SIZE)
-    else:  # weights of a backbone alone would do to build it
-        load_weights(model, read_weights(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
-    if args.example_weight is not None:
-        try:
-            set_example_weight(model, args.example_weight)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--example-weight: {error}") from error
-    domain = args.domain
-    if domain is not None and domain.isdecimal() and domain not in cfg.DATASETS.DOMAINS:
-        domain = int(domain)
-    return export_model(
-        model,
-        args.out,
-        args.format,
-        domain=domain,
-        statistics=args.statistics,
-        fused=args.fuse,
-        atol=args.atol,
-        **options,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after a mistake in what the user gave."""
-    try:
-        args = parse(argv)
-        done = export(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    images, checked = (", ".join(map(str, v)) for v in (done.images, done.checked))
-    print(f"{args.out}: images ({images}); largest difference {done.difference:.1e}, with (N, H, W) {checked}")
-    return 0
-
+from domainnorm.cli.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

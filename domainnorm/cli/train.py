@@ -1,0 +1,88 @@
+"""Train or evaluate what a config says.
+
+    domainnorm train --config-file F [--num-gpus N] [--resume] [--eval-only] KEY VALUE …
+
+Under torchrun (`torchrun … tools/train_net.py …`), or with --num-machines on each machine, the same.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fvcore.common.config import CfgNode
+
+from ..config import load_config
+from ..distributed import launch
+from ..engine import train
+from ..engine.checkpoint import last_checkpoint
+from ..engine.log import setup_logging
+from ..errors import UserError
+from ..evaluation import evaluate
+from ..modeling import build_model
+from ..modeling.weights import load_weights, read_checkpoint
+from ..output import output_folder
+from . import Parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """detectron2's arguments; KEY VALUE pairs may stand before, between or after them."""
+    parser = Parser(description="Train or evaluate what a config says.", allow_abbrev=False)
+    parser.add_argument("--config-file", metavar="FILE", required=True)
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS or, with --resume, the last")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, also on CPU")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0, for several machines")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
+    args = parser.parse_intermixed_args(argv)
+    if args.num_gpus < 1:
+        parser.error(f"--num-gpus takes 1 or more, got {args.num_gpus}")
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(f"--machine-rank takes 0 to {args.num_machines - 1}, got {args.machine_rank}")
+    return args
+
+
+def evaluate_only(cfg: CfgNode, resume: bool) -> None:
+    """Evaluate the last checkpoint of `OUTPUT_DIR` or, without `resume`, `MODEL.WEIGHTS`."""
+    file = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
+    if resume and file is None:
+        raise UserError(f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint")
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise UserError("--eval-only: MODEL.WEIGHTS is empty; give a checkpoint file, or --resume for the last one")
+    if not cfg.DATASETS.TEST:
+        raise UserError("--eval-only: DATASETS.TEST is empty; name a data set to evaluate on")
+    setup_logging()
+    model = build_model(cfg)
+    if file is not None:
+        load_weights(model, read_checkpoint(file)["model"], file)
+    setup_logging(output_folder(cfg.OUTPUT_DIR))
+    evaluate(cfg, model)
+
+
+def run(cfg: CfgNode, resume: bool, eval_only: bool) -> None:
+    """The work of one rank."""
+    if eval_only:
+        evaluate_only(cfg, resume)
+    else:
+        train(cfg, resume=resume)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after a mistake in what the user gave."""
+    try:
+        args = parse(argv)
+        cfg = load_config(args.config_file, args.opts)
+        launch(
+            run,
+            (cfg, args.resume, args.eval_only),
+            device=cfg.MODEL.DEVICE,
+            num_processes=args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
