@@ -90,10 +90,17 @@ def test_native_kernels_compute_what_the_eager_ones_do(shapes_and_segments, dtyp
         mean, var = native.moments(xs, segments)
         found = [mean, var, *native.affine(xs, segments, scale, mean, shift), *native.sums(grads, xs, segments, mean)]
         found += native.gradient(grads, xs, segments, scale, mean, slope, offset)
+        by_eager = [
+            *eager.sums(grads, xs, segments, mean),
+            *eager.gradient(grads, xs, segments, scale, mean, slope, offset),
+        ]
     finally:
         torch.set_num_threads(before)
     tolerance = TOLERANCE[dtype]
     size = max([1, *(math.prod(x.shape[2:]) * len(x) for x in xs)])
+    for ours, other in zip(by_eager, found[2 + len(xs) :], strict=True):
+        assert ours.dtype == other.dtype
+        torch.testing.assert_close(ours, other, rtol=tolerance, atol=tolerance * 4 * size)
     sums = range(2 + len(xs), 4 + len(xs))
     for k, (ours, other) in enumerate(zip(found, expected, strict=True)):
         of_segments = k < 2 or k in sums

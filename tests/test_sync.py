@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from ranks import run_ranks
 import domainnorm as dn
 from domainnorm.distributed import ALL_GATHER
 from domainnorm.layers import normalize_layers
+from domainnorm.ops import select
 from domainnorm.ops.moments import Moments
 
 K, C = 3, 4
@@ -50,7 +52,9 @@ def state_of(layer, xs, ys):
     }
 
 
-def synchronized(rank, sgd, population, pattern):
+def synchronized(rank, sgd, population, pattern, backends=()):
+    if backends:
+        os.environ[select.VARIABLE] = backends[rank]
     layer = make(sgd, population, sync=True)
     for _ in range(2):
         layer.zero_grad()
@@ -93,6 +97,15 @@ def test_ranks_equal_one_process(sgd, population, world):
                 torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10, msg=lambda m, w=(rank, name): f"{w}: {m}")
     for i, total in enumerate(expected[0]["affine"]):  # local, DDP averages them
         torch.testing.assert_close(sum(r["affine"][i] for r in ranks), total, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("sgd", "population"), list(itertools.product(CHOICES, CHOICES)))
+def test_ranks_that_compute_with_other_backends_share_their_collectives(sgd, population):
+    pattern = PATTERNS[3]
+    ranks = run_ranks(synchronized, 3, sgd, population, pattern, ("eager", "native", "eager"))
+    for got, want in zip(ranks, in_one_process(sgd, population, pattern), strict=True):
+        for name in ("ys", "grads", "buffers"):
+            torch.testing.assert_close(got[name], want[name], atol=1e-10, rtol=1e-10)
 
 
 class Counted:

@@ -1,6 +1,7 @@
 """The reference: operations of torch, differentiable to any order, on any device and layout, under any transform.
 
-The same functions as `native` and `triton` have, of which it needs only the first two: autograd differentiates them.
+The same functions as `native` and `triton` have. Autograd differentiates the first two; the others are for layers whose
+ranks share collectives, and may have other backends.
 
 A *segment* is a run of consecutive samples of one tensor whose moments are taken together: one sample, a group of
 samples, or all of them. `segments` has the numbers of samples of each tensor's segments, or None for one sample each.
@@ -43,6 +44,38 @@ def affine(xs: Sequence[Tensor], segments: Segments, scale: Tensor, center: Tens
     numbers = number_of_segments(xs, segments)
     parts = [_split(v, numbers) for v in (scale, center, shift)]
     return [_affine(x, a, c, b, sizes) for x, a, c, b, sizes in zip(xs, *parts, segments, strict=True)]
+
+
+def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], segments: Segments, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ grad and Σ grad · (x - center) of each segment and channel, `(S, C)`."""
+    centers = _split(center, number_of_segments(xs, segments))
+    totals: list[Tensor] = []
+    products: list[Tensor] = []
+    for grad, x, own, sizes in zip(grads, xs, centers, segments, strict=True):
+        wide = grad.to(accumulate_dtype(x))
+        product = wide * (x - _per_sample(own, sizes, x.ndim))
+        for values, found in ((wide, totals), (product, products)):
+            rows = values.sum(tuple(range(2, x.ndim))) if x.ndim > 2 else values
+            found.append(rows if sizes is None else torch.stack([v.sum(0) for v in rows.split(list(sizes))]))
+    return torch.cat(totals), torch.cat(products)
+
+
+def gradient(
+    grads: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    segments: Segments,
+    scale: Tensor,
+    center: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+) -> list[Tensor]:
+    """`scale · grad + slope · (x - center) + offset`, in the dtype of each tensor."""
+    wide = [[v.to(accumulate_dtype(x)) for v, x in zip(values, xs, strict=True)] for values in (grads, xs)]
+    zero = torch.zeros_like(center)
+    pairs = zip(
+        affine(wide[0], segments, scale, zero, zero), affine(wide[1], segments, slope, center, offset), strict=True
+    )
+    return [(first + second).to(x.dtype) for (first, second), x in zip(pairs, xs, strict=True)]
 
 
 def number_of_segments(xs: Sequence[Tensor], segments: Segments) -> list[int]:

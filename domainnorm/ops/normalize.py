@@ -13,7 +13,7 @@ from . import eager, fused
 from .formula import Normalization, counts
 from .moments import Moments
 from .operator import normalize_as_operator
-from .select import KERNELS, select_backend
+from .select import KERNELS, sees_operations, select_backend
 
 
 def normalize(problems: Sequence[Normalization]) -> list[list[Tensor]]:
@@ -26,11 +26,11 @@ def normalize(problems: Sequence[Normalization]) -> list[list[Tensor]]:
     backend = select_backend(problems)
     if backend == "torch":
         return [_batch_norm(problem) for problem in problems]
-    if backend == "eager":
+    if backend == "eager" and (problems[0].sync is None or sees_operations()):
         outputs, moments = fused.reference(problems)
     elif torch.compiler.is_compiling():
         outputs, moments = normalize_as_operator(problems)
-    else:
+    else:  # synchronized, eager too: the backward collectives are the same, whatever the other ranks compute with
         own = [problem.by_samples() for problem in problems] if backend == "triton" else problems
         outputs, moments = fused.normalize(KERNELS[backend], own)
     for problem, domains in zip(problems, moments, strict=True):

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native, triton
+from . import eager, native, triton
 
 if TYPE_CHECKING:
     from .formula import Normalization
 
 VARIABLE = "DOMAINNORM_BACKEND"  # of the environment: the only backend to be tried before eager
 NAMES = ("eager", "torch", "native", "triton")
-KERNELS: dict[str, ModuleType] = {"native": native, "triton": triton}
+KERNELS: dict[str, ModuleType] = {"eager": eager, "native": native, "triton": triton}
 SMALL = 400_000  # elements of a tensor: with fewer, calls cost more than the work
 SHORT_ROW = 32  # elements of a sample's channel: with fewer, starting it does
 logger = logging.getLogger(__name__)
@@ -142,6 +142,11 @@ def is_transform_active() -> bool:
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
+
+
+def sees_operations() -> bool:
+    """Whether somebody must see torch's operations: a compiler, a transform, a dispatch mode."""
+    return torch.compiler.is_compiling() or is_transform_active()
 
 
 def is_batched(grads: Sequence[Tensor]) -> bool:
