@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..autograd import is_recomputed
-from ..ops.eager import Segments
 from ..ops.moments import Moments
-from ..ops.partition import Partition
+from ..ops.partition import Partition, Segments
 
 Input = TypeVar("Input", Tensor, list[Tensor])
 Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of each

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .moments import accumulate_dtype
-
-Segments = Sequence[Sequence[int] | None]
+from .partition import Segments
 
 
 def moments(xs: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import Group
-from .eager import Segments
 from .moments import Moments
-from .partition import Partition
+from .partition import Partition, Segments
 from .population import Population
 
 

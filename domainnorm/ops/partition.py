@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .moments import Moments
 
+Segments = Sequence[Sequence[int] | None]  # the numbers of samples of each tensor's segments; None: one sample each
+
 
 class Partition:
     """Sets of segments.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..eager import Segments, number_of_segments
+from ..eager import number_of_segments
 from ..moments import accumulate_dtype
+from ..partition import Segments
 from . import library
 from .library import DTYPES, Values
 

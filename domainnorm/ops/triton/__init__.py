@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import eager
-from ..eager import Segments
+from ..partition import Segments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TENSORS = 16  # a kernel has its own code for each
