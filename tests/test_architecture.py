@@ -44,7 +44,14 @@ ALLOWED = {
         *("statistics", "surgery", "modeling", "evaluation", "engine"),
     },
 }
-BACKENDS = {"ops.eager", "ops.native", "ops.triton", "ops.fused", "ops.operator", "ops.select"}  # what only ops knows of
+BACKENDS = {
+    "ops.eager",
+    "ops.native",
+    "ops.triton",
+    "ops.fused",
+    "ops.operator",
+    "ops.select",
+}  # of ops alone
 
 # These need torch alone, but for the packages that some of their files import.
 TORCH_ALONE = ("errors", "autograd", "output", "distributed", "ops", "layers", "statistics", "surgery")

@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import domainnorm as dn
-from domainnorm.ops import eager, native, select
+from domainnorm.layers.inputs import LayerInput
+from domainnorm.ops import eager, fused, native, select
 from domainnorm.ops.native import library
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -363,6 +364,44 @@ def test_an_input_is_saved_once_and_little_else(backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
             LAYERS[name]()(x)
         assert x.nbytes <= sum(saved) < 1.01 * x.nbytes
+
+
+def test_renorm_of_domains_is_the_same_by_samples():
+    layer = dn.BatchRenorm(3, num_domains=2, r_max=1.1, d_max=0.1, dtype=torch.float64)
+    layer.running_mean.normal_()
+    inputs = LayerInput.of([tensor((n, 3, 5, 5), torch.float64, n) for n in (4, 3)], None, 2, 3)
+    expected, _ = fused.reference([layer.normalization(inputs)])
+    found, _ = fused.reference([layer.normalization(inputs).by_samples()])
+    torch.testing.assert_close(found, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("name", LAYERS)
+def test_hooks_that_drop_saved_tensors_free_the_input(name, backend):
+    backend("native")
+    layer, leaf = LAYERS[name](), tensor((8, 16, 5, 6), torch.float32, 0).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
+        x = leaf * 1
+        alive = weakref.ref(x)
+        y = layer(x)
+        del x
+    gc.collect()
+    assert y.requires_grad and alive() is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("buffers", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dtypes_of_input_weights_and_buffers_mix(dtype, buffers, weights, training):
+    layer = dn.DomainBatchNorm(16).train(training)
+    x = tensor((8, 16, 6, 7), torch.float64, 0)
+    expected = layer.double()(x)
+    layer = dn.DomainBatchNorm(16).to(weights).train(training)
+    layer.running_mean, layer.running_var = (v.to(buffers) for v in (layer.running_mean, layer.running_var))
+    y = layer(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, atol=5e-2, rtol=5e-2)
 
 
 # --- transforms of torch, through every layer, also where a fast backend would be taken ------------------------------

@@ -108,6 +108,23 @@ def test_ranks_that_compute_with_other_backends_share_their_collectives(sgd, pop
             torch.testing.assert_close(got[name], want[name], atol=1e-10, rtol=1e-10)
 
 
+def without_gradients_on_one_rank(rank):
+    layer = dn.DomainBatchNorm(C, affine=None, sync=True)
+    x = torch.randn(4 * (1 - rank), C, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(rank == 0)
+    y = layer(x)
+    assert y.requires_grad
+    y.pow(3).sum().backward()
+    return y.detach(), x.grad
+
+
+def test_a_rank_without_gradients_takes_part_in_the_backward_collective():
+    (y, grad), _ = run_ranks(without_gradients_on_one_rank, 2)
+    x = torch.randn(4, C, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = dn.DomainBatchNorm(C, affine=None)(x)
+    expected.pow(3).sum().backward()
+    torch.testing.assert_close([y, grad], [expected.detach(), x.grad], atol=1e-5, rtol=1e-5)
+
+
 class Counted:
     """Counts the calls of every collective of torch.distributed."""
 

@@ -86,7 +86,7 @@ class BatchRenorm(DomainBatchNorm):
     def normalization(self, inputs: LayerInput) -> Normalization:
         problem = super().normalization(inputs)
         if self.training and self.uses_minibatch:
-            problem.correction = _Correction(self, inputs, problem)
+            problem.correction = _Correction(self, inputs)
         return problem
 
     def _remembered(self, mean: Tensor) -> _Buffers:
@@ -110,9 +110,8 @@ class BatchRenorm(DomainBatchNorm):
 class _Correction:
     """r and d of a forward pass, by the mean and variance of each segment's normalization batch; computed once."""
 
-    def __init__(self, layer: BatchRenorm, inputs: LayerInput, problem: Normalization) -> None:
+    def __init__(self, layer: BatchRenorm, inputs: LayerInput) -> None:
         self.layer = layer
-        self.of_segments = problem.of_segments
         self.again = not inputs.updates
         compiling = torch.compiler.is_compiling()
         # within activation checkpointing, which computes the forward pass again, and with other running statistics
@@ -120,14 +119,14 @@ class _Correction:
         self.keep = _saved if compiling else _unchanged
         self.known: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, problem: Normalization, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         if self.known is None:
             with torch.no_grad():
-                r, d = self._compute(mean, var)
+                r, d = self._compute(problem, mean, var)
                 self.known = self.keep(r), self.keep(d)
         return self.known
 
-    def _compute(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute(self, problem: Normalization, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer
         if self.again:
             running = layer._remembered(mean)
@@ -135,11 +134,11 @@ class _Correction:
             running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
             if self.remember:
                 layer._recent.append((mean.clone(), tuple(v.clone() for v in running)))
-        running_mean, running_var = (self.of_segments(v).to(mean.dtype) for v in running[:2])
+        running_mean, running_var = (problem.of_segments(v).to(mean.dtype) for v in running[:2])
         limits: list[Any] = [
             limit
             if isinstance(limit, (int, float))
-            else self.of_segments(_at(limit, running[2].unsqueeze(-1))).to(mean.dtype)
+            else problem.of_segments(_at(limit, running[2].unsqueeze(-1))).to(mean.dtype)
             for limit in (layer.r_max, layer.d_max)
         ]
         r_max, d_max = limits

@@ -177,20 +177,20 @@ class DomainBatchNorm(PopulationStatistics):
         if self.sample_groups is not None:
             self.sample_groups.check(inputs, problem.shared, elements)
         else:
-            self._check_counts(problem, inputs.elements_of_domains(elements, problem.shared), min(elements))
+            self._check_counts(problem, inputs.elements_of_domains(elements, problem.shared), 1 in elements)
         if problem.sync is None and inputs.external is None:
             together = problem.shared and self.population_statistics == "shared"
             counted = elements if self.merged_channels else spatial_elements(inputs.tensors)
             problem.counts = inputs.elements_of_domains(counted, together)
 
-    def _check_counts(self, problem: Normalization, counts: list[int] | None, elements: int) -> None:
+    def _check_counts(self, problem: Normalization, counts: list[int] | None, single: bool) -> None:
         """A normalization batch of one element has no variance: ValueError, on every rank alike.
 
         What the shapes on this rank leave open is checked once the moments are merged; a GPU is waited for then.
         """
         ranks = 1 if problem.sync is None else world_size(problem.sync[0])
         if counts is None:  # the samples of a domain are counted on the device, but come in whole rows
-            if ranks > 1 or elements == 1:
+            if ranks > 1 or single:
                 problem.check_counts = partial(self._refuse_single, ranks)
         elif ranks > 1 or problem.external is not None:
             if min(counts) < 2:

@@ -53,7 +53,7 @@ class Normalization:
         channels_per_first_group: of a GroupNorm that comes first (SeqNorm), where segments are samples; 0: none does.
         external: moments `(K, C)` of samples elsewhere that belong to the domains; None: there are none.
         sync: the process group, in a tuple, over whose ranks moments are merged; None: this rank alone.
-        correction: `(mean, var)` of each segment's normalization batch -> r and d of Batch Renorm; None: 1 and 0.
+        correction: gives r and d of Batch Renorm from this and `(mean, var)` of each segment's batch; None: 1 and 0.
         population: the statistics to be updated by the moments; None: there is no update.
         counts: elements of each set of moments that the population gets, where they are known on the host.
         check_counts: called with the elements of each domain, over all ranks, before they normalize; None: nothing is.
@@ -75,7 +75,7 @@ class Normalization:
     channels_per_first_group: int = 0
     external: Moments | None = None
     sync: tuple[Group] | None = None
-    correction: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    correction: Callable[[Normalization, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     population: Population | None = None
     counts: Sequence[float] | None = None
     check_counts: Callable[[Sequence[float]], None] | None = None
@@ -211,7 +211,7 @@ def _affine(
     factor, center, d = (batch.var + problem.eps).rsqrt(), batch.mean, None
     shift = center.new_zeros(1, center.shape[1]) if bias is None else bias
     if problem.correction is not None:
-        r, d = problem.correction(batch.mean, batch.var)
+        r, d = problem.correction(problem, batch.mean, batch.var)
         factor, shift = factor * r, shift + (d if weight is None else d * weight)
     scale = factor if weight is None else factor * weight
     if group_norm is not None:  # of z = (x - first_center) · first_factor

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import eager, fused
 from .formula import Normalization, counts
-from .moments import Moments
+from .moments import Moments, accumulate_dtype
 from .operator import normalize_as_operator
-from .select import KERNELS, sees_operations, select_backend
+from .select import KERNELS, sees_operations, select_backend, torch_mixes
 
 
 def normalize(problems: Sequence[Normalization]) -> list[list[Tensor]]:
@@ -66,8 +66,10 @@ def _by_constants(
     x: Tensor, eps: float, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """`x` normalized by statistics `(C,)`, or `(N, C)`, with such an affine."""
-    if mean.ndim == 1 and (weight is None or weight.ndim == 1) and x.numel():
+    values = [v for v in (mean, var, weight, bias) if v is not None]
+    if all(v.ndim == 1 for v in values) and x.numel() and torch_mixes(x, values):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    mean, var = (v.to(accumulate_dtype(x)) for v in (mean, var))
     scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale
     rows = (*x.shape[:2], *[1] * (x.ndim - 2))

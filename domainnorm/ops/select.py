@@ -102,7 +102,7 @@ def _refused_by_torch(problem: Normalization, forced: bool) -> str:
     for x in problem.tensors:
         if x.shape[0] * math.prod(x.shape[2:]) < 2:
             return "an input has fewer than two values a channel"
-        if any(v.dtype != x.dtype and (v.dtype != torch.float32 or not _is_half(x)) for v in values):
+        if not torch_mixes(x, values):
             return "torch's kernel does not mix these dtypes"
         if not forced and not _prefers_torch(x):
             return "C++ is faster"
@@ -114,8 +114,10 @@ def _prefers_torch(x: Tensor) -> bool:
     return x.numel() < SMALL or math.prod(x.shape[2:]) < SHORT_ROW or bool(native.refusal([x]))
 
 
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)
+def torch_mixes(x: Tensor, values: Sequence[Tensor]) -> bool:
+    """Whether torch's kernel takes weight, bias and buffers with `x`: all of its dtype, or float32 with halves."""
+    dtypes = {v.dtype for v in values}
+    return dtypes <= {x.dtype} or (dtypes == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16))
 
 
 def _refused_as_operator(name: str, problems: Sequence[Normalization], forced: bool) -> str:

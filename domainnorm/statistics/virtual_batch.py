@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..autograd import is_recomputed
 from ..layers import DomainBatchNorm
 from ..layers.inputs import LayerInput
 from ..ops.moments import Moments
 from .choose import refuse_torch_batch_norm
 from .lockstep import barrier_exchange, run_lockstep
+
+RECOMPUTED = "virtual batches do not work with activation checkpointing: the extra images are gone"
 
 
 @contextmanager
@@ -49,6 +52,8 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
     forward, choices = model.forward, [layer.statistics for layer in layers.values()]
 
     def both(*args: Any, **kwargs: Any) -> Any:
+        if is_recomputed():
+            raise RuntimeError(RECOMPUTED)
         return run_lockstep([partial(_as_extra, forward, extra_images), partial(forward, *args, **kwargs)], _exchange)[
             1
         ]
@@ -75,7 +80,7 @@ def _as_extra(forward: Callable[[Any], Any], images: Any) -> None:
 def _join(name: str, layer: DomainBatchNorm, inputs: LayerInput) -> None:
     """The moments of the other forward at this layer join the normalization batch, as constants."""
     if not inputs.updates:
-        raise RuntimeError("virtual batches do not work with activation checkpointing: the extra images are gone")
+        raise RuntimeError(RECOMPUTED)
     own = layer.moments_of_domains(inputs).detach()
     *other, inputs.updates = barrier_exchange(name, (own.count, own.mean, own.var))
     inputs.external = Moments(*other)
