@@ -47,14 +47,10 @@ def normalize(kernels: Any, problems: Sequence[Normalization]) -> Outputs:
     """The same by kernels, differentiable."""
     domains: list[Moments | None] = []
     values = [v for problem in problems for v in (problem.weight, problem.bias, *problem.tensors)]
-    if (
-        problems[0].sync is not None
-        and torch.is_grad_enabled()
-        and not any(v is not None and v.requires_grad for v in values)
-    ):
-        values[2] = (
-            problems[0].tensors[0].detach().requires_grad_()
-        )  # else this rank would miss the backward collective
+    recorded = any(v is not None and v.requires_grad for v in values)
+    if problems[0].sync is not None and torch.is_grad_enabled() and not recorded:
+        # else this rank would miss the backward collective of the others
+        values[2] = problems[0].tensors[0].detach().requires_grad_()
     outputs = iter(_Normalize.apply(kernels, problems, domains, *values))
     return [[next(outputs) for _ in problem.tensors] for problem in problems], domains
 
