@@ -35,6 +35,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace) -> Exported:
+    """Build the model of the config, load its weights and write it to ``args.out``. See :func:`dn.export_model`.
+
+    Raises:
+        UserError: the config names no weights, or ``--example-weight`` is not a number of [0, 1].
+    """
     cfg = load_config(args.config_file, args.opts)
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to export")
