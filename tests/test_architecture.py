@@ -28,7 +28,7 @@ ALLOWED = {
     "data": {"errors", "output", "distributed"},
     "ops": {"distributed.collectives"},
     "layers": {"autograd", "distributed.collectives", "ops"},
-    "statistics": {"distributed", "ops", "layers"},
+    "statistics": {"autograd", "distributed", "ops", "layers"},
     "surgery": {"errors", "output", "distributed", "ops", "layers", "statistics"},
     "modeling": {"errors", "config", "distributed", "data", "ops", "layers", "statistics", "surgery"},
     "evaluation": {
