@@ -53,9 +53,9 @@ def read_annotations(
     sizes = _image_sizes(images)
 
     ids = objects.unique_integers("id")
-    image_of = _positions(objects, "image_id", among=image_ids, of="images")
+    image_of = _positions(objects, "image_id", among=image_ids, entries="images")
     category_ids = np.array([int(category["id"]) for category in categories])
-    labels = _positions(objects, "category_id", among=category_ids, of="categories")
+    labels = _positions(objects, "category_id", among=category_ids, entries="categories")
     xywh = objects.quadruples("bbox")
     crowd = objects.integers("iscrowd", default=0) != 0
     boxes, beyond, empty = clip_boxes(xywh, sizes[image_of])
@@ -141,7 +141,7 @@ def _image_sizes(images: Table) -> np.ndarray:
     return sizes
 
 
-def _positions(table: Table, key: str, among: np.ndarray, of: str) -> np.ndarray:
+def _positions(table: Table, key: str, among: np.ndarray, entries: str) -> np.ndarray:
     """Where in `among` each value of column `key` is; UserError if it is not there."""
     values = table.integers(key)
     if not len(values):
@@ -155,7 +155,7 @@ def _positions(table: Table, key: str, among: np.ndarray, of: str) -> np.ndarray
         row = int((found < 0).argmax())
         raise UserError(
             f"annotation file {table.file}: annotation {table.entries[row]['id']} has {key} {values[row]}, "
-            f"which is not in its list of {of}; correct the {key} or add the entry"
+            f"which is not in its list of {entries}; correct the {key} or add the entry"
         )
     return found
 

@@ -34,7 +34,7 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
 
 
 def wide_images(cfg: CfgNode, dataset: ClassificationDataset) -> np.ndarray:
-    """Of which images a batch may hold no others, bool (n,): none, they are square."""
+    """Which images are wider than high, bool (n,), where batches do not mix shapes: none, as all are square."""
     return np.zeros(len(dataset), dtype=bool)
 
 

@@ -53,7 +53,7 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
 
 
 def wide_images(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
-    """Of which images a batch may hold no others: bool (n,)."""
+    """Which images are wider than high, bool (n,), where batches do not mix shapes; else none."""
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     return np.array([group and width > height for height, width in dataset.sizes])
 

@@ -70,7 +70,7 @@ def check_compressed(counts: str, size: tuple[int, int]) -> None:
 
 
 def _runs(counts: str) -> list[int]:
-    """Of a compressed RLE: 5 bits a character; from the fourth run on, less the last but one."""
+    """The run lengths of a compressed RLE: 5 bits a character; from the fourth run on, less the last but one."""
     runs: list[int] = []
     value = shift = 0
     for character in counts.encode("ascii"):

@@ -151,7 +151,7 @@ def restore_training(
 
 
 def _random_states() -> dict[str, Any]:
-    """Of torch, Python and numpy, in types that `weights_only` loads."""
+    """The states of the generators of torch, Python and numpy, in types that `weights_only` loads."""
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}

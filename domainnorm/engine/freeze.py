@@ -14,5 +14,5 @@ def freeze_norm(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def prefixes(cfg: CfgNode) -> list[str]:
-    """Of the names of the layers to freeze."""
+    """What the names of the layers to freeze begin with; "" stands for all layers."""
     return list(cfg.SOLVER.FREEZE_NORM_LAYERS) or [""]

@@ -76,7 +76,7 @@ def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def learning_rate(cfg: CfgNode, iteration: int) -> float:
-    """Of step `iteration`, counted from 0: the schedule times a linear warm-up. A pure function.
+    """The learning rate of step `iteration`, counted from 0: the schedule times a linear warm-up. A pure function.
 
     Steps: `BASE_LR` times `GAMMA` for each of `STEPS` that was reached. Cosine: half a period, 0 at `MAX_ITER`.
     Warm-up: from `WARMUP_FACTOR` at 0 to 1 at `WARMUP_ITERS`; and again after norm layers are frozen.

@@ -53,5 +53,5 @@ def precision_of_category(
 
 
 def area_of(shape: Any) -> float:
-    """Of a box (x, y, width, height) or an RLE."""
+    """The area in pixels of a box (x, y, width, height) or an RLE."""
     return float(coco_mask.area(shape)) if isinstance(shape, dict) else shape[2] * shape[3]

@@ -44,7 +44,7 @@ class TestSet:
             )
 
     def scores(self, model: nn.Module, folder: Path | None = None) -> Scores:
-        """Of `model` in the mode it is in, the same on every rank; the predictions go to `folder`."""
+        """The metrics of `model` in the mode it is in, the same on every rank; the predictions go to `folder`."""
         model = in_domain(self.cfg, model, self.domain)
         predict = predict_classes if self.classes else predict_boxes
         self.predictions = predict(model, self.loader, self.device)
@@ -55,7 +55,7 @@ class TestSet:
 
 
 def overall_scores(tests: Sequence[TestSet]) -> Scores:
-    """Of what was predicted last for the images of all `tests`, as if they were one set; the same on every rank."""
+    """The metrics of the last predictions of all `tests`, as if they were one set; the same on every rank."""
     found: Scores = {}
     if rank() == 0:
         predictions: list[dict[str, Any]] = []

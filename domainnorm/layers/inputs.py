@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -137,8 +137,3 @@ def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:
         low, high = int(domain.min()), int(domain.max())
         if low < 0 or high >= num_domains:
             raise ValueError(f"domains are 0 to {num_domains - 1}, got {low} to {high}")
-
-
-def of_domain(value: Any, domain: Domain) -> Any:
-    """The row(s) of a `(K, C)` tensor that belong to `domain`; a shared `(C,)` belongs to all."""
-    return value if value is None or value.ndim == 1 else value[domain]

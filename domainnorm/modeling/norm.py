@@ -50,7 +50,7 @@ def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
 
 
 def roi_norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
-    """Of a norm in a head over RoIs, whose number varies: fewer than a group has are one group."""
+    """The options of a norm in a head over RoIs, whose number varies: fewer than a group has are one group."""
     options = norm_options(cfg, name)
     if name in ("GhostBN", "SeqNorm", "GBGN") or options.get("samples_per_group"):
         options["allow_smaller_batch"] = True

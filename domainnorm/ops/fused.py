@@ -98,7 +98,7 @@ def backward(
 def _of_batches(
     problems: Sequence[Normalization], affines: Sequence[Affine], sums: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Any]:
-    """Of each layer the gradients of weight and bias; and the center, the slope and the offset of the tensors' gradient
+    """The gradients of each layer's weight and bias; and the center, the slope and the offset of the tensors' gradient
     `scale · grad + slope · (x - center) + offset`, as in any BatchNorm."""
     to_affine, to_batches = [], []
     for problem, affine, (total, products) in zip(problems, affines, sums, strict=True):

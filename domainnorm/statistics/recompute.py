@@ -246,7 +246,7 @@ def _taken(batches: Iterable[Any], share: int, in_step: bool, progress: bool) ->
 
 
 def _num_samples(batch: Any) -> int:
-    """Of a tensor `(N, …)`: N; of a list of images `(C, H, W)`: their number; else of the first tensor inside."""
+    """How many samples a batch has: N of a tensor `(N, …)`, the length of a list of images; else as its first item."""
     if isinstance(batch, Tensor) and batch.ndim:
         return len(batch)
     items = list(batch.values()) if isinstance(batch, Mapping) else batch

@@ -79,7 +79,7 @@ def name_domains(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def _number(layer: DomainBatchNorm) -> int:
-    """Of domains that can be named and chosen."""
+    """How many domains of a layer can be named and chosen."""
     return layer.num_domains // layer.domains_per_name
 
 

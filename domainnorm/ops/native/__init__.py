@@ -65,7 +65,7 @@ def affine(xs: Sequence[Tensor], segments: Segments, scale: Tensor, center: Tens
 
 
 def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], segments: Segments, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ grad and Σ grad · (x - center) of each segment and channel, `(S, C)`."""
+    """As `eager.sums`."""
     total, products = _tables(xs, segments)
     grads = _in_layout(grads, xs)
     kept, values = _values(xs, segments, center)
@@ -83,7 +83,7 @@ def gradient(
     slope: Tensor,
     offset: Tensor,
 ) -> list[Tensor]:
-    """`scale · grad + slope · (x - center) + offset`, in the dtype of each tensor."""
+    """As `eager.gradient`."""
     outs = [torch.empty_like(x) for x in xs]
     grads = _in_layout(grads, xs)
     kept, values = _values(xs, segments, scale, center, slope, offset)

@@ -67,12 +67,12 @@ def affine(xs: Sequence[Tensor], segments: Segments, scale: Tensor, center: Tens
 
 
 def sums(grads: Sequence[Tensor], xs: Sequence[Tensor], segments: Segments, center: Tensor) -> tuple[Tensor, Tensor]:
-    """As `native.sums`."""
+    """As `eager.sums`."""
     return _kernels().sums(grads, xs, center)
 
 
 def gradient(grads: Sequence[Tensor], xs: Sequence[Tensor], segments: Segments, *values: Tensor) -> list[Tensor]:
-    """As `native.gradient`."""
+    """As `eager.gradient`."""
     return _kernels().gradient(grads, xs, *values)
 
 
@@ -108,21 +108,15 @@ SHAPES = ((2, 3, 5, 7), (1, 3, 96, 100))
 def _compare(device: torch.device, dtype: torch.dtype) -> None:
     """AssertionError where the kernels differ from `eager`, for rows of several lengths."""
     xs, grads = ([_waves(shape, k, device).to(dtype) for shape in SHAPES] for k in range(2))
-    wide_xs, wide_grads = ([x.float() for x in tensors] for tensors in (xs, grads))
     samples = [None] * len(SHAPES)
     mean, var = eager.moments(xs, samples)
-    zeros = torch.zeros_like(mean)
     scale, shift, slope, offset = (_waves(tuple(mean.shape), k, device) for k in range(2, 6))
     shift, slope = shift[:1], slope[:1]  # of all samples, as in a BatchNorm
-    deviations = eager.affine(wide_xs, samples, zeros + 1, mean, zeros)
-    products = [grad * deviation for grad, deviation in zip(wide_grads, deviations, strict=True)]
-    scaled = eager.affine(wide_grads, samples, scale, zeros, zeros)
-    lines = eager.affine(wide_xs, samples, slope, mean, offset)
     expected = [
         *(mean, var),
         *eager.affine(xs, samples, scale, mean, shift),
-        *(torch.cat([v.flatten(2).sum(2) for v in tensors]) for tensors in (wide_grads, products)),
-        *((a + b).to(dtype) for a, b in zip(scaled, lines, strict=True)),
+        *eager.sums(grads, xs, samples, mean),
+        *eager.gradient(grads, xs, samples, scale, mean, slope, offset),
     ]
     found = [
         *moments(xs, samples),
