@@ -1,7 +1,6 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +12,10 @@ from ..ops.formula import Normalization
 from ..ops.moments import Moments
 from ..ops.normalize import domain_moments, normalize
 from .base import PopulationStatistics, one_of
-from .inputs import Domain, Domains, Input, LayerInput, spatial_elements
+from .inputs import Domain, Domains, Input, LayerInput, check_equal_sizes, spatial_elements
 from .renamed import renamed_attribute
 from .sample_groups import SampleGroups
+from .single_element import refuse_single_element
 
 CHOICES = ("shared", "per_domain")
 
@@ -177,38 +177,11 @@ class DomainBatchNorm(PopulationStatistics):
         if self.sample_groups is not None:
             self.sample_groups.check(inputs, problem.shared, elements)
         else:
-            self._check_counts(problem, inputs.elements_of_domains(elements, problem.shared), 1 in elements)
+            refuse_single_element(problem, inputs, elements, type(self).__name__)
         if problem.sync is None and inputs.external is None:
             together = problem.shared and self.population_statistics == "shared"
             counted = elements if self.merged_channels else spatial_elements(inputs.tensors)
             problem.counts = inputs.elements_of_domains(counted, together)
-
-    def _check_counts(self, problem: Normalization, counts: list[int] | None, single: bool) -> None:
-        """A normalization batch of one element has no variance: ValueError, on every rank alike.
-
-        What the shapes on this rank leave open is checked once the moments are merged; a GPU is waited for then.
-        """
-        ranks = 1 if problem.sync is None else world_size(problem.sync[0])
-        if counts is None:  # the samples of a domain are counted on the device, but come in whole rows
-            if ranks > 1 or single:
-                problem.check_counts = partial(self._refuse_single, ranks)
-        elif ranks > 1 or problem.external is not None:
-            if min(counts) < 2:
-                problem.check_counts = partial(self._refuse_single, ranks)
-        else:
-            self._refuse_single(ranks, counts)
-
-    def _refuse_single(self, ranks: int, counts: Sequence[float]) -> None:
-        """ValueError if a domain, or all where they are shared, has one element."""
-        per_domain = self.sgd_statistics == "per_domain"
-        counts = counts if per_domain else [sum(counts)]
-        if 1 in counts:
-            which = f"domain {counts.index(1)}" if per_domain and self.num_domains > 1 else "the normalization batch"
-            where = f" on all {ranks} ranks together" if ranks > 1 else ""
-            raise ValueError(
-                f"{type(self).__name__}: expected more than 1 value per channel in training, got 1 in {which}{where}: "
-                "use a larger batch or input, or statistics='population'"
-            )
 
     def moments_of_domains(self, inputs: LayerInput) -> Moments:
         """The moments `(K, C)` that the population statistics count of an input, on this rank."""
@@ -317,17 +290,9 @@ def normalize_layers(
     given = [layer._input(x, domain) for layer, x in zip(layers, inputs, strict=True)]
     problems = [layer.normalization(own) for layer, own in zip(layers, given, strict=True)]
     if problems[0].sync is not None:
-        _check_sizes(given)
+        check_equal_sizes(given)
         outputs = normalize(problems)
     else:
         outputs = [normalize([problem])[0] for problem in problems]
     outputs = [layer._restore(ys, own) for layer, ys, own in zip(layers, outputs, given, strict=True)]
     return [ys if isinstance(x, (list, tuple)) else ys[0] for x, ys in zip(inputs, outputs, strict=True)]
-
-
-def _check_sizes(inputs: Sequence[LayerInput]) -> None:
-    """One collective carries one count per domain for all layers."""
-    shapes = [[(x.shape[0], *x.shape[2:]) for x in own.tensors] for own in inputs]
-    for other in shapes[1:]:
-        if other != shapes[0]:
-            raise ValueError(f"layers in step take inputs of equal N and spatial sizes, got {shapes[0]} and {other}")

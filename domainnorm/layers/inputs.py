@@ -122,6 +122,17 @@ def spatial_elements(tensors: Sequence[Tensor]) -> list[int]:
     return [math.prod(x.shape[2:]) for x in tensors]
 
 
+def check_equal_sizes(inputs: Sequence[LayerInput]) -> None:
+    """ValueError unless the inputs have equal sizes: one collective carries one count per domain for all layers."""
+    shapes = [[(x.shape[0], *x.shape[2:]) for x in own.tensors] for own in inputs]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                f"synchronized layers at equal depth take inputs of equal N and spatial sizes, got {shapes[0]} and "
+                f"{other}"
+            )
+
+
 def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:
     if not isinstance(domain, Tensor):
         if not 0 <= domain < num_domains:
