@@ -113,7 +113,7 @@ def batch(number: int, height: int, width: int, device: str = "cpu") -> tuple[li
 def steps(
     models: dict[str, nn.Module], images: list[Tensor], targets: list[dict[str, Tensor]], dtype: torch.dtype
 ) -> dict[str, Callable[[], list[Tensor]]]:
-    """Of each model a training step, which returns its losses."""
+    """A training step of each model, which returns its losses."""
     background = [t | {"labels": t["labels"] + 1} for t in targets]  # torchvision's R-CNNs count it as class 0
 
     def step(name: str) -> list[Tensor]:
@@ -132,7 +132,7 @@ def steps(
 def inferences(
     models: dict[str, nn.Module], images: list[Tensor], dtype: torch.dtype
 ) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Of each model an inference, which returns what it finds in the first image."""
+    """An inference of each model, which returns what it finds in the first image."""
 
     @torch.no_grad()
     def infer(name: str) -> dict[str, Tensor]:

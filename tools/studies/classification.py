@@ -38,7 +38,7 @@ GBGN = {"num_channel_groups": 8, "samples_per_group": 2}
 
 
 def sections() -> dict[str, dict[str, Run]]:
-    """Of each section, a name for each run; runs of equal fields are trained once."""
+    """The runs of each section by name; runs of equal fields are trained once."""
     few = {f"{name}/{kind}": run for kind, pattern in PATTERNS.items() for name, run in remedies(*pattern).items()}
     swept = {
         "BN, batch 128": Run("BN", 128, times=3),
@@ -66,7 +66,7 @@ def sections() -> dict[str, dict[str, Run]]:
 
 
 def ghost(batch: int, size: int, **others: Any) -> Run:
-    """Of one group it is BN."""
+    """With one group it is BN."""
     return Run("BN", batch, **others) if size >= batch else Run("GhostBN", batch, {"samples_per_group": size}, **others)
 
 

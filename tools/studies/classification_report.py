@@ -32,7 +32,7 @@ class Measured:
         self.sections = sections
 
     def values(self, section: str, name: str, measure: str = EMA) -> list[Any]:
-        """Of each seed that has been run."""
+        """The results of each seed that has been run."""
         run = self.sections[section].get(name)
         seeds = range(self.results["seeds"] + 2)
         found = [self.results["runs"].get(run.key(seed), {}) for seed in seeds] if run else []
@@ -45,7 +45,7 @@ class Measured:
         return spread(self.values(section, name, measure))
 
     def sweep(self, name: str, index: int) -> list[str]:
-        """Of each α the test accuracy (index 0) or cross-entropy (1)."""
+        """The test accuracy (index 0) or cross-entropy (1) for each α."""
         of_seeds = self.values("α", name, "sweep")
         of_weights = [[sweep[k][index] for sweep in of_seeds] for k in range(len(SWEEP))]
         return [spread(values, digits=2 if index == 0 else 3) for values in of_weights]
