@@ -36,7 +36,7 @@ class Measured:
         run = self.sections[section].get(name)
         seeds = range(self.results["seeds"] + 2)
         found = [self.results["runs"].get(run.key(seed), {}) for seed in seeds] if run else []
-        return [of[measure] for of in found if measure in of]
+        return [result[measure] for result in found if measure in result]
 
     def mean(self, section: str, name: str, measure: str = EMA) -> float:
         return statistics.mean(self.values(section, name, measure))
