@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         use_domain as use_domain,
     )
     from .surgery.export import export_model as export_model
+    from .surgery.freeze import freeze_batchnorm as freeze_batchnorm
     from .surgery.fuse import fuse as fuse
 
 _MODULES = {  # of the public names, separated by spaces
@@ -91,6 +92,7 @@ _MODULES = {  # of the public names, separated by spaces
     "surgery.convert": "convert_batchnorm convert_groupnorm",
     "surgery.domains": "add_domain keep_domain merge_domains name_domains nearest_domain use_domain",
     "surgery.export": "export_model",
+    "surgery.freeze": "freeze_batchnorm",
     "surgery.fuse": "fuse",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -117,7 +117,9 @@ def test_what_every_conversion_keeps(name, options):
     assert model.eval()(images()).isfinite().all()
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm2d(8, momentum=0.3), nn.SyncBatchNorm(8), dn.DomainBatchNorm(8, 3)])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(8, momentum=0.3), nn.SyncBatchNorm(8), dn.DomainBatchNorm(8, num_domains=3)]
+)
 @each_norm
 def test_a_class_and_its_name_in_a_config_make_the_same_layer(name, layer):
     long, options = NAMES[name]
@@ -169,7 +171,7 @@ def test_there_and_back_again(name):
 
 
 def test_seq_norm_keeps_the_statistics_of_a_seq_norm_only():
-    layer = dn.SeqNorm(4, 2, 2)
+    layer = dn.SeqNorm(4, num_channel_groups=2, num_sample_groups=2)
     layer(images(dtype=torch.float32).repeat(1, 2, 1, 1)[:, :4])
     again = dn.convert_batchnorm(nn.Sequential(layer), "SeqNorm", num_channel_groups=2, num_sample_groups=1)[0]
     assert torch.equal(again.running_mean, layer.running_mean) and again.num_batches_tracked == 1
@@ -275,7 +277,7 @@ def test_a_bare_layer_is_left_untouched(layer, name):
 
 
 def test_frozen_layers_stay():
-    frozen, other = dn.FrozenBatchNorm(4), dn.SeqNorm(4, 2, 2)
+    frozen, other = dn.FrozenBatchNorm(4), dn.SeqNorm(4, num_channel_groups=2, num_sample_groups=2)
     other.frozen = True
     model = nn.Sequential(frozen, other, nn.BatchNorm2d(4))
     dn.convert_batchnorm(model, "GhostBN")
@@ -288,7 +290,9 @@ def test_models_without_norms():
 
 
 def test_choices_of_our_layers_are_kept():
-    layer = dn.DomainBatchNorm(4, 3, sgd_statistics="shared", population_statistics="shared", affine=None, sync=True)
+    layer = dn.DomainBatchNorm(
+        4, num_domains=3, sgd_statistics="shared", population_statistics="shared", affine=None, sync=True
+    )
     layer.statistics, layer.example_weight = "population", 0.25
     new = dn.convert_batchnorm(nn.Sequential(layer), "BRN")[0]
     for key in ("num_domains", "sgd_statistics", "population_statistics", "affine", "sync", "example_weight"):
@@ -299,7 +303,7 @@ def test_choices_of_our_layers_are_kept():
 @pytest.mark.parametrize("change", ["GhostBN", "FrozenBN", "freeze", "thaw"])
 def test_domains_keep_their_names_and_the_one_in_use(change):
     """Also where a name stands for two pyramid levels."""
-    model = nn.Sequential(dn.DomainBatchNorm(4, 6, affine="per_domain"))
+    model = nn.Sequential(dn.DomainBatchNorm(4, num_domains=6, affine="per_domain"))
     model[0].domains_per_name = 2
     dn.use_domain(dn.name_domains(model, ["a", "b", "c"]), "b")
     state = copy.deepcopy(model.state_dict())

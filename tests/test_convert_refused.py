@@ -55,7 +55,7 @@ def test_an_affine_can_be_left_out(convert):
 
 @pytest.mark.parametrize(("name", "options"), [("BN", {"num_domains": 1}), ("GN", {"num_groups": 2})])
 def test_several_domains_that_cannot_become_one_are_refused(name, options):
-    model = nn.Sequential(nn.BatchNorm2d(4), dn.DomainBatchNorm(4, 3, affine="per_domain"))
+    model = nn.Sequential(nn.BatchNorm2d(4), dn.DomainBatchNorm(4, num_domains=3, affine="per_domain"))
     first = model[0]
     with pytest.raises(ValueError, match=r"^1: "):
         dn.convert_batchnorm(model, name, **options)

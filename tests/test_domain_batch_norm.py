@@ -23,7 +23,15 @@ def close(a, b, atol=1e-10):
 
 
 def make(sgd="per_domain", population="per_domain", affine="shared", domains=K, **options):
-    layer = dn.DomainBatchNorm(C, domains, sgd, population, affine, dtype=torch.float64, **options)
+    layer = dn.DomainBatchNorm(
+        C,
+        num_domains=domains,
+        sgd_statistics=sgd,
+        population_statistics=population,
+        affine=affine,
+        dtype=torch.float64,
+        **options,
+    )
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 1.0, 0.5)
     return layer
@@ -236,8 +244,8 @@ def test_the_domain_must_be_said_and_be_right():
         (lambda: layer(x, domain=torch.tensor([0.0, 1.0])), "LongTensor"),
         (lambda: layer(x[:, :2], domain=0), r"\(N, 4, …\), got \(2, 2, 3\)"),
         (lambda: layer(x[0, 0], domain=0), r"\(N, 4, …\)"),
-        (lambda: dn.DomainBatchNorm(4, 2, sgd_statistics="none"), "sgd_statistics takes one of"),
-        (lambda: dn.DomainBatchNorm(4, 2, affine=False), "affine takes one of"),
+        (lambda: dn.DomainBatchNorm(4, num_domains=2, sgd_statistics="none"), "sgd_statistics takes one of"),
+        (lambda: dn.DomainBatchNorm(4, num_domains=2, affine="no"), "affine takes one of"),
         (lambda: dn.DomainBatchNorm(0), "positive"),
         (lambda: setattr(layer, "statistics", "batch"), "statistics takes one of"),
     ):
@@ -247,9 +255,11 @@ def test_the_domain_must_be_said_and_be_right():
 
 
 def test_domain_sequential_carries_lists_and_domains():
-    plain = nn.Sequential(nn.Conv2d(3, C, 3), dn.DomainBatchNorm(C, 2), nn.ReLU(), nn.Sequential(nn.Conv2d(C, C, 1)))
+    plain = nn.Sequential(
+        nn.Conv2d(3, C, 3), dn.DomainBatchNorm(C, num_domains=2), nn.ReLU(), nn.Sequential(nn.Conv2d(C, C, 1))
+    )
     carrying = dn.DomainSequential(
-        nn.Conv2d(3, C, 3), dn.DomainBatchNorm(C, 2), nn.ReLU(), dn.DomainSequential(nn.Conv2d(C, C, 1))
+        nn.Conv2d(3, C, 3), dn.DomainBatchNorm(C, num_domains=2), nn.ReLU(), dn.DomainSequential(nn.Conv2d(C, C, 1))
     )
     carrying.load_state_dict(plain.state_dict())
     xs = [torch.randn(2, 3, 8, 8), torch.randn(1, 3, 5, 6)]
@@ -336,7 +346,7 @@ def test_frozen_batch_norm_is_constant_in_training_and_inference():
 def test_statistics_of_one_domain_load_into_each_of_several():
     plain = nn.BatchNorm2d(C)
     plain(torch.randn(4, C, 3, 3) * 2 + 1)
-    layer = dn.DomainBatchNorm(C, K, affine="per_domain")
+    layer = dn.DomainBatchNorm(C, num_domains=K, affine="per_domain")
     layer.load_state_dict(plain.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(layer.state_dict()[name], torch.stack([value] * K))
@@ -347,13 +357,13 @@ def test_statistics_of_one_domain_load_into_each_of_several():
 
 
 def test_several_domains_into_one_is_an_error_that_names_the_remedy():
-    several, one = dn.DomainBatchNorm(C, K, affine="per_domain"), dn.DomainBatchNorm(C, 1)
+    several, one = dn.DomainBatchNorm(C, num_domains=K, affine="per_domain"), dn.DomainBatchNorm(C, num_domains=1)
     with pytest.raises(
         RuntimeError, match=r"running_mean: .*\(3, 4\).*num_domains=3, population_statistics='per_domain'"
     ):
         one.load_state_dict(several.state_dict())
     with pytest.raises(RuntimeError, match=r"size mismatch"):
-        several.load_state_dict(dn.DomainBatchNorm(C, 2, affine="per_domain").state_dict())
+        several.load_state_dict(dn.DomainBatchNorm(C, num_domains=2, affine="per_domain").state_dict())
 
 
 def test_a_checkpoint_without_step_counts_loads():
@@ -378,7 +388,7 @@ def test_deepcopy_and_pickle(copied):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("sgd", CHOICES)
 def test_half_inputs_have_float32_statistics(dtype, sgd, training):
-    layer = dn.DomainBatchNorm(C, 2, sgd).train(training)
+    layer = dn.DomainBatchNorm(C, num_domains=2, sgd_statistics=sgd).train(training)
     xs = [(torch.randn(4, C, 9, 9) + 30).to(dtype).requires_grad_() for _ in range(2)]
     wide = copy.deepcopy(layer)
     ys, expected = layer(xs), wide([x.detach().float() for x in xs])
@@ -391,7 +401,7 @@ def test_half_inputs_have_float32_statistics(dtype, sgd, training):
 
 
 def test_autocast():
-    model = dn.DomainSequential(nn.Conv2d(3, C, 3), dn.DomainBatchNorm(C, 2))
+    model = dn.DomainSequential(nn.Conv2d(3, C, 3), dn.DomainBatchNorm(C, num_domains=2))
     with torch.autocast("cpu", torch.bfloat16):
         ys = model([torch.randn(2, 3, 8, 8), torch.randn(0, 3, 8, 8)])
     assert ys[0].dtype == torch.bfloat16 and model[1].running_mean.dtype == torch.float32
@@ -400,7 +410,7 @@ def test_autocast():
 
 
 def test_large_means_in_float32():
-    layer = dn.DomainBatchNorm(C, 2, "shared", "shared", momentum=1.0)
+    layer = dn.DomainBatchNorm(C, num_domains=2, sgd_statistics="shared", population_statistics="shared", momentum=1.0)
     xs = [torch.randn(4, C, 40, 40) + 1e3 for _ in range(2)]
     exact = torch.cat(xs).double().transpose(0, 1).flatten(1).var(1)
     layer(xs)

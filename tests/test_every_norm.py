@@ -214,7 +214,7 @@ def test_wrong_inputs_and_arguments(name):
         (lambda: make(name, num_domains=2)(random_input(*SHAPE)), "num_domains=2 got a single tensor"),
         (lambda: getattr(dn, kind)(0, **options), "0"),
         (lambda: getattr(dn, kind)(C, **options, num_domains=0), "0"),
-        (lambda: getattr(dn, kind)(C, **options, affine=False), "affine takes one of.*got False"),
+        (lambda: getattr(dn, kind)(C, **options, affine="none"), "affine takes one of.*got 'none'"),
         (lambda: getattr(dn, kind)(C, **options, sgd_statistics="none"), "sgd_statistics takes one of.*got 'none'"),
     ):
         with pytest.raises(ValueError, match=message):

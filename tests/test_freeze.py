@@ -38,7 +38,9 @@ def test_frozen_from_and_to_any_batch_norm(kind):
 
 
 def test_domains_stay_when_frozen_and_thawed():
-    layer = dn.DomainBatchNorm(3, 4, "shared", "per_domain", "per_domain")
+    layer = dn.DomainBatchNorm(
+        3, num_domains=4, sgd_statistics="shared", population_statistics="per_domain", affine="per_domain"
+    )
     thawed = dn.FrozenBatchNorm.from_batch_norm(layer).to_batch_norm()
     assert repr(thawed) == repr(layer)
     with pytest.raises(ValueError, match="BatchNorm2d has one domain, this layer 4"):

@@ -60,7 +60,7 @@ class Odd(nn.Module):
         for name in ("reused", "read", "hooked", "listed", "optional", "good"):
             setattr(self, name, nn.Conv2d(2, 2, 1))
             setattr(self, f"{name}_norm", dn.DomainBatchNorm(2))
-        self.listed_norm = dn.DomainBatchNorm(2, 2, population_statistics="shared")
+        self.listed_norm = dn.DomainBatchNorm(2, num_domains=2, population_statistics="shared")
         self.hooked.register_forward_hook(lambda module, args, output: 2 * output)
         self.alias = self.also = dn.DomainBatchNorm(2)
 

@@ -178,7 +178,7 @@ def test_shared_statistics_join_the_groups_of_equal_number():
     sizes = [(4, 3, 2), (6, 2, 2), (2, 1, 3)]  # 2, 3 and 1 groups of 2 samples
     xs = [random_input(n, C, *spatial, seed=k) for k, (n, *spatial) in enumerate(sizes)]
     layer = ghost(samples_per_group=2, num_domains=3, sgd_statistics="shared", affine="per_domain")
-    plain = dn.DomainBatchNorm(C, 3, "shared", affine="per_domain", dtype=torch.float64)
+    plain = dn.DomainBatchNorm(C, num_domains=3, sgd_statistics="shared", affine="per_domain", dtype=torch.float64)
     with_affine_of(layer, plain)
     twins = [clone(x) for x in xs]
     parts = [plain([t[2 * g : 2 * g + 2] for t in twins]) for g in range(3)]
@@ -194,7 +194,9 @@ def test_shared_statistics_join_the_groups_of_equal_number():
 def test_population_statistics_of_domains_do_not_depend_on_the_groups(sgd, population):
     xs = [random_input(n, C, 2, seed=n) for n in (4, 6)]
     layer = ghost(samples_per_group=2, num_domains=2, sgd_statistics=sgd, population_statistics=population)
-    plain = dn.DomainBatchNorm(C, 2, sgd, population, dtype=torch.float64)
+    plain = dn.DomainBatchNorm(
+        C, num_domains=2, sgd_statistics=sgd, population_statistics=population, dtype=torch.float64
+    )
     for _ in range(2):
         layer(xs), plain(xs)
     for name, value in plain.named_buffers():

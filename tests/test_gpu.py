@@ -31,14 +31,23 @@ LAYERS = {  # of one tensor, of five levels, or of one tensor whose samples have
     "BN": (lambda: dn.DomainBatchNorm(16), SHAPES),
     "BN, cumulative": (lambda: dn.DomainBatchNorm(16, momentum=None), SHAPES),
     "BN without affine": (lambda: dn.DomainBatchNorm(16, affine=None), SHAPES),
-    "BN, shared": (lambda: dn.DomainBatchNorm(16, 5, "shared", "shared"), LEVELS),
-    "BN, shared, statistics per domain": (lambda: dn.DomainBatchNorm(16, 5, "shared", "per_domain"), LEVELS),
-    "BN, per domain": (lambda: dn.DomainBatchNorm(16, 5), LEVELS),
-    "BN, per domain, affine too": (lambda: dn.DomainBatchNorm(16, 5, affine="per_domain"), LEVELS),
-    "BN of mixed domains": (lambda: dn.DomainBatchNorm(16, 3), SHAPES),
+    "BN, shared": (
+        lambda: dn.DomainBatchNorm(16, num_domains=5, sgd_statistics="shared", population_statistics="shared"),
+        LEVELS,
+    ),
+    "BN, shared, statistics per domain": (
+        lambda: dn.DomainBatchNorm(16, num_domains=5, sgd_statistics="shared", population_statistics="per_domain"),
+        LEVELS,
+    ),
+    "BN, per domain": (lambda: dn.DomainBatchNorm(16, num_domains=5), LEVELS),
+    "BN, per domain, affine too": (lambda: dn.DomainBatchNorm(16, num_domains=5, affine="per_domain"), LEVELS),
+    "BN of mixed domains": (lambda: dn.DomainBatchNorm(16, num_domains=3), SHAPES),
     "GhostBN": (lambda: dn.GhostBatchNorm(16, samples_per_group=2), SHAPES),
     "GhostBN, an uneven group": (lambda: dn.GhostBatchNorm(16, samples_per_group=4), SHAPES),
-    "GhostBN, shared": (lambda: dn.GhostBatchNorm(16, 1, num_domains=5, sgd_statistics="shared"), LEVELS),
+    "GhostBN, shared": (
+        lambda: dn.GhostBatchNorm(16, samples_per_group=1, num_domains=5, sgd_statistics="shared"),
+        LEVELS,
+    ),
     "SeqNorm": (lambda: dn.SeqNorm(16, num_channel_groups=4, num_sample_groups=2), SHAPES),
     "BGN": (lambda: dn.BatchGroupNorm(16, num_groups=4), SHAPES),
     "BGN, channels split in space": (lambda: dn.BatchGroupNorm(16, num_groups=64), SHAPES),
@@ -49,7 +58,12 @@ LAYERS = {  # of one tensor, of five levels, or of one tensor whose samples have
 }
 SYNCHRONIZED = {
     "BN": (lambda: dn.DomainBatchNorm(16, sync=True), SHAPES),
-    "BN, shared": (lambda: dn.DomainBatchNorm(16, 5, "shared", "shared", sync=True), LEVELS),
+    "BN, shared": (
+        lambda: dn.DomainBatchNorm(
+            16, num_domains=5, sgd_statistics="shared", population_statistics="shared", sync=True
+        ),
+        LEVELS,
+    ),
 }
 ROWS = ["BN, cumulative", "BN, shared", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN"]  # not torch's own kernel
 
@@ -190,7 +204,7 @@ def test_numbers_far_from_zero(device):
 
 
 def test_no_samples(device):
-    layer = dn.DomainBatchNorm(16, 5, "shared", "shared").to(device)
+    layer = dn.DomainBatchNorm(16, num_domains=5, sgd_statistics="shared", population_statistics="shared").to(device)
     xs = [torch.randn(n, 16, 12, 13, device=device, requires_grad=True) for n in (2, 0, 1, 0, 0)]
     torch.autograd.backward(layer(xs), [torch.ones_like(x) for x in xs])
     flat = torch.cat([x.detach() for x in xs]).double()

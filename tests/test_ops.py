@@ -264,12 +264,18 @@ def test_every_backend_computes_every_layer(name, dtype, layout, backend):
 CHOICES = [("shared", "shared"), ("shared", "per_domain"), ("per_domain", "shared"), ("per_domain", "per_domain")]
 
 
+def with_domains(number, choices, affine, **options):
+    sgd, population = choices
+    options |= {"sgd_statistics": sgd, "population_statistics": population, "affine": affine}
+    return dn.DomainBatchNorm(16, num_domains=number, **options)
+
+
 @needs_library
 @pytest.mark.parametrize("affine", ["shared", "per_domain", None])
 @pytest.mark.parametrize("choices", CHOICES)
 @pytest.mark.parametrize("empty", [False, True])
 def test_every_backend_computes_lists_of_domains(choices, affine, empty, backend):
-    layer = dn.DomainBatchNorm(16, 4, *choices, affine, dtype=torch.float64)
+    layer = with_domains(4, choices, affine, dtype=torch.float64)
     shapes = [(2, 16, 8, 9), (0 if empty else 3, 16, 4, 5), (2, 16, 2, 3), (5, 16, 2, 2)]
     xs = [tensor(shape, torch.float64, k) for k, shape in enumerate(shapes)]
     results = {}
@@ -314,7 +320,7 @@ def test_inference_with_example_weights_by_every_backend(name, backend):
 @pytest.mark.parametrize("which", ["eager", "native"])
 def test_several_backward_passes_and_unused_outputs(which, backend):
     backend(which)
-    layer, twin = dn.DomainBatchNorm(4, 2).double(), nn.BatchNorm2d(4).double()
+    layer, twin = dn.DomainBatchNorm(4, num_domains=2).double(), nn.BatchNorm2d(4).double()
     xs = [torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     ys, expected = layer(xs), [twin(x) for x in xs]
     for k in (0, 1, 0):  # one output each time, the other is not used
@@ -407,7 +413,10 @@ def test_dtypes_of_input_weights_and_buffers_mix(dtype, buffers, weights, traini
 # --- transforms of torch, through every layer, also where a fast backend would be taken ------------------------------
 
 LARGE = (8, 16, 60, 60)  # of 460 000 numbers
-SEEN = {**LAYERS, "shared": lambda: dn.DomainBatchNorm(16, 2, "shared", "shared")}
+SEEN = {
+    **LAYERS,
+    "shared": lambda: dn.DomainBatchNorm(16, num_domains=2, sgd_statistics="shared", population_statistics="shared"),
+}
 
 
 def call(layer, x):
@@ -594,7 +603,7 @@ def test_nothing_warns_without_reason():
 @pytest.mark.parametrize("affine", ["shared", "per_domain", None])
 @pytest.mark.parametrize("choices", CHOICES)
 def test_a_large_compiled_batch_norm_is_an_operator(choices, affine):
-    layer = dn.DomainBatchNorm(16, 2, *choices, affine)
+    layer = with_domains(2, choices, affine)
     twin = copy.deepcopy(layer)
     xs = [tensor((4, 16, 90, 90), torch.float32, 0), tensor((4, 16, 40, 41), torch.float32, 1)]
     torch.compiler.reset()

@@ -108,7 +108,7 @@ def test_a_layer_reached_several_times_and_one_never(x, layer, method):
     [("per_domain", "per_domain"), ("per_domain", "shared"), ("shared", "shared"), ("shared", "per_domain")],
 )
 def test_domains(x, method, sgd, population):
-    layer = dn.DomainBatchNorm(3, 3, sgd, population).double()
+    layer = dn.DomainBatchNorm(3, num_domains=3, sgd_statistics=sgd, population_statistics=population).double()
     batches = [[b, b[..., :2] * 2 - 1, b[:0]] for b in x.split(5)]
     quiet(layer, batches, method)
     domains = [elements(x), elements(x[..., :2] * 2 - 1)]
@@ -277,7 +277,7 @@ def test_only_statistics_change_and_only_of_layers_in_training(x, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_element_has_no_variance(method):
-    layer = dn.DomainBatchNorm(3, 2, sgd_statistics="shared").double()
+    layer = dn.DomainBatchNorm(3, num_domains=2, sgd_statistics="shared").double()
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     quiet(layer, [[x, torch.ones(1, 3, dtype=torch.float64)]], method)
     assert layer.running_mean[1].tolist() == [1, 1, 1] and layer.running_var[1].tolist() == [1, 1, 1]

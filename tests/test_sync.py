@@ -26,7 +26,15 @@ PATTERNS = {
 
 
 def make(sgd, population, sync):
-    layer = dn.DomainBatchNorm(C, K, sgd, population, "per_domain", sync=sync, dtype=torch.float64)
+    layer = dn.DomainBatchNorm(
+        C,
+        num_domains=K,
+        sgd_statistics=sgd,
+        population_statistics=population,
+        affine="per_domain",
+        sync=sync,
+        dtype=torch.float64,
+    )
     generator = torch.Generator().manual_seed(7)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 1.0, 0.5, generator=generator)

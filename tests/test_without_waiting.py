@@ -15,10 +15,12 @@ from domainnorm.modeling.retinanet import RetinaNetHead
 
 LAYERS = {
     "BN": lambda: dn.DomainBatchNorm(16),
-    "cumulative": lambda: dn.DomainBatchNorm(16, 3, momentum=None),
-    "shared": lambda: dn.DomainBatchNorm(16, 3, "shared", "shared"),
-    "per domain": lambda: dn.DomainBatchNorm(16, 3, affine="per_domain"),
-    "shared, per domain": lambda: dn.DomainBatchNorm(16, 3, "shared", "per_domain"),
+    "cumulative": lambda: dn.DomainBatchNorm(16, num_domains=3, momentum=None),
+    "shared": lambda: dn.DomainBatchNorm(16, num_domains=3, sgd_statistics="shared", population_statistics="shared"),
+    "per domain": lambda: dn.DomainBatchNorm(16, num_domains=3, affine="per_domain"),
+    "shared, per domain": lambda: dn.DomainBatchNorm(
+        16, num_domains=3, sgd_statistics="shared", population_statistics="per_domain"
+    ),
     "GhostBN": lambda: dn.GhostBatchNorm(16, samples_per_group=2),
     "SeqNorm": lambda: dn.SeqNorm(16, num_channel_groups=4, num_sample_groups=2),
     "BGN": lambda: dn.BatchGroupNorm(16, num_groups=4),
@@ -83,7 +85,7 @@ def test_inference_waits_for_nothing(name, alpha):
 
 
 def test_samples_of_several_domains_wait_for_nothing():
-    layer = dn.DomainBatchNorm(16, 3).to("meta")
+    layer = dn.DomainBatchNorm(16, num_domains=3).to("meta")
     domains = torch.empty(4, dtype=torch.long, device="meta")
     step(Of(lambda layer, x: layer(x, domains), layer), torch.empty(4, 16, 5, 6, device="meta", requires_grad=True))
 

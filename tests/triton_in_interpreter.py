@@ -118,7 +118,7 @@ def test_what_is_no_number_stays_in_its_row(value, place):
 LAYERS = {  # of one tensor
     "BN, cumulative": lambda: dn.DomainBatchNorm(4, momentum=None),
     "BN without affine": lambda: dn.DomainBatchNorm(4, affine=None),
-    "BN of mixed domains": lambda: dn.DomainBatchNorm(4, 3),
+    "BN of mixed domains": lambda: dn.DomainBatchNorm(4, num_domains=3),
     "GhostBN": lambda: dn.GhostBatchNorm(4, samples_per_group=2),
     "GhostBN, an uneven group": lambda: dn.GhostBatchNorm(4, samples_per_group=3),
     "SeqNorm": lambda: dn.SeqNorm(4, num_channel_groups=2, num_sample_groups=2),
@@ -130,9 +130,11 @@ LAYERS = {  # of one tensor
     "example weighing": lambda: dn.set_example_weight(dn.DomainBatchNorm(4), 0.3).eval(),
 }
 LISTS = {  # of three tensors
-    "BN, shared": lambda: dn.DomainBatchNorm(4, 3, "shared", "shared"),
-    "BN, shared, statistics per domain": lambda: dn.DomainBatchNorm(4, 3, "shared", "per_domain"),
-    "BN, per domain, affine too": lambda: dn.DomainBatchNorm(4, 3, affine="per_domain"),
+    "BN, shared": lambda: dn.DomainBatchNorm(4, num_domains=3, sgd_statistics="shared", population_statistics="shared"),
+    "BN, shared, statistics per domain": lambda: dn.DomainBatchNorm(
+        4, num_domains=3, sgd_statistics="shared", population_statistics="per_domain"
+    ),
+    "BN, per domain, affine too": lambda: dn.DomainBatchNorm(4, num_domains=3, affine="per_domain"),
     "GhostBN, per domain": lambda: dn.GhostBatchNorm(4, samples_per_group=2, num_domains=3),
 }
 DOMAINS = {"BN of mixed domains": torch.tensor([2, 0, 1, 0])}

@@ -1,45 +1,84 @@
-"""The population statistics that a norm keeps, and whether it normalizes by them."""
+"""What a norm has in common with torch's BatchNorm, and what it keeps: population statistics."""
 
+from __future__ import annotations
+
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..ops.population import Population
 
 STATISTICS = ("auto", "minibatch", "population")
+_TORCHS_ARGUMENTS = ("eps", "momentum", "affine", "track_running_stats")  # in the order that nn.BatchNorm2d takes them
 
 
-class PopulationStatistics(nn.Module):
+class PopulationStatistics(nn.BatchNorm2d):
     """Buffers of one domain `(C,)`, or of each `(K, C)`, their EMA, and the choice of what normalizes.
 
-    See `DomainBatchNorm` for the attributes.
+    `isinstance` finds it where it looks for torch's BatchNorm, so that the helpers of other libraries do: they reset,
+    freeze by `eval()`, average and group it. `affine` refuses those that would put another layer in its place. See
+    `DomainBatchNorm` for the attributes.
     """
 
     averages_deviation = False  # whether the EMA is that of √(variance + eps), and not of the unbiased variance
     num_domains: int
     population_statistics: str
-    eps: float
-    momentum: float | None
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        if len(args) > 1:
+            raise TypeError(f"{cls.__name__} takes num_features alone by position: {_as_keywords(cls, args)}")
+        return super().__new__(cls)
+
+    def __init_subclass__(cls) -> None:
+        """The signature of a layer with `**options` names those of the layer that takes them."""
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            taken = inspect.signature(cls.__mro__[1]).parameters.values()
+            own = [*own[:-1], *(p for p in taken if p.name not in {one.name for one in own})]
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __init__(self) -> None:
-        super().__init__()
-        self.frozen = False
+        nn.Module.__init__(self)
+        self._frozen = False
         self.statistics = "auto"
         self.example_weight = 0.0
         self.domain_names: tuple[str, ...] | None = None
         self.domains_per_name = 1
 
     def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
-        """Buffers of `width` means and variances a domain."""
+        """Buffers of `width` means and variances a domain, or None."""
         domains = (self.num_domains,) if self.population_statistics == "per_domain" and self.num_domains > 1 else ()
-        self.register_buffer("running_mean", torch.zeros(*domains, width, **factory))
-        self.register_buffer("running_var", torch.ones(*domains, width, **factory))
-        self.register_buffer("num_batches_tracked", torch.zeros(domains, dtype=torch.long, device=factory["device"]))
+        tracks = self.track_running_stats
+        self.register_buffer("running_mean", torch.zeros(*domains, width, **factory) if tracks else None)
+        self.register_buffer("running_var", torch.ones(*domains, width, **factory) if tracks else None)
+        count = torch.zeros(domains, dtype=torch.long, device=factory["device"])
+        self.register_buffer("num_batches_tracked", count if tracks else None)
+
+    @property
+    def frozen(self) -> bool:
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        if value and self.running_mean is None:
+            raise ValueError(f"{type(self).__name__} keeps no running statistics that could be frozen")
+        self._frozen = bool(value)
+
+    @property
+    def momentum(self) -> float | None:
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if value == 1 and self.frozen:  # set by fvcore's update_bn_stats, which would scale the variance
+            raise RuntimeError(
+                f"{type(self).__name__} is frozen, and fvcore.nn.update_bn_stats would change its statistics: put it "
+                "in eval mode, or call dn.recompute_population_statistics(model, batches)"
+            )
+        self._momentum = value
 
     @property
     def statistics(self) -> str:
@@ -62,33 +101,58 @@ class PopulationStatistics(nn.Module):
 
     @property
     def uses_minibatch(self) -> bool:
-        """Whether the next forward normalizes by the statistics of its input."""
+        """Whether the next forward normalizes by the statistics of its input.
+
+        Raises:
+            RuntimeError: population statistics are to normalize, and the layer keeps none.
+        """
+        if self.running_mean is None:
+            if self.statistics == "population":
+                raise RuntimeError(
+                    f"{type(self).__name__} is to normalize by population statistics, and keeps none "
+                    "(track_running_stats=False): dn.set_statistics(model, 'auto')"
+                )
+            return True
         return self.training if self.statistics == "auto" else self.statistics == "minibatch"
 
     @property
-    def population(self) -> Population:
-        """The running statistics, and how a training step moves them."""
+    def population(self) -> Population | None:
+        """The running statistics, and how a training step moves them; None: it moves none."""
+        if self.running_mean is None or not self.track_running_stats:
+            return None
+        assert self.running_var is not None and self.num_batches_tracked is not None
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
         return Population(*buffers, self.momentum, self.averages_deviation, self.eps)
 
     def reset_running_stats(self) -> None:
-        """Population statistics as at construction: mean 0, variance 1, no step counted."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
+        """Population statistics as at construction: mean 0, variance 1, no step; those of a frozen layer stay."""
+        if not self.frozen:
+            self._reset_statistics()
+
+    def reset_parameters(self) -> None:
+        """All as at construction: γ 1, β 0, and the population statistics, of a frozen layer too."""
+        self._reset_statistics()
+        for value, initial in ((self.weight, 1.0), (self.bias, 0.0)):
+            if value is not None:
+                nn.init.constant_(value, initial)
+
+    def _reset_statistics(self) -> None:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.domain_names is not None:
-            text = "\n".join(self.domain_names).encode()
-            destination[prefix + "domain_names"] = torch.tensor(list(text), dtype=torch.uint8)
+        for k, name in enumerate(self.domain_names or ()):
+            # in the key, beside a tensor without elements: state dicts are averaged, and cast to other dtypes
+            destination[f"{prefix}domain_names.{k}.{name}"] = torch.empty(0)
 
     def _load_names(self, state_dict: Any, prefix: str, errors: list[str]) -> None:
         """Names of the checkpoint become this layer's or, if it has its own, its rows are taken by name."""
-        saved = state_dict.pop(prefix + "domain_names", None)
-        if saved is None:
+        names = _saved_names(state_dict, f"{prefix}domain_names")
+        if not names:
             return
-        names = tuple(bytes(saved.tolist()).decode().split("\n"))
         per = self.domains_per_name
         if self.domain_names is None and len(names) * per == self.num_domains:
             self.domain_names = names
@@ -128,7 +192,46 @@ class PopulationStatistics(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
+class AffineChoice(str):
+    """`"shared"` or `"per_domain"`, the affine of a layer that computes something else than torch's BatchNorm.
+
+    Its truth is what helpers ask for that would put a BatchNorm of torch, or a frozen one, in the layer's place.
+    """
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "this layer cannot be replaced by a BatchNorm of torch, which computes something else. To synchronize "
+            "BatchNorms: dn.convert_batchnorm(model, 'SyncBN'); to freeze them: dn.freeze_batchnorm(model); to ask "
+            "whether there is an affine: layer.weight is not None"
+        )
+
+
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """ValueError if `value` is none of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} takes one of {list(choices)}, got {value!r}")
+
+
+def _as_keywords(cls: type, args: Sequence[Any]) -> str:
+    """The call that was meant, its arguments by name: torch's or, of a whole number, the layer's own."""
+    own = list(inspect.signature(cls).parameters)[1:]
+    names = own if isinstance(args[1], int) else _TORCHS_ARGUMENTS
+    given = ", ".join(f"{name}={value!r}" for name, value in zip(names, args[1:], strict=False))
+    return f"write {cls.__name__}({args[0]!r}, {given})"
+
+
+def _saved_names(state_dict: Any, key: str) -> tuple[str, ...]:
+    """The names of domains in a state dict, which are taken out of it."""
+    if (text := state_dict.pop(key, None)) is not None:  # older checkpoints: their letters as numbers
+        return tuple(bytes(text.tolist()).decode().split("\n"))
+    found = sorted(
+        (int(number), name, whole)
+        for whole in state_dict
+        if whole.startswith(key + ".")
+        for number, name in [whole[len(key) + 1 :].split(".", 1)]
+    )
+    for _, _, whole in found:
+        del state_dict[whole]
+    return tuple(name for _, name, _ in found)

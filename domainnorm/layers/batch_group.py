@@ -31,7 +31,7 @@ class BatchGroupNorm(DomainBatchNorm):
     is_channel_affine = False
     merged_channels = True
 
-    def __init__(self, num_features: int, num_groups: int, **options: Any) -> None:
+    def __init__(self, num_features: int, *, num_groups: int, **options: Any) -> None:
         super().__init__(num_features, **options)
         if num_groups < 1:
             raise ValueError(f"num_groups takes a positive number, got {num_groups}")
@@ -40,8 +40,8 @@ class BatchGroupNorm(DomainBatchNorm):
         self.feature_size: tuple[int, ...] | None = None  # where pieces are not whole channels
         self._register_statistics(num_groups, {"device": options.get("device"), "dtype": options.get("dtype")})
 
-    def reset_running_stats(self) -> None:
-        super().reset_running_stats()
+    def _reset_statistics(self) -> None:
+        super()._reset_statistics()
         self.feature_size = None
 
     def _pieces(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -105,7 +105,8 @@ class BatchGroupNorm(DomainBatchNorm):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         size = state_dict.pop(prefix + "feature_size", None)
         super()._load_from_state_dict(state_dict, prefix, *others)
-        self.feature_size = None if size is None else tuple(size.tolist())
+        # no integers where checkpoints were averaged
+        self.feature_size = None if size is None else tuple(map(round, size.tolist()))
 
     def grouping(self) -> str:
         return f"num_groups={self.num_groups}"

@@ -18,7 +18,7 @@ from .sample_groups import SampleGroups
 
 RECENT = 64  # forward passes that activation checkpointing may recompute
 Limit = float | Sequence[tuple[float, float]] | Callable[[int], float]
-_Buffers = tuple[Tensor, ...]  # running mean and variance, steps
+_Buffers = tuple[Tensor, ...]  # running mean and variance, steps; none where there are no averages
 
 
 class BatchRenorm(DomainBatchNorm):
@@ -53,11 +53,11 @@ class BatchRenorm(DomainBatchNorm):
     def __init__(
         self,
         num_features: int,
+        *,
         r_max: Limit = 3.0,
         d_max: Limit = 5.0,
         momentum: float | None = 0.01,
         samples_per_group: int | None = None,
-        *,
         allow_smaller_batch: bool = False,
         **options: Any,
     ) -> None:
@@ -79,15 +79,21 @@ class BatchRenorm(DomainBatchNorm):
         self.r_max = r_max
         self.d_max = d_max
         self.samples_per_group = samples_per_group
+        self._has_averages = True
         # The mean of each segment's batch, and the buffers at that time, of the last forward passes within activation
         # checkpointing: it computes them again when the buffers have moved.
         self._recent: deque[tuple[Tensor, _Buffers]] = deque(maxlen=RECENT)
 
     def normalization(self, inputs: LayerInput) -> Normalization:
         problem = super().normalization(inputs)
-        if self.training and self.uses_minibatch:
+        if self.training and self.uses_minibatch and self.population is not None:
             problem.correction = _Correction(self, inputs)
         return problem
+
+    def reset_running_stats(self) -> None:
+        """As torch's, for `torch.optim.swa_utils.update_bn`: the next step has no averages to be corrected towards."""
+        super().reset_running_stats()
+        self._has_averages = self.frozen
 
     def _remembered(self, mean: Tensor) -> _Buffers:
         """The buffers that the batch with this mean was normalized towards, for a forward pass that is recomputed."""
@@ -128,12 +134,19 @@ class _Correction:
 
     def _compute(self, problem: Normalization, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer
+        population = layer.population
+        assert population is not None
+        running: _Buffers = ()
         if self.again:
             running = layer._remembered(mean)
         else:
-            running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+            if layer._has_averages:
+                running = (population.mean, population.var, population.num_batches_tracked)
+            layer._has_averages = True
             if self.remember:
                 layer._recent.append((mean.clone(), tuple(v.clone() for v in running)))
+        if not running:
+            return torch.ones_like(mean), torch.zeros_like(mean)
         running_mean, running_var = (problem.of_segments(v).to(mean.dtype) for v in running[:2])
         limits: list[Any] = [
             limit
@@ -143,8 +156,9 @@ class _Correction:
         ]
         r_max, d_max = limits
         sigma = (running_var + layer.eps).sqrt()
-        r = (var + layer.eps).sqrt() / sigma
-        return r.clamp(1 / r_max, r_max), ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+        r = ((var + layer.eps).sqrt() / sigma).clamp(1 / r_max, r_max)
+        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+        return r, d
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -71,9 +71,9 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     if name == "GN":
         groups = options["num_groups"]
         groups = max(groups // 2, 1) if groups == num_features else groups
-        affine = options.get("affine", "shared") is not None
-        without_effect = {"num_groups", "affine", "num_domains", *CHOICES_OF_DOMAINS, "momentum", "sync"}
-        own = {key: value for key, value in options.items() if key not in without_effect}
+        affine = options.get("affine", "shared") not in (None, False)
+        of_statistics = {"num_domains", *CHOICES_OF_DOMAINS, "momentum", "sync", "track_running_stats"}
+        own = {key: value for key, value in options.items() if key not in {"num_groups", "affine", *of_statistics}}
         return nn.GroupNorm(groups, num_features, affine=affine, **own)
     return LAYERS[name](num_features, **options)
 
@@ -95,5 +95,5 @@ _CLASS_NAMES = {layer.__name__: name for name, layer in reversed(LAYERS.items())
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the parameters of `module` itself are the γ and β of a normalization."""
-    kinds = (DomainBatchNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return isinstance(module, kinds)

@@ -11,7 +11,7 @@ from ..distributed.collectives import Group, deepcopy_over_group, world_size
 from ..ops.formula import Normalization
 from ..ops.moments import Moments
 from ..ops.normalize import domain_moments, normalize
-from .base import PopulationStatistics, one_of
+from .base import AffineChoice, PopulationStatistics, one_of
 from .inputs import Domain, Domains, Input, LayerInput, check_equal_sizes, spatial_elements
 from .renamed import renamed_attribute
 from .sample_groups import SampleGroups
@@ -36,18 +36,20 @@ class DomainBatchNorm(PopulationStatistics):
 
     Args:
         num_features: C.
-        num_domains: K.
+        num_domains: K. All arguments from here on are keywords.
         sgd_statistics: how training normalizes. `"shared"`: one mean and variance from the elements of all
             domains; `"per_domain"`: each domain its own.
         population_statistics: how inference normalizes. `"shared"`: one pair of buffers `(C,)`, updated with the
             merged moments if the SGD statistics are shared, else once per domain, in their order;
             `"per_domain"`: buffers `(K, C)`, each domain updated with its own moments.
-        affine: γ and β, `"shared"`: `(C,)`; `"per_domain"`: `(K, C)`; None: none.
+        affine: γ and β, `"shared"` or True: `(C,)`; `"per_domain"`: `(K, C)`; None or False: none.
         eps: added to the variance.
         momentum: of the EMA, in torch's meaning; None: cumulative average.
         sync: True merges the moments of all ranks by their true element counts (uneven and empty ranks are
             exact); a process group: of its ranks. In training only. One collective per direction serves all
             domains; see `normalize_layers` for several layers.
+        track_running_stats: False: there are no population statistics, and those of the minibatch always normalize.
+        bias: False: there is γ, and no β.
 
     Attributes:
         statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
@@ -80,13 +82,16 @@ class DomainBatchNorm(PopulationStatistics):
     def __init__(
         self,
         num_features: int,
+        *,
         num_domains: int = 1,
         sgd_statistics: str = "per_domain",
         population_statistics: str = "per_domain",
-        affine: str | None = "shared",
+        affine: str | bool | None = "shared",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         sync: "bool | Group" = False,
+        track_running_stats: bool = True,
+        bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,12 +102,13 @@ class DomainBatchNorm(PopulationStatistics):
             )
         one_of("sgd_statistics", sgd_statistics, CHOICES)
         one_of("population_statistics", population_statistics, CHOICES)
-        one_of("affine", affine, (*CHOICES, None))
+        one_of("affine", affine, (*CHOICES, True, False, None))
         self.num_features = num_features
         self.num_domains = num_domains
         self.sgd_statistics = sgd_statistics
         self.population_statistics = population_statistics
-        self.affine = affine
+        self._affine = None if affine in (None, False) else "shared" if affine is True else str(affine)
+        self.track_running_stats = track_running_stats
         self.eps = eps
         self.momentum = momentum
         self.sync = sync
@@ -114,13 +120,18 @@ class DomainBatchNorm(PopulationStatistics):
         factory = {"device": device, "dtype": dtype}
         # With one domain, shared and per_domain are the same thing: (C,), as torch.
         self._register_statistics(num_features, factory)
-        domains = (num_domains,) if affine == "per_domain" and num_domains > 1 else ()
-        for name, initial in (("weight", torch.ones), ("bias", torch.zeros)):
-            value = None if affine is None else nn.Parameter(initial(*domains, num_features, **factory))
+        domains = (num_domains,) if self._affine == "per_domain" and num_domains > 1 else ()
+        for name, initial, exists in (("weight", torch.ones, True), ("bias", torch.zeros, bias)):
+            value = nn.Parameter(initial(*domains, num_features, **factory)) if self._affine and exists else None
             self.register_parameter(name, value)
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    @property
+    def affine(self) -> str | None:  # type: ignore[override]
+        """`"shared"`, `"per_domain"` or None; its truth is refused where torch's BatchNorm computes something else."""
+        is_torchs = type(self) is DomainBatchNorm and self.num_domains == 1
+        if self._affine is None or (is_torchs and self.statistics == "auto" and not self.example_weight):
+            return self._affine
+        return AffineChoice(self._affine)
 
     def forward(self, x: Input, domain: Domains | None = None) -> Input:
         if isinstance(x, fx.Proxy):  # a layer is one node of a symbolic trace
@@ -163,6 +174,7 @@ class DomainBatchNorm(PopulationStatistics):
             inputs.external,
         )
         if not minibatch:
+            assert self.running_mean is not None and self.running_var is not None
             problem.by_population = (self.running_mean, self.running_var)
             problem.example_weight = 0.0 if self.training else self.example_weight
         elif self.training:
@@ -173,7 +185,8 @@ class DomainBatchNorm(PopulationStatistics):
         """What training adds: synchronization, a check of the numbers of elements, and the update of the population."""
         if self.sync and world_size(group := None if self.sync is True else self.sync) > 1:
             problem.sync = (group,)
-        problem.population = self.population if inputs.updates else self.population.copy()
+        if (population := self.population) is not None:
+            problem.population = population if inputs.updates else population.copy()
         if self.sample_groups is not None:
             self.sample_groups.check(inputs, problem.shared, elements)
         else:
@@ -271,6 +284,8 @@ class DomainBatchNorm(PopulationStatistics):
             text += ", sync=True"
         if self.example_weight:
             text += f", example_weight={self.example_weight}"
+        if not self.track_running_stats:
+            text += ", track_running_stats=False"
         if self.statistics != "auto":
             text += f", statistics={self.statistics!r}"
         return text

@@ -24,7 +24,7 @@ class FrozenBatchNorm(DomainBatchNorm):
         **options: of `DomainBatchNorm`.
     """
 
-    def __init__(self, num_features: int, train_affine: bool = False, **options: Any) -> None:
+    def __init__(self, num_features: int, *, train_affine: bool = False, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.frozen = True
         for parameter in self.parameters():
@@ -47,7 +47,7 @@ class FrozenBatchNorm(DomainBatchNorm):
             factory |= {name: getattr(layer, name) for name in names}
         else:
             factory |= {"affine": "shared" if layer.affine else None, "momentum": layer.momentum}
-        frozen = cls(layer.num_features, train_affine, eps=layer.eps, **factory)
+        frozen = cls(layer.num_features, train_affine=train_affine, eps=layer.eps, **factory)
         if isinstance(layer, DomainBatchNorm):
             frozen.copy_domain_config(layer)
         with torch.no_grad():
@@ -64,6 +64,7 @@ class FrozenBatchNorm(DomainBatchNorm):
             ValueError: several domains, and `kind` is torch's.
         """
         options: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum}
+        assert self.running_mean is not None  # as it is frozen
         options |= {"device": self.running_mean.device, "dtype": self.running_mean.dtype}
         if issubclass(kind, DomainBatchNorm):
             names = ("num_domains", "sgd_statistics", "population_statistics", "affine")

@@ -38,9 +38,9 @@ class GhostBatchNorm(DomainBatchNorm):
     def __init__(
         self,
         num_features: int,
+        *,
         samples_per_group: int | None = None,
         num_sample_groups: int | None = None,
-        *,
         allow_smaller_batch: bool = False,
         **options: Any,
     ) -> None:

@@ -30,8 +30,9 @@ class GroupedBatchNorm(GhostBatchNorm):
     _renamed: ClassVar = {"channel_groups": "num_channel_groups", "examples_per_group": "samples_per_group"}
 
     @renamed_arguments(_renamed)
-    def __init__(self, num_features: int, num_channel_groups: int, samples_per_group: int, **options: Any) -> None:
-        super().__init__(num_features, samples_per_group, **{"allow_smaller_batch": True, **options})
+    def __init__(self, num_features: int, *, num_channel_groups: int, samples_per_group: int, **options: Any) -> None:
+        options.setdefault("allow_smaller_batch", True)
+        super().__init__(num_features, samples_per_group=samples_per_group, **options)
         check_channel_groups(num_channel_groups, num_features)
         self.num_channel_groups = num_channel_groups
         self.channels_per_group = num_features // num_channel_groups

@@ -16,6 +16,7 @@ from ..ops.partition import Partition, Segments
 Input = TypeVar("Input", Tensor, list[Tensor])
 Domain = int | Tensor  # of all samples of a tensor, or a LongTensor (N,) of each
 Domains = Domain | Sequence[Domain]  # the latter of each tensor of a list
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Segmentation(NamedTuple):
@@ -51,8 +52,11 @@ class LayerInput:
 
         Raises:
             ValueError: the domain is not given, or wrong; or the shapes are not `(N, num_features, *)`.
+            TypeError: not dense tensors of floating point numbers.
         """
         domains: Sequence[Domain]
+        if not isinstance(x, (Tensor, list, tuple)):
+            raise TypeError(f"expected a tensor (N, {num_features}, …) or a list of them, got {type(x).__name__}")
         if isinstance(x, Tensor):
             if domain is None:
                 if num_domains > 1:
@@ -76,6 +80,11 @@ class LayerInput:
                 )
             tensors, domains = list(x), list(domain)
         for tensor, own in zip(tensors, domains, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"expected a list of tensors (N, {num_features}, …), got {type(tensor).__name__} in it")
+            if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                raise TypeError(f"expected a dense tensor of {names}, got {tensor.dtype}, {tensor.layout}")
             _check_domain(own, tensor, num_domains)
             if tensor.ndim < 2 or tensor.shape[1] != num_features:
                 raise ValueError(f"expected inputs (N, {num_features}, …), got {tuple(tensor.shape)}")

@@ -29,7 +29,7 @@ class SeqNorm(GhostBatchNorm):
     _renamed: ClassVar = {"channel_groups": "num_channel_groups", "batch_groups": "num_sample_groups"}
 
     @renamed_arguments(_renamed)
-    def __init__(self, num_features: int, num_channel_groups: int, num_sample_groups: int, **options: Any) -> None:
+    def __init__(self, num_features: int, *, num_channel_groups: int, num_sample_groups: int, **options: Any) -> None:
         super().__init__(num_features, num_sample_groups=num_sample_groups, **options)
         check_channel_groups(num_channel_groups, num_features)
         self.num_channel_groups = num_channel_groups

@@ -22,11 +22,10 @@ def normalize_as_operator(problems: Sequence[Normalization]) -> Outputs:
     outputs: list[list[Tensor]] = []
     domains: list[Moments | None] = []
     for problem in problems:
-        affine = [v for v in (problem.weight, problem.bias) if v is not None]  # both, or none
-        options = (list(problem.domain_of), problem.domains.num_sets, problem.shared, problem.eps, bool(affine))
-        values = (*affine, *problem.tensors)
+        options = (list(problem.domain_of), problem.domains.num_sets, problem.shared, problem.eps)
+        values = (problem.weight, problem.bias, *problem.tensors)
         # the compiler of torch 2.14 mistakes the arguments of a Function that no gradient is asked of
-        recorded = torch.is_grad_enabled() and any(v.requires_grad for v in values)
+        recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in values)
         *ys, mean, var = _BatchNorm.apply(options, *values) if recorded else _call(options, values)
         outputs.append(ys)
         domains.append(problem.merge_domains(Moments(counts(problem, mean), mean.detach(), var.detach())))
@@ -37,7 +36,7 @@ class _BatchNorm(Function):
     """The operator, differentiable: a formula registered with it would cost every call of the compiled program."""
 
     @staticmethod
-    def forward(ctx: Any, options: Any, *values: Tensor) -> Any:
+    def forward(ctx: Any, options: Any, *values: Tensor | None) -> Any:
         *ys, mean, var = _call(options, values)
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(mean, var, *values)
@@ -46,21 +45,15 @@ class _BatchNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        mean, var, *values = ctx.saved_tensors
-        weight, bias, xs = _parts(ctx.options, values)
-        args = (grads[:-2], xs, mean, var, weight, bias, *ctx.options[:-1])
+        mean, var, weight, bias, *xs = ctx.saved_tensors
+        args = (grads[:-2], xs, mean, var, weight, bias, *ctx.options)
         *to_xs, to_weight, to_bias = torch.ops.domainnorm.batch_norm_backward(*args)
-        return None, *([] if weight is None else [to_weight, to_bias]), *to_xs
+        return None, None if weight is None else to_weight, None if bias is None else to_bias, *to_xs
 
 
-def _call(options: Any, values: Sequence[Tensor]) -> list[Tensor]:
-    weight, bias, xs = _parts(options, values)
-    return torch.ops.domainnorm.batch_norm(xs, weight, bias, *options[:-1])
-
-
-def _parts(options: Any, values: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor]]:
-    """Weight and bias, or None, and the tensors."""
-    return (values[0], values[1], values[2:]) if options[-1] else (None, None, values)
+def _call(options: Any, values: Sequence[Tensor | None]) -> list[Tensor]:
+    weight, bias, *xs = values
+    return torch.ops.domainnorm.batch_norm(xs, weight, bias, *options)
 
 
 define(

@@ -8,8 +8,6 @@ from torch import nn
 
 from ..layers import DomainBatchNorm
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
-
 
 def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
     """Set which statistics normalize in every `DomainBatchNorm` of `model`; returns the model.
@@ -33,7 +31,7 @@ def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
 def refuse_torch_batch_norm(model: nn.Module) -> None:
     """Raises TypeError if the model has a torch BatchNorm, whose batch cannot be chosen."""
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, DomainBatchNorm):
             raise TypeError(
                 f"{name or 'the model'} is torch's {type(module).__name__}, which follows train() and eval() only: "
                 "dn.convert_batchnorm(model, 'DomainBatchNorm') makes it a layer whose statistics can be chosen"

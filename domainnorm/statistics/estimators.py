@@ -9,8 +9,7 @@ from ..distributed import Group, all_reduce_sum, world_size
 from ..layers import DomainBatchNorm
 from ..ops.moments import Moments
 
-TorchBatchNorm = nn.modules.batchnorm._BatchNorm
-Layer = DomainBatchNorm | TorchBatchNorm
+Layer = nn.modules.batchnorm._BatchNorm  # torch's or, as they are subclasses of it, ours
 Estimate = tuple[Tensor, Tensor, Tensor]  # count (K, 1), mean and unbiased variance (K, C), in float64
 
 

@@ -21,7 +21,7 @@ from ..ops.formula import Normalization
 from ..ops.moments import Moments
 from ..ops.normalize import domain_moments
 from .choose import preserve_state
-from .estimators import Estimate, Layer, MeanOfVariances, Pooled, TorchBatchNorm, is_shared, ranks_of, write
+from .estimators import Estimate, Layer, MeanOfVariances, Pooled, is_shared, ranks_of, write
 from .lockstep import OutOfStepError, barrier_exchange, register_tensors, run_lockstep
 from .offload import ActivationOffloader
 
@@ -184,9 +184,9 @@ def _same_on_all_ranks(place: str) -> None:
 
 def _follows_batches(module: nn.Module) -> bool:
     """Whether it normalizes by minibatches in training and keeps running statistics of them."""
-    if isinstance(module, DomainBatchNorm):
-        return module.training and module.statistics != "population"
-    return isinstance(module, TorchBatchNorm) and module.training and module.running_mean is not None
+    if not isinstance(module, Layer) or not module.training or module.running_mean is None:
+        return False
+    return not isinstance(module, DomainBatchNorm) or module.statistics != "population"
 
 
 @contextmanager
@@ -281,7 +281,9 @@ def merge_population_statistics(model: nn.Module) -> nn.Module:
         The model.
     """
     for layer in _kept_per_rank(model):
-        tracked, mean, var = layer.num_batches_tracked, layer.running_mean, layer.running_var
+        population = layer.population
+        assert population is not None
+        mean, var, tracked = population.mean, population.var, population.num_batches_tracked
         # (1 or K, 1) and (1 or K, C); float64, for sums that round to the same number if all ranks have it
         count, *own = (v.double().reshape(tracked.numel(), -1) for v in (tracked, mean, var))
         merged = Moments(count, *own).merge_ranks(None)
@@ -297,4 +299,4 @@ def _kept_per_rank(model: nn.Module) -> list[DomainBatchNorm]:
     if world_size() == 1:
         return []
     layers = (layer for layer in model.modules() if isinstance(layer, DomainBatchNorm))
-    return [layer for layer in layers if layer.sync is not True and not layer.frozen]
+    return [m for m in layers if m.sync is not True and not m.frozen and m.population is not None]

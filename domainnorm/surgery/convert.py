@@ -18,7 +18,7 @@ from ..layers import (
 from ..layers.activation import has_activation, keep_activation
 from ..layers.ghost import GhostBatchNorm
 from ..ops.moments import Moments
-from .replace import replace_layers
+from .replace import check_affine, replace_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _TORCH = {kind.__name__: kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
@@ -47,6 +47,7 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: unknown name, options the layer refuses, a layer that has seen no input yet, or statistics that do
             not fit; nothing was changed.
+            So are γ and β that are pruned or parametrized.
         TypeError: a BatchNorm of an unknown kind, with a forward pass of its own; nothing was changed.
     """
     return _exchange(model, lambda layer: _converted(layer, name, options))
@@ -69,10 +70,13 @@ def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
         if not isinstance(layer, nn.GroupNorm):
             return None
         _check_kind(layer, (nn.GroupNorm,))
+        check_affine(layer)
         given: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
         if layer.affine:
             given |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        new = GroupedBatchNorm(layer.num_channels, layer.num_groups, 1, **given | options)
+        new = GroupedBatchNorm(
+            layer.num_channels, num_channel_groups=layer.num_groups, samples_per_group=1, **given | options
+        )
         new.example_weight = 1.0
         return new
 
@@ -97,9 +101,10 @@ def _exchange(model: nn.Module, converted: Any) -> nn.Module:
 
 def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Module | None:
     """The layer `name` with the hyperparameters and statistics of `layer`; None if that is no BatchNorm to convert."""
-    if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or _stays(layer, name):
+    if not isinstance(layer, _BatchNorm) or _stays(layer, name):
         return None
     _check_kind(layer, tuple(_TORCH.values()))
+    check_affine(layer)
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         raise ValueError("a lazy BatchNorm does not know its channels yet: run the model once before converting it")
     if name in _TORCH:
@@ -113,6 +118,10 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
     else:
         given["affine"] = "shared" if layer.affine else None
     given |= _factory(layer)
+    if layer.weight is not None and layer.bias is None:
+        given["bias"] = False
+    if layer.running_mean is None:
+        given["track_running_stats"] = False
     if kind is not BatchRenorm:
         given["momentum"] = layer.momentum
     if (
@@ -132,11 +141,7 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
         if old is not None and own is not None and old.shape not in (own.shape, own.shape[1:]):
             raise ValueError(f"{key} of {len(old)} domains cannot be kept in one: choose affine='per_domain'")
     if isinstance(new, DomainBatchNorm):
-        if layer.running_mean is None and new.frozen:
-            raise ValueError("it keeps no running statistics (track_running_stats=False) that could be frozen")
-        if layer.running_mean is None:
-            new.statistics = "minibatch"
-        elif isinstance(layer, SeqNorm) == isinstance(new, SeqNorm):
+        if layer.running_mean is not None and isinstance(layer, SeqNorm) == isinstance(new, SeqNorm):
             _keep_statistics(new, layer)
         if isinstance(layer, DomainBatchNorm):
             new.statistics, new.example_weight = layer.statistics, layer.example_weight
@@ -155,7 +160,10 @@ def _torch_layer(layer: Any, kind: Any, options: dict[str, Any]) -> nn.Module:
     """Torch's layer `kind` with the hyperparameters and statistics of `layer`."""
     ours = isinstance(layer, DomainBatchNorm)
     given: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum, "affine": layer.weight is not None}
-    given |= {"track_running_stats": layer.running_mean is not None} | _factory(layer) | options
+    given |= {"track_running_stats": layer.running_mean is not None} | _factory(layer)
+    if layer.weight is not None and layer.bias is None:
+        given["bias"] = False  # from torch 2.15 on
+    given |= options
     if ours:
         _check_is_torchs(layer, given["track_running_stats"])
     if kind is nn.SyncBatchNorm:
@@ -202,6 +210,7 @@ def _check_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
 
 def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
     mean, var = layer.running_mean, layer.running_var
+    assert new.running_mean is not None and new.running_var is not None
     if mean.ndim > new.running_mean.ndim or (mean.ndim == 2 and len(mean) != len(new.running_mean)):
         raise ValueError(
             f"statistics of {len(mean)} domains cannot be kept for {new.num_domains} "

@@ -166,13 +166,12 @@ def _extend(layer: DomainBatchNorm, name: str, source: int) -> None:
         rows = value[None] if single else value
         return torch.cat([rows, rows[source * per : (source + 1) * per]])
 
-    for key in ("running_mean", "running_var", "num_batches_tracked"):
+    for key, value in dict(layer.named_buffers(recurse=False)).items():
         if layer.population_statistics == "per_domain":
-            setattr(layer, key, longer(layer.get_buffer(key)))
-    for key in ("weight", "bias"):
+            setattr(layer, key, longer(value))
+    for key, parameter in dict(layer.named_parameters(recurse=False)).items():
         if layer.affine == "per_domain":
-            value = layer.get_parameter(key)
-            setattr(layer, key, nn.Parameter(longer(value), value.requires_grad))
+            setattr(layer, key, nn.Parameter(longer(parameter), parameter.requires_grad))
 
 
 def merge_domains(model: nn.Module) -> nn.Module:
@@ -189,13 +188,12 @@ def merge_domains(model: nn.Module) -> nn.Module:
         def parts(value: Tensor, number: int = number) -> Tensor:
             return value.detach().unflatten(0, (number, -1))  # (D, L, C)
 
-        if layer.population_statistics == "per_domain":
-            mean, var = parts(layer.running_mean), parts(layer.running_var)
+        if layer.population_statistics == "per_domain" and (population := layer.population) is not None:
+            mean, var = parts(population.mean), parts(population.var)
             merged = Moments(torch.ones_like(mean[..., :1]), mean, var).merge(0)
             layer.running_mean, layer.running_var = (v.view(*own, -1).clone() for v in (merged.mean, merged.var))
-            layer.num_batches_tracked = parts(layer.num_batches_tracked).sum(0).view(own)
-        for key in ("weight", "bias") if layer.affine == "per_domain" else ():
-            value = layer.get_parameter(key)
+            layer.num_batches_tracked = parts(population.num_batches_tracked).sum(0).view(own)
+        for key, value in dict(layer.named_parameters(recurse=False)).items() if layer.affine == "per_domain" else ():
             setattr(layer, key, nn.Parameter(parts(value).mean(0).view(*own, -1), value.requires_grad))
     return model
 
@@ -233,7 +231,8 @@ def nearest_domain(model: nn.Module, *inputs: Any) -> int:
     Raises:
         ValueError: no norm that is reached has statistics for several domains.
     """
-    layers = [layer for layer in _with_domains(model) if layer.population_statistics == "per_domain"]
+    kept = (layer for layer in _with_domains(model) if layer.running_mean is not None)
+    layers = [layer for layer in kept if layer.population_statistics == "per_domain"]
     try:
         with use_domain(model, 0):
             for layer in layers:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import DomainBatchNorm, FrozenBatchNorm
-from .replace import replace_layers
+from .replace import check_affine, replace_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -22,22 +22,26 @@ def freeze_batchnorm(model: nn.Module, prefixes: Sequence[str] = ("",), train_af
 
     Returns:
         The model, or the frozen layer in its place.
+
+    Raises:
+        ValueError: a layer keeps no running statistics, or its γ or β is pruned or parametrized; nothing was changed.
     """
     starts = tuple(prefixes)
-
-    def freeze(name: str, module: nn.Module) -> nn.Module:
-        if not isinstance(module, (DomainBatchNorm, _BatchNorm)) or getattr(module, "frozen", False):
-            return module
-        if not name.startswith(starts):
-            return module
-        frozen: nn.Module = module
-        if isinstance(module, DomainBatchNorm) and not module.is_channel_affine:
-            module.frozen = True
+    frozen: dict[nn.Module, nn.Module] = {}  # what takes the place of each
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or getattr(module, "frozen", False) or not name.startswith(starts):
+            continue
+        try:
+            check_affine(module)
+            stays = isinstance(module, DomainBatchNorm) and not module.is_channel_affine
+            frozen[module] = module if stays else FrozenBatchNorm.from_batch_norm(module, train_affine)
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from None
+    for module, new in frozen.items():
+        if isinstance(new, DomainBatchNorm) and new is module:
+            new.frozen = True
         else:
-            frozen = FrozenBatchNorm.from_batch_norm(module, train_affine).train(module.training)
-            frozen.weight, frozen.bias = module.weight, module.bias
-        for parameter in frozen.parameters(recurse=False):
+            new.weight, new.bias = module.weight, module.bias
+        for parameter in new.parameters(recurse=False):
             parameter.requires_grad_(train_affine)
-        return frozen
-
-    return replace_layers(model, freeze)
+    return replace_layers(model, lambda _, module: frozen.get(module, module))

@@ -30,7 +30,7 @@ def fuse(model: nn.Module) -> nn.Module:
             App. A.8).
     """
     for name, module in model.named_modules():
-        if not isinstance(module, (DomainBatchNorm, _BatchNorm)):
+        if not isinstance(module, _BatchNorm):
             continue
         if module.training:
             raise ValueError(
@@ -60,7 +60,7 @@ class _Tracer(fx.Tracer):
 
 def _pairs(module: nn.Module, uses: Counter[nn.Module]) -> list[tuple[nn.Module, str, str]]:
     """(module, name of a convolution in it, name of the norm that alone follows it); counts the calls of each layer."""
-    if not any(isinstance(m, (DomainBatchNorm, _BatchNorm)) for m in module.modules()):
+    if not any(isinstance(m, _BatchNorm) for m in module.modules()):
         return []
     defaults = {
         name: parameter.default
@@ -79,7 +79,7 @@ def _pairs(module: nn.Module, uses: Counter[nn.Module]) -> list[tuple[nn.Module,
             continue
         layer, before = module.get_submodule(node.target), next(iter(node.all_input_nodes), None)
         uses[layer] += 1
-        if not isinstance(layer, (DomainBatchNorm, _BatchNorm)) or not getattr(layer, "is_channel_affine", True):
+        if not isinstance(layer, _BatchNorm) or not getattr(layer, "is_channel_affine", True):
             continue
         if before is None or before.op != "call_module":
             continue

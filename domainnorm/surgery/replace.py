@@ -5,6 +5,17 @@ from collections.abc import Callable
 from torch import nn
 
 
+def check_affine(layer: nn.Module) -> None:
+    """ValueError if γ or β is computed from other parameters, pruned or parametrized, which a new layer would lose."""
+    for key in ("weight", "bias"):
+        if getattr(layer, key, None) is not None and key not in layer._parameters:
+            raise ValueError(
+                f"its {key} is pruned or parametrized, which another layer would lose: make it a parameter again by "
+                f"torch.nn.utils.prune.remove(layer, {key!r}) or "
+                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {key!r})"
+            )
+
+
 def replace_layers(model: nn.Module, replace: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """Put `replace(name, module)` in the place of every module, from the outside in; returns the model.
 

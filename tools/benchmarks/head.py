@@ -84,7 +84,8 @@ def _rows(height: int, width: int, precision: str, args: argparse.Namespace) -> 
     levels = [torch.randn(args.images, channels, *size).to(device, dtype) for size in sizes]
     whole = [torch.cat([x.flatten(2) for x in levels], 2).unsqueeze(3)]
     shared, apart, compiled = (
-        dn.DomainBatchNorm(channels, 5, choice, choice) for choice in ("shared", "per_domain", "shared")
+        dn.DomainBatchNorm(channels, num_domains=5, sgd_statistics=choice, population_statistics=choice)
+        for choice in ("shared", "per_domain", "shared")
     )
     runs = {
         "shared": _run(shared, levels, device),

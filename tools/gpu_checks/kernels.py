@@ -138,7 +138,10 @@ def _layers(dtype: torch.dtype, layout: str, device: str, small: bool) -> Iterat
     levels = SMALL["five levels"] if small else LEVELS
     made: dict[str, tuple[torch.nn.Module, Any]] = {name: (make(*shape[:2])[0], shape) for name, make in LAYERS.items()}
     for choice in ("shared", "per_domain"):
-        made[f"five levels, {choice}"] = (dn.DomainBatchNorm(levels[0][1], 5, choice, choice), levels)
+        made[f"five levels, {choice}"] = (
+            dn.DomainBatchNorm(levels[0][1], num_domains=5, sgd_statistics=choice, population_statistics=choice),
+            levels,
+        )
     for name, (layer, shapes) in made.items():
         several = isinstance(shapes[0], tuple)
         xs = [
