@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..ops.population import Population
+from .renamed import renamed_attribute
 
 STATISTICS = ("auto", "minibatch", "population")
 _TORCHS_ARGUMENTS = ("eps", "momentum", "affine", "track_running_stats")  # in the order that nn.BatchNorm2d takes them
@@ -24,6 +25,7 @@ class PopulationStatistics(nn.BatchNorm2d):
     """
 
     averages_deviation = False  # whether the EMA is that of √(variance + eps), and not of the unbiased variance
+    _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
     num_domains: int
     population_statistics: str
 
@@ -33,12 +35,14 @@ class PopulationStatistics(nn.BatchNorm2d):
         return super().__new__(cls)
 
     def __init_subclass__(cls) -> None:
-        """The signature of a layer with `**options` names those of the layer that takes them."""
+        """The signature of a layer with `**options` names those of its base; old names of attributes warn."""
         own = list(inspect.signature(cls.__init__).parameters.values())[1:]
         if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
             taken = inspect.signature(cls.__mro__[1]).parameters.values()
             own = [*own[:-1], *(p for p in taken if p.name not in {one.name for one in own})]
         cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        for old, new in cls._renamed.items():
+            setattr(cls, old, renamed_attribute(old, new))
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

@@ -1,7 +1,7 @@
 """BatchNorm whose batch is an explicit choice, for inputs from several domains."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,6 @@ from ..ops.moments import Moments
 from ..ops.normalize import domain_moments, normalize
 from .base import AffineChoice, PopulationStatistics, one_of
 from .inputs import Domain, Domains, Input, LayerInput, check_equal_sizes, spatial_elements
-from .renamed import renamed_attribute
 from .sample_groups import SampleGroups
 from .single_element import refuse_single_element
 
@@ -69,8 +68,6 @@ class DomainBatchNorm(PopulationStatistics):
     its mean only). In inference under `"minibatch"` such an element becomes β. Double backward works without
     `sync`, and raises with it.
     """
-
-    _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
 
     # what a subclass chooses
     is_channel_affine = True  # whether inference under population statistics is one affine of each channel
@@ -138,11 +135,6 @@ class DomainBatchNorm(PopulationStatistics):
             target = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", target, (x,) if domain is None else (x, domain), {})
         return normalize_layers([self], [x], domain)[0]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._renamed:
-            return renamed_attribute(self, name, self._renamed[name])
-        return super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainBatchNorm":
         return deepcopy_over_group(self, self.sync, memo)

@@ -31,7 +31,11 @@ def renamed_arguments(names: Mapping[str, str]) -> Callable[[Callable[..., None]
     return decorate
 
 
-def renamed_attribute(owner: Any, old: str, new: str) -> Any:
-    """The attribute `new` of an object, asked for by its old name, with a FutureWarning."""
-    warnings.warn(f"{type(owner).__name__}: {old} is now called {new}", FutureWarning, stacklevel=3)
-    return getattr(owner, new)
+def renamed_attribute(old: str, new: str) -> property:
+    """The attribute `new`, asked for by its old name, with a FutureWarning."""
+
+    def attribute(self: Any) -> Any:
+        warnings.warn(f"{type(self).__name__}: {old} is now called {new}", FutureWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(attribute)

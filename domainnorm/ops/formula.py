@@ -106,6 +106,12 @@ class Normalization:
             return False
         return self.population is None or self.population.mean.ndim == 2 or domains == sorted(domains)
 
+    def with_values(self, weight: Tensor | None, bias: Tensor | None, tensors: Sequence[Tensor]) -> Normalization:
+        """The same, with these parameters and tensors."""
+        new = object.__new__(Normalization)  # `copy.copy` takes five times as long
+        vars(new).update(vars(self), weight=weight, bias=bias, tensors=tensors)
+        return new
+
     def by_samples(self) -> Normalization:
         """The same, with a segment for each sample."""
         if all(sizes is None for sizes in self.segments):

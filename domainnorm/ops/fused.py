@@ -6,7 +6,6 @@ tensor is read once for the gradients of its affine, and once for its own gradie
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ def reference(problems: Sequence[Normalization]) -> Outputs:
     for p, xs, a in zip(problems, wide, affines, strict=True):
         ys = eager.affine(xs, p.segments, a.scale, a.center, a.shift)
         outputs.append([_as_dtype(y, x.dtype) for x, y in zip(p.tensors, ys, strict=True)])
-    return outputs, domains
+    return outputs, [own if own is None else own.detach() for own in domains]
 
 
 def _as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,13 +106,12 @@ def _of_batches(
         to_weight = products * factor if d is None else products * factor + total * d
         pairs = ((problem.weight, to_weight), (problem.bias, total))
         to_affine.append([None if v is None else _of_domains(problem, v, to_v) for v, to_v in pairs])
-        to_batch = torch.stack(
-            [-(scale * total), products * scale / (batch.var + problem.eps) * -0.5]
-        )  # mean, variance
+        # of -mean and of -2 · variance
+        to_batch = torch.stack([total, products / (batch.var + problem.eps)]).mul_(scale)
         if problem.channels_per_group > 1:  # before ranks are merged, of which an empty one may have other channels
             to_batch = to_batch.unflatten(-1, (-1, problem.channels_per_group)).sum(-1)
         partition = problem.batches()
-        to_batches.append(to_batch.sum(-2, keepdim=True) if partition is None else partition.sum(to_batch))
+        to_batches.append(_sum(to_batch, -2, True) if partition is None else partition.sum(to_batch))
     if problems[0].sync is not None:
         widths = [v.shape[-1] for v in to_batches]
         to_batches = list(all_reduce_sum(torch.cat(to_batches, -1), problems[0].sync[0]).split(widths, -1))
@@ -122,15 +120,22 @@ def _of_batches(
         partition = problem.batches()
         if problem.channels_per_group > 1:
             summed = summed.repeat_interleave(problem.channels_per_group, -1)
-        to_mean, to_var = summed.unbind() if partition is None else map(partition.spread, summed)
-        count = affine.batch.count.clamp(min=1)  # type: ignore[union-attr]
-        results.append((*weight_and_bias, affine.center, 2 * to_var / count, to_mean / count))
+        offset, slope = summed.unbind() if partition is None else map(partition.spread, summed)
+        count = affine.batch.count.clamp(min=1).neg_()  # type: ignore[union-attr]
+        results.append((*weight_and_bias, affine.center, slope / count, offset / count))
     return results
+
+
+def _sum(values: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """As `Tensor.sum`, without work where there is one value."""
+    if values.shape[dim] == 1:
+        return values if keepdim else values.squeeze(dim)
+    return values.sum(dim, keepdim)
 
 
 def _of_domains(problem: Normalization, value: Tensor, to_segments: Tensor) -> Tensor:
     """The gradient of a weight or bias, `(C,)` or `(K, C)`, from those of each segment."""
-    return (to_segments.sum(0) if value.ndim == 1 else problem.domains.sum(to_segments)).to(value.dtype)
+    return (_sum(to_segments, 0) if value.ndim == 1 else problem.domains.sum(to_segments)).to(value.dtype)
 
 
 def _of_graph(
@@ -196,13 +201,8 @@ def _by_reference(
 
 def _with_values(problems: Sequence[Normalization], values: Sequence[Tensor | None]) -> list[Normalization]:
     """The layers with these weights, biases and tensors, one layer after the other."""
-    left, found = iter(values), []
-    for problem in problems:
-        own = copy.copy(problem)
-        own.weight, own.bias = next(left), next(left)
-        own.tensors = [next(left) for _ in problem.domain_of]  # type: ignore[misc]
-        found.append(own)
-    return found
+    left: Any = iter(values)
+    return [p.with_values(next(left), next(left), [next(left) for _ in p.domain_of]) for p in problems]
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -47,26 +47,26 @@ class Population:
         for each (rows 3 and 5 of Table 5 in *Rethinking "Batch"*).
 
         Args:
-            moments: `(1, C)` or `(K, C)`.
+            moments: `(1, C)` or `(K, C)`, without a graph.
             counts: elements of each set, where they are known on the host.
         """
         sets = moments.mean.shape[0]
-        with torch.no_grad():
-            if self.mean.ndim == 2 or sets == 1:
-                self._step(moments, counts)
-            else:
-                for k in range(sets):
-                    self._step(moments[k : k + 1], None if counts is None else counts[k : k + 1])
+        if self.mean.ndim == 2 or sets == 1:
+            self._step(moments, counts)
+        else:
+            for k in range(sets):
+                self._step(moments[k : k + 1], None if counts is None else counts[k : k + 1])
 
     def _step(self, moments: Moments, counts: Sequence[float] | None) -> None:
         shape, dtype = moments.mean.shape, self.mean.dtype
         mean, var = self.mean.view(shape), self.var.view(shape)
-        several = (
-            counts is not None and min(counts) > 1
-        )  # elements in every set, so that no step depends on their number
-        count = moments._tensors()[0].to(dtype)
         tracked = self.num_batches_tracked.view(-1, 1)
-        tracked += 1 if several else count > 0
+        several = counts is not None and min(counts) > 1  # in every set: no step depends on the number of elements
+        if several:
+            tracked += 1
+        else:
+            count = moments._tensors()[0].to(dtype)
+            tracked += count > 0
         step: Tensor | float = self.momentum if self.momentum is not None else 1 / tracked.clamp(min=1).to(dtype)
         var_step = step
         if not several:

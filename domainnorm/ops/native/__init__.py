@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -112,20 +113,17 @@ def _parts(
     words: list[int] = []
     for k, (x, sizes) in enumerate(zip(xs, segments, strict=True)):
         shape = x.shape
+        grad, at, out = grads[k].data_ptr() if grads else 0, x.data_ptr(), outs[k].data_ptr() if outs else 0
         length = math.prod(shape[2:])
-        layout = (length, length == 1 or not x.is_contiguous())
-        sources = (grads[k].data_ptr() if grads else 0, x.data_ptr(), outs[k].data_ptr() if outs else 0)
+        channels_last = length == 1 or not x.is_contiguous()
         if sizes is None or len(sizes) == 1:
-            words += (*sources, *((shape[0], 1) if sizes is None else (1, shape[0])), *layout)
+            words += (grad, at, out, *((shape[0], 1) if sizes is None else (1, shape[0])), length, channels_last)
             continue
         step = shape[1] * length * x.element_size()  # bytes of a sample
-        begin = start = 0
-        for end in range(1, len(sizes) + 1):
-            if end == len(sizes) or sizes[end] != sizes[begin]:
-                words += [at and at + start * step for at in sources]
-                words += (end - begin, sizes[begin], *layout)
-                start += (end - begin) * sizes[begin]
-                begin = end
+        for size, run in itertools.groupby(sizes):
+            number = len(list(run))
+            words += (grad, at, out, number, size, length, channels_last)
+            grad, at, out = (v and v + number * size * step for v in (grad, at, out))
     return (ctypes.c_int64 * len(words))(*words), len(words) // 7
 
 
@@ -135,18 +133,19 @@ def _values(xs: Sequence[Tensor], segments: Segments, *values: Tensor) -> tuple[
     Raises:
         RuntimeError: another shape or device, which C++ would not notice.
     """
-    dtype, shape = accumulate_dtype(xs[0]), (sum(number_of_segments(xs, segments)), xs[0].shape[1])
+    dtype, channels = accumulate_dtype(xs[0]), xs[0].shape[1]
     kept, found = [], []
     for v in values:
-        if not v.is_cpu or (v.shape != shape and v.shape != (1, shape[1])):
+        rows, own = v.shape
+        if own != channels or not v.is_cpu or (rows != 1 and rows != sum(number_of_segments(xs, segments))):
             raise RuntimeError(
-                f"expected statistics, weight and bias of {shape[0]} x {shape[1]} channels on the CPU, as the input, "
-                f"got {tuple(v.shape)} on {v.device}"
+                f"expected statistics, weight and bias of {sum(number_of_segments(xs, segments))} x {channels} "
+                f"channels on the CPU, as the input, got {tuple(v.shape)} on {v.device}"
             )
         if v.dtype != dtype or not v.is_contiguous():
             v = v.detach().to(dtype).contiguous()
         kept.append(v)
-        found.append(Values(v.data_ptr(), shape[1] if v.shape[0] > 1 else 0))
+        found.append(Values(v.data_ptr(), channels if rows > 1 else 0))
     return kept, found
 
 
