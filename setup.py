@@ -1,14 +1,25 @@
 import platform
+import shutil
 import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/ops/native/*.{kind}"))
 KINDS = {"default": []}  # of processors, and what a compiler must know of them
 if platform.machine() in ("x86_64", "AMD64"):
     KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+
+class BuildWithConfigs(build_py):
+    """Copies the configs into the package, as `domainnorm/configs`; an editable installation reads them here."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "configs", Path(self.build_lib, "domainnorm", "configs"), dirs_exist_ok=True)
+
 
 setup(
     name="domainnorm",
@@ -29,6 +40,7 @@ setup(
     package_dir={"": "."},  # so that an editable installation is a path, which static tools see
     packages=find_packages(include=["domainnorm", "domainnorm.*"]),
     package_data={"domainnorm": ["py.typed", "ops/native/*.cpp", "ops/native/*.h"]},
+    cmdclass={"build_py": BuildWithConfigs},
     ext_modules=[
         Extension(
             f"domainnorm.ops.native._kernels_{kind}",

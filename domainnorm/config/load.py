@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:
     """The defaults, then `file` (and its `_BASE_` files), then `overrides` (`[KEY, VALUE, KEY, VALUE, …]`).
 
+    A `file` that does not exist is looked for among the library's own, by its path below `configs`:
+    `"quickstart.yaml"`, `"configs/paper/table5/row1.yaml"`.
+
     Returns a frozen config. Values in `overrides` may be strings, as on a command line, or Python values; a string may
     be a list as in YAML, `"[a.json:images, b.json:images]"`, or as in Python. The old name of a key is accepted, with a
     warning that gives the new one.
@@ -28,7 +31,7 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
         UserError: unknown key (naming the nearest known one), wrong type, value outside its choices or range,
             contradicting keys, missing or broken file.
     """
-    values = {} if file is None else _read_file(Path(file))
+    values = {} if file is None else _read_file(_found(Path(file)))
     if len(overrides) % 2:
         raise UserError(f"overrides: expected KEY VALUE pairs, got {len(overrides)} words: {list(overrides)}")
     pairs = zip(map(str, overrides[0::2]), overrides[1::2], strict=True)
@@ -43,12 +46,25 @@ def save_config(cfg: CfgNode, file: str | Path) -> None:
     Path(file).write_text(cfg.dump(), encoding="utf-8")
 
 
+def own_configs() -> Path:
+    """The folder of the library's own configs: within the package or, in its source tree, beside it."""
+    package = Path(__file__).parent.parent
+    return next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
+
+
+def _found(file: Path) -> Path:
+    """`file` or, where it does not exist, the library's own config of that name."""
+    own = own_configs() / (Path(*file.parts[1:]) if file.parts[:1] == ("configs",) else file)
+    return own if not file.exists() and own.is_file() else file
+
+
 def _read_file(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values in `file`, over those of its `_BASE_` files; `above`: the files that it is a base of."""
     if not file.is_file() and above:
         raise UserError(f"config file {above[-1]}: its _BASE_ {file} does not exist")
     if not file.is_file():
-        raise UserError(f"config file {file}: no such file")
+        own = ", ".join(sorted(path.name for path in own_configs().glob("*.yaml")))
+        raise UserError(f"config file {file}: no such file, nor one of the library's own: {own}, paper/…")
     if file.resolve() in (other.resolve() for other in above):
         raise UserError(f"config file {file}: is a _BASE_ of itself")
     try:
