@@ -12,6 +12,7 @@ KINDS = {"default": []}  # of processors, and what a compiler must know of them
 if platform.machine() in ("x86_64", "AMD64"):
     KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 
+
 class BuildWithConfigs(build_py):
     """Copies the configs into the package, as `domainnorm/configs`; an editable installation reads them here."""
 

@@ -70,7 +70,7 @@ def all_close(a, b, atol=1e-9):
 
 
 def gradients(y, inputs):
-    """Of a loss whose gradient differs in every element."""
+    """The gradients of a loss whose gradient differs in every element."""
     cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(99))
     return torch.autograd.grad((y * cotangent).sum(), inputs, retain_graph=True)
 

@@ -26,7 +26,7 @@ def channel_group_of(x: Tensor, groups: int) -> Tensor:
 
 
 def piece_of(x: Tensor, pieces: int) -> Tensor:
-    """Of `pieces` equal consecutive pieces of each flattened sample."""
+    """Which of `pieces` equal, consecutive pieces of its flattened sample each number is in."""
     features = x.shape[1:].numel()
     return (torch.arange(features) // (features // pieces)).view(x.shape[1:]).expand(x.shape)
 

@@ -260,3 +260,8 @@ def test_what_is_imported_is_declared(folder):
             declared = always | optional if folder == "domainnorm" else with_extras
             assert name in OF_TORCH or DISTRIBUTIONS.get(name, name) in declared, f"{file} imports {name}"
     assert optional <= with_extras
+
+
+def test_the_folders_of_the_tests_are_those_of_the_package():
+    own = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert own <= {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"tools"}

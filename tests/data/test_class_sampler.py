@@ -24,7 +24,7 @@ def first(source, count):
 
 
 def indices(source, count):
-    """Of the first batches: int64 (count, images)."""
+    """The images of the first batches: int64 (count, images)."""
     return np.array([[index for index, _ in batch] for batch in first(source, count)])
 
 

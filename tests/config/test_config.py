@@ -15,7 +15,7 @@ from domainnorm.config import RENAMED, explain, flatten, save_config
 from domainnorm.config.option import Option, Range, Section
 from domainnorm.config.schema import OPTIONS, SECTIONS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 each_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.key)
 TRAIN = ["DATASETS.TRAIN", ["a:b", "c:d"]]
@@ -296,7 +296,7 @@ def test_the_command(capsys):
 
 
 def test_the_config_needs_no_torch():
-    """Of the package itself: its face imports torch."""
+    """The subpackage, without the `__init__` of domainnorm, which may import torch."""
     code = (
         "import sys, types; package = types.ModuleType('domainnorm'); package.__path__ = [sys.argv[1]];"
         "sys.modules['domainnorm'] = package; from domainnorm.config import load_config; load_config();"

@@ -13,7 +13,7 @@ from domainnorm.cli import main as domainnorm
 from domainnorm.cli import train as train_net
 from domainnorm.config import save_config
 
-TOOL = Path(__file__).parent.parent / "tools" / "train_net.py"
+TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib")  # of the extra "studies"
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
 import classification
 

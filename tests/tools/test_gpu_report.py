@@ -14,7 +14,7 @@ import pytest
 
 import domainnorm as dn
 
-TOOL = Path(__file__).parent.parent / "tools" / "gpu_report.py"
+TOOL = Path(__file__).parents[2] / "tools" / "gpu_report.py"
 sys.path.insert(0, str(TOOL.parent))
 
 import gpu_report  # noqa: E402

@@ -44,7 +44,11 @@ def test_they_compile(capability, tmp_path):
 
 def in_process(*command, **environment):
     ended = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, cwd=HERE.parent, capture_output=True, text=True
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     return ended.stdout

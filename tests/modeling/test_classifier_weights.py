@@ -169,7 +169,7 @@ def decay_of(name, target, decay_norm):
 @pytest.mark.parametrize(("target", "decay_norm"), [(0, 0.0), (0, 0.4), (1, 0.4)])
 @pytest.mark.parametrize("rule", ["SGD", "nesterov", "AdamW"])
 def test_decay_by_the_formula(rule, target, decay_norm):
-    """Of SGD as a gradient of ½·decay·(p - target)², of AdamW apart from the moments; the rate changes meanwhile."""
+    """SGD's acts as a gradient of ½·decay·(p - target)², AdamW's apart from the moments; the rate changes meanwhile."""
     solver = DECAYS | {"WEIGHT_DECAY_NORM": decay_norm, "WEIGHT_DECAY_NORM_TARGET": target, "MOMENTUM": 0.8}
     solver |= {"OPTIMIZER": "AdamW"} if rule == "AdamW" else {"NESTEROV": rule == "nesterov"}
     cfg = dn.load_config(None, [word for key, value in solver.items() for word in (f"SOLVER.{key}", value)])

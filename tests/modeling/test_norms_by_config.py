@@ -93,7 +93,7 @@ def test_backbone_and_pyramid(norm):
 @pytest.mark.parametrize("sgd", ["shared", "per_domain"])
 @pytest.mark.parametrize("norm", [norm for norm in LAYERS if norm != "GN"])
 def test_the_levels_of_a_retinanet_head(norm, sgd):
-    """Of each the three choices of Table 5."""
+    """Each takes the three choices of Table 5."""
     prefix = "MODEL__RETINANET__"
     keys = {"NORM": norm, "SGD_STATISTICS": sgd, "POPULATION_STATISTICS": sgd, "AFFINE": sgd}
     model = retinanet(**{prefix + key: value for key, value in keys.items()})

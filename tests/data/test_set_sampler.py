@@ -203,7 +203,7 @@ def test_order_is_pinned():
 
 
 def test_the_stream_of_sets_without_ratios_and_composition_is_as_it_was():
-    """Of 37 images, in two orders: the batches before there were ratios."""
+    """37 images, in two orders, come in the batches that came before there were ratios."""
     found = hashlib.sha256()
     sizes = [(10, 9 + i % 3) for i in range(37)]
     for group, world_size in itertools.product((False, True), (1, 2, 3)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 sys.path.insert(0, str(TOOL.parent))
 
 import benchmark  # noqa: E402

@@ -9,7 +9,7 @@ import domainnorm as dn
 from domainnorm.config import save_config
 from domainnorm.engine.optim import build_optimizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RCNN = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
 CONFIGS = [
     pytest.param(file, marks=pytest.mark.slow if "paper" in file.parts else (), id=str(file.relative_to(ROOT)))

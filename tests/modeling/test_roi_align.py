@@ -17,7 +17,7 @@ def features(dtype=torch.float64, images=2, memory_format=torch.contiguous_forma
 
 
 def boxes_of(*counts):
-    """Of all sizes from none to the whole image's, some of them beyond its border."""
+    """Boxes of all sizes from none to the whole image's, some of them beyond its border."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for count in counts:

@@ -34,7 +34,7 @@ def shapes(tmp_path_factory):
 
 
 def digest(folder):
-    """Of every file under `folder`, names included."""
+    """A hash of every file under `folder`, names included."""
     result = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         result.update(str(path.relative_to(folder)).encode() + path.read_bytes())

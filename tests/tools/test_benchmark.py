@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 import domainnorm as dn
 
-TOOL = Path(__file__).parent.parent / "tools" / "benchmark.py"
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 sys.path.insert(0, str(TOOL.parent))
 
 import benchmark  # noqa: E402

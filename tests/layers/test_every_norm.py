@@ -513,7 +513,7 @@ def test_activation_checkpointing_of_two_forwards_is_never_silently_wrong(name):
 
 @every
 def test_recomputed_population_statistics_are_pooled(name):
-    """Of batches of unequal size, as if they were one; of Batch Renorm too, whose buffers are those of BatchNorm."""
+    """Batches of unequal size give what one would; those of Batch Renorm too, whose buffers are those of BatchNorm."""
     layer, reference = make(name), refer(name, momentum=1.0)
     batches = [random_input(n, *SHAPE[1:], seed=n).detach() for n in (4, 5, 2)]
     dn.recompute_population_statistics(layer, batches, num_samples=100)
