@@ -1,8 +1,11 @@
 """The code in docs/ runs, and does what is said of it."""
 
+import doctest
+import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -33,3 +36,41 @@ def test_fcos_normalizes_each_level_by_itself():
     got = norms[0].train()(levels)
     for level, layer, y in zip(levels, separate, got, strict=True):
         torch.testing.assert_close(y, layer(level), atol=1e-5, rtol=1e-5)
+
+
+PUBLIC = [name for name in dn.__all__ if callable(getattr(dn, name))]
+SECTIONS = ("Args", "Attributes", "Shape", "Returns", "Raises", "Example")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_docstrings_have_their_sections_in_order(name):
+    value = getattr(dn, name)
+    text = inspect.getdoc(value)
+    assert re.search(r"[.`]$", text.split("\n\n")[0])  # a sentence first
+    found = re.findall(rf"^({'|'.join(SECTIONS)}):", text, re.M)
+    assert found == sorted(found, key=SECTIONS.index) and "Example" in found
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        assert {"Args", "Shape"} <= set(found)
+    elif not isinstance(value, type):
+        assert "Returns" in found and ("Args" in found or not inspect.signature(value).parameters)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_of_public_docstrings_run(name):
+    torch.manual_seed(0)
+    names = {"dn": dn, "torch": torch, "nn": nn}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    examples = doctest.DocTestFinder(recurse=False).find(getattr(dn, name), name, globs=names)
+    assert examples and examples[0].examples
+    assert runner.run(examples[0], out=print).failed == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_docstrings_name_every_argument(name):
+    value = getattr(dn, name)
+    text = inspect.getdoc(value)
+    function = value.__init__ if isinstance(value, type) else value
+    own = [] if name == "UserError" else list(inspect.signature(function).parameters.values())
+    for argument in own[1:] if isinstance(value, type) else own:
+        star = {argument.VAR_POSITIONAL: r"\*", argument.VAR_KEYWORD: r"\*\*"}.get(argument.kind, "")
+        assert re.search(rf"^    (\w+, )*{star}{argument.name}(, \w+)*:", text, re.M), argument.name

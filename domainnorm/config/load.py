@@ -18,18 +18,27 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:
-    """The defaults, then `file` (and its `_BASE_` files), then `overrides` (`[KEY, VALUE, KEY, VALUE, …]`).
+    """The defaults, then `file` (and its `_BASE_` files), then `overrides`.
 
-    A `file` that does not exist is looked for among the library's own, by its path below `configs`:
-    `"quickstart.yaml"`, `"configs/paper/table5/row1.yaml"`.
+    Args:
+        file: YAML. One that does not exist is looked for among the library's own, by its path below `configs`:
+            `"quickstart.yaml"`, `"configs/paper/table5/row1.yaml"`. None: the defaults.
+        overrides: `[KEY, VALUE, KEY, VALUE, …]`. Values may be strings, as on a command line, or Python values; a
+            string may be a list as in YAML, `"[a.json:images, b.json:images]"`, or as in Python. The old name of a key
+            is accepted, with a warning that gives the new one.
 
-    Returns a frozen config. Values in `overrides` may be strings, as on a command line, or Python values; a string may
-    be a list as in YAML, `"[a.json:images, b.json:images]"`, or as in Python. The old name of a key is accepted, with a
-    warning that gives the new one.
+    Returns:
+        A frozen config.
 
     Raises:
         UserError: unknown key (naming the nearest known one), wrong type, value outside its choices or range,
             contradicting keys, missing or broken file.
+
+    Example::
+
+        >>> cfg = dn.load_config("quickstart.yaml", ["SOLVER.BASE_LR", 0.01])
+        >>> cfg.SOLVER.BASE_LR, cfg.MODEL.RETINANET.POPULATION_STATISTICS
+        (0.01, 'per_domain')
     """
     values = {} if file is None else _read_file(_found(Path(file)))
     if len(overrides) % 2:

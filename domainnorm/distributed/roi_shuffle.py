@@ -20,8 +20,8 @@ class RoIShuffle(nn.Module):
     """A head, trained on RoIs that are randomly permuted over the ranks; its outputs come back in the order given.
 
     The RoIs of one image know much about each other. Where each GPU holds the RoIs of one or two images, a BatchNorm
-    per GPU lets this leak through its statistics, and the head then fails under population statistics (Table 3).
-    Shuffled, each rank normalizes a random share of all RoIs (Table 6).
+    per GPU lets this leak through its statistics, and the head then fails under population statistics (*Rethinking
+    "Batch"*, §6, Table 3). Shuffled, each rank normalizes a random share of all RoIs (Table 6).
 
     In training on W ranks with R RoIs in all, rank r computes those at `permutation[R·r/W : R·(r+1)/W]` of
     `roi_permutation(seed, step, R)`, by default sorted by the rank that brings them: the counts of two ranks
@@ -44,6 +44,16 @@ class RoIShuffle(nn.Module):
     Attributes:
         step: the number of training forwards so far; in the state dict, so that a resumed run goes on with the next
             permutation.
+
+    Shape:
+        - Input: `(R, *)`
+        - Output: as that of the module
+
+    Example::
+
+        >>> head = dn.RoIShuffle(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), dn.DomainBatchNorm(8)))
+        >>> head(torch.randn(32, 4, 2, 2)).shape
+        torch.Size([32, 8])
     """
 
     step: Tensor

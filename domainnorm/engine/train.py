@@ -37,6 +37,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     """Train what `cfg` says, on every rank; into `cfg.OUTPUT_DIR` go checkpoints, logs and results.
 
     Args:
+        cfg: from `load_config`.
         resume: continue from the last checkpoint in `OUTPUT_DIR`, or start where there is none. The result equals
             that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU).
 
@@ -47,6 +48,10 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     Raises:
         UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, a
             checkpoint of another run; a loss, gradient or weight that is not finite (checkpoints stay as they were).
+
+    Example::
+
+        >>> model = dn.train(dn.load_config("quickstart.yaml"))  # doctest: +SKIP
     """
     solver = cfg.SOLVER
     device = get_device(cfg.MODEL.DEVICE)

@@ -25,9 +25,13 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table.
 
     Every rank calls it. Running statistics that differ between ranks are merged for it. Training goes on after it as if
-    it had not been: modes, statistics, example weights, buffers and random states are put back.
+    it had not been: modes, statistics, example weights, buffers and random states are put back. The results also go,
+    with null for nan, to `OUTPUT_DIR/results.json`, and the predictions to `OUTPUT_DIR/inference/<statistics>[/<data
+    set>]/coco_instances_results.json` (`classification_results.json`).
 
     Args:
+        cfg: from `load_config`.
+        model: from `build_model` or `train`.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
 
     Returns:
@@ -35,9 +39,16 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
         classifier `{statistics: {"classification": {"top1": …, …}}}`; in percent, nan where there is nothing to find.
         With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
         `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
-        samples' own moments. With several test sets `{statistics: {data set: {"bbox": …}}}`. The same goes, with null
-        for nan, to `OUTPUT_DIR/results.json`, and the predictions to
-        `OUTPUT_DIR/inference/<statistics>[/<data set>]/coco_instances_results.json` (`classification_results.json`).
+        samples' own moments. With several test sets `{statistics: {data set: {"bbox": …}}}`.
+
+    Raises:
+        UserError: a test set that cannot be read, or statistics that the model does not have.
+
+    Example::
+
+        >>> results = dn.evaluate(cfg, model, statistics=["population", "minibatch"])  # doctest: +SKIP
+        >>> results["population"]["bbox"]["AP"]  # doctest: +SKIP
+        54.97
     """
     names = [statistics] if isinstance(statistics, str) else list(statistics or cfg.TEST.STATISTICS)
     for name in names:

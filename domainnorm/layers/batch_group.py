@@ -23,9 +23,19 @@ class BatchGroupNorm(DomainBatchNorm):
         num_groups: G; divides D.
         **options: of `DomainBatchNorm`, `sync` too.
 
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors
+        - Output: as the input
+
     Raises:
-        ValueError: from the constructor, G < 1; from the call, G does not divide D, or another feature size than
-            before where pieces are not whole channels.
+        ValueError: G < 1; from the call, G does not divide D, or another feature size than before where pieces are not
+            whole channels.
+
+    Example::
+
+        >>> norm = dn.BatchGroupNorm(16, num_groups=4)  # four channels together
+        >>> norm(torch.randn(4, 16, 8, 8)).shape, norm.running_mean.shape
+        (torch.Size([4, 16, 8, 8]), torch.Size([4]))
     """
 
     is_channel_affine = False

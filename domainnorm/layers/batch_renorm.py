@@ -41,9 +41,20 @@ class BatchRenorm(DomainBatchNorm):
         allow_smaller_batch: of `GhostBatchNorm`.
         **options: of `DomainBatchNorm`; `sync` without `samples_per_group` only.
 
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors
+        - Output: as the input
+
     Raises:
         ValueError: a limit below 1 (`r_max`) or 0 (`d_max`); `sync` with `samples_per_group`.
         RuntimeError: activation checkpointing, and which forward pass is recomputed cannot be told.
+
+    Example::
+
+        >>> norm = dn.BatchRenorm(16, r_max=[(100, 1), (1000, 3)], d_max=[(100, 0), (1000, 5)])
+        >>> x = torch.randn(4, 16, 8, 8)
+        >>> torch.allclose(norm(x), nn.BatchNorm2d(16)(x), atol=1e-5)  # as long as r is 1 and d is 0
+        True
     """
 
     averages_deviation = True

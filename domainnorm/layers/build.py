@@ -44,16 +44,25 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     group: one channel of a 1 × 1 map has no variance.
 
     Args:
-        name: `""`: None is returned. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
+        name: `""`: there is no norm. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
             `"FrozenBN"`, `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`:
             `nn.GroupNorm`. The names of the classes are taken too.
+        num_features: C.
         **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN` has no domains and no running
             statistics: it takes `num_groups` and `eps` and is the same layer for every domain.
             `BGN` also takes `split_space=True`: `num_groups` as it is, also where it splits channels in space; the
             layer then works at one feature size.
 
+    Returns:
+        The layer, or None for `""`.
+
     Raises:
         ValueError: no such name, or options that the layer refuses.
+
+    Example::
+
+        >>> dn.get_norm("GhostBN", 16, samples_per_group=8)
+        GhostBatchNorm(16, affine='shared', eps=1e-05, momentum=0.1, samples_per_group=8)
     """
     if name == "":
         return None

@@ -33,9 +33,11 @@ class DomainBatchNorm(PopulationStatistics):
     - `bn([x_1, …], domain=[d_1, …])`: any number of tensors, each with one of these;
     - `bn(x)`: only with one domain, or within `dn.use_domain`, for models that cannot say it.
 
+    In training a domain without elements changes no buffer. Double backward works without `sync`, and raises with it.
+
     Args:
-        num_features: C.
-        num_domains: K. All arguments from here on are keywords.
+        num_features: C. The other arguments are given by name.
+        num_domains: K.
         sgd_statistics: how training normalizes. `"shared"`: one mean and variance from the elements of all
             domains; `"per_domain"`: each domain its own.
         population_statistics: how inference normalizes. `"shared"`: one pair of buffers `(C,)`, updated with the
@@ -49,6 +51,7 @@ class DomainBatchNorm(PopulationStatistics):
             domains; see `normalize_layers` for several layers.
         track_running_stats: False: there are no population statistics, and those of the minibatch always normalize.
         bias: False: there is γ, and no β.
+        device, dtype: of parameters and buffers.
 
     Attributes:
         statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
@@ -63,10 +66,25 @@ class DomainBatchNorm(PopulationStatistics):
             other: the pyramid levels of a data set.
         batch_hook: None, or a function of the layer and its input, called before it normalizes.
 
-    In training a domain without elements changes no buffer, and a normalization batch of exactly one element is a
-    ValueError, as in torch (with shared SGD and per-domain population statistics, a domain of one element updates
-    its mean only). In inference under `"minibatch"` such an element becomes β. Double backward works without
-    `sync`, and raises with it.
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors, whose N and `*` may differ
+        - Output: as the input
+
+    Raises:
+        ValueError: from the call, no domain or a wrong one, another shape, or in training a normalization batch of
+            exactly one element, as in torch. (With shared SGD and per-domain population statistics, a domain of one
+            element updates its mean only. In inference under `"minibatch"` such an element becomes β.)
+        TypeError: from the call, an input that is no dense tensor of floating point numbers.
+        RuntimeError: from the call, population statistics are to normalize, and there are none.
+
+    Example::
+
+        >>> bn = dn.DomainBatchNorm(16, num_domains=2, population_statistics="shared")
+        >>> levels = bn([torch.randn(4, 16, 8, 8), torch.randn(4, 16, 4, 4)])
+        >>> [tuple(x.shape) for x in levels]
+        [(4, 16, 8, 8), (4, 16, 4, 4)]
+        >>> bn.eval()(torch.randn(4, 16, 4, 4), domain=1).shape
+        torch.Size([4, 16, 4, 4])
     """
 
     # what a subclass chooses
@@ -290,6 +308,14 @@ def normalize_layers(
 
     For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
     equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
+
+    Args:
+        layers: that are called at once.
+        inputs: of each layer, a tensor or a list.
+        domain: of all inputs, as a layer takes it.
+
+    Returns:
+        The output of each layer.
 
     Raises:
         ValueError: the layers are synchronized, and their inputs have other sizes.

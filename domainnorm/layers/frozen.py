@@ -22,6 +22,20 @@ class FrozenBatchNorm(DomainBatchNorm):
         num_features: C.
         train_affine: whether γ and β require a gradient.
         **options: of `DomainBatchNorm`.
+
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors
+        - Output: as the input
+
+    Raises:
+        ValueError: `track_running_stats=False`: there would be no statistics to freeze.
+
+    Example::
+
+        >>> frozen = dn.FrozenBatchNorm.from_batch_norm(nn.BatchNorm2d(16))
+        >>> x = torch.randn(4, 16, 8, 8)
+        >>> torch.equal(frozen.train()(x), frozen.eval()(x))
+        True
     """
 
     def __init__(self, num_features: int, *, train_affine: bool = False, **options: Any) -> None:
@@ -33,6 +47,13 @@ class FrozenBatchNorm(DomainBatchNorm):
     @classmethod
     def from_batch_norm(cls, layer: DomainBatchNorm | _BatchNorm, train_affine: bool = False) -> "FrozenBatchNorm":
         """A frozen copy of any BatchNorm, torch's too: its statistics and affine, in new tensors.
+
+        Args:
+            layer: stays as it is.
+            train_affine: whether γ and β of the copy require a gradient.
+
+        Returns:
+            The frozen layer.
 
         Raises:
             ValueError: the layer keeps no running statistics, or its inference is not one affine of each channel.
@@ -58,7 +79,13 @@ class FrozenBatchNorm(DomainBatchNorm):
         return frozen
 
     def to_batch_norm(self, kind: type[nn.Module] = DomainBatchNorm) -> nn.Module:
-        """A copy that trains: a `DomainBatchNorm`, or of torch's class `kind` where there is one domain.
+        """A copy that trains.
+
+        Args:
+            kind: `DomainBatchNorm`, or a class of torch's where there is one domain.
+
+        Returns:
+            A layer of that class, with the statistics and the affine in new tensors.
 
         Raises:
             ValueError: several domains, and `kind` is torch's.

@@ -12,10 +12,10 @@ from .sample_groups import SampleGroups
 class GhostBatchNorm(DomainBatchNorm):
     """BatchNorm that, in training, normalizes groups of samples apart (*Four Things*, §3.2; *Ghost Normalization*, §2).
 
-    The samples `(N, C, *)` of each domain are split, in order, into groups; each group is a normalization batch per
-    channel. A last group is smaller; of one element only, it joins the one before. The population statistics are
-    those of `nn.BatchNorm2d`, of the whole batch pooled over its groups, and so is inference. It is what gradient
-    accumulation and unsynchronized processes do to a BatchNorm, with chosen groups.
+    The samples of each domain are split, in order, into groups; each group is a normalization batch per channel. A last
+    group is smaller; of one element only, it joins the one before. The population statistics are those of
+    `nn.BatchNorm2d`, of the whole batch pooled over its groups, and so is inference. It is what gradient accumulation
+    and unsynchronized processes do to a BatchNorm, with chosen groups.
 
     With several domains and shared SGD statistics, the g-th groups of all domains are one normalization batch.
 
@@ -28,8 +28,19 @@ class GhostBatchNorm(DomainBatchNorm):
             a ValueError; in inference under minibatch statistics it never is.
         **options: of `DomainBatchNorm`; groups are of one rank, so not `sync`.
 
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors
+        - Output: as the input
+
     Raises:
-        ValueError: not one of `samples_per_group` and `num_sample_groups`, or `sync`.
+        ValueError: not one of `samples_per_group` and `num_sample_groups`, or `sync`; from the call, too small a batch.
+
+    Example::
+
+        >>> bn = dn.GhostBatchNorm(16, samples_per_group=2)
+        >>> y = bn(torch.randn(4, 16, 8, 8))  # samples 0 and 1, and samples 2 and 3, are normalized apart
+        >>> bool(y[:2].mean().abs() < 1e-6)
+        True
     """
 
     _renamed: ClassVar = {"group_size": "samples_per_group", "num_groups": "num_sample_groups"}

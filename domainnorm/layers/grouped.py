@@ -22,8 +22,19 @@ class GroupedBatchNorm(GhostBatchNorm):
         samples_per_group: samples in a group; a last group of fewer is used as it is.
         **options: of `GhostBatchNorm`.
 
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors
+        - Output: as the input
+
     Raises:
         ValueError: `num_channel_groups` does not divide C.
+
+    Example::
+
+        >>> x = torch.randn(4, 16, 8, 8)
+        >>> norm = dn.GroupedBatchNorm(16, num_channel_groups=4, samples_per_group=1)
+        >>> torch.allclose(norm(x), nn.GroupNorm(4, 16)(x), atol=1e-5)
+        True
     """
 
     is_channel_affine = False

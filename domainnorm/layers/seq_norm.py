@@ -12,8 +12,7 @@ class SeqNorm(GhostBatchNorm):
     """GroupNorm of channel groups without affine, then GhostBN of sample groups (*Ghost Normalization*, §2.1).
 
     In inference the first part still uses the sample, the second the population statistics, which are those of the
-    group-normalized features. Both parts are computed from the moments of the samples: the input `(N, C, *)` is read
-    for them once.
+    group-normalized features. Both parts are computed from the moments of the samples: the input is read for them once.
 
     Args:
         num_features: C.
@@ -21,8 +20,18 @@ class SeqNorm(GhostBatchNorm):
         num_sample_groups: of the GhostBN, groups of ⌈N / num_sample_groups⌉ samples.
         **options: of `GhostBatchNorm`.
 
+    Shape:
+        - Input: `(N, C, *)`, or a list of such tensors
+        - Output: as the input
+
     Raises:
         ValueError: `num_channel_groups` does not divide C.
+
+    Example::
+
+        >>> norm = dn.SeqNorm(16, num_channel_groups=4, num_sample_groups=8)
+        >>> norm(torch.randn(16, 16, 8, 8)).shape
+        torch.Size([16, 16, 8, 8])
     """
 
     is_channel_affine = False

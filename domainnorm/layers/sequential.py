@@ -13,6 +13,21 @@ class DomainSequential(nn.Sequential):
 
     `DomainBatchNorm` layers (and nested `DomainSequential`s) get the whole list, or the domain; every other layer is
     applied to one tensor at a time. State-dict keys are those of `nn.Sequential`.
+
+    Args:
+        *args: modules, or one `OrderedDict` of them.
+
+    Shape:
+        - Input: a tensor, or a list of tensors
+        - Output: as the input
+
+    Example::
+
+        >>> tower = dn.DomainSequential(nn.Conv2d(3, 16, 3), dn.DomainBatchNorm(16, num_domains=2), nn.ReLU())
+        >>> [tuple(x.shape) for x in tower([torch.randn(2, 3, 10, 10), torch.randn(2, 3, 6, 6)])]
+        [(2, 16, 8, 8), (2, 16, 4, 4)]
+        >>> tower(torch.randn(2, 3, 6, 6), domain=1).shape
+        torch.Size([2, 16, 4, 4])
     """
 
     def forward(self, x: Input, domain: int | Tensor | None = None) -> Any:

@@ -29,8 +29,21 @@ def build_model(cfg: CfgNode) -> nn.Module:
     In training `model(images, targets)` returns a dict of losses, in inference `model(images)` a list of detections;
     or logits; images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet`, `GeneralizedRCNN` and `Classifier`.
 
+    Args:
+        cfg: from `load_config`.
+
+    Returns:
+        The model.
+
     Raises:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.
+
+    Example::
+
+        >>> cfg = dn.load_config("quickstart.yaml", ["MODEL.RETINANET.NUM_CLASSES", 3])
+        >>> detections = dn.build_model(cfg).eval()([torch.rand(3, 64, 64)])
+        >>> sorted(detections[0])
+        ['boxes', 'labels', 'scores']
     """
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         return _name_domains(cfg, build_classifier(cfg)).to(get_device(cfg.MODEL.DEVICE))

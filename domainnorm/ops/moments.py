@@ -22,11 +22,18 @@ class Moments:
     `E[x²] - E[x]²`, so that large means cost no precision (Chan et al.). Every method is differentiable, to any order
     and under the transforms of `torch.func`, except `merge_ranks`, which has a first derivative only.
 
-    Attributes:
+    Args:
         count: floating point; broadcasts against `mean`. A dimension of size 1 where `mean` has more stands for equal
             counts.
         mean: any shape, `(S, C)` for S sets in each of C channels.
         var: biased (divided by the count); the shape of `mean`.
+
+    Example::
+
+        >>> x = torch.randn(4, 16, 8, 8)
+        >>> moments = dn.Moments.rows(x).merge(0)  # (1, 16): of each channel
+        >>> torch.allclose(moments.unbiased_var(), x.var((0, 2, 3)))
+        True
     """
 
     count: Tensor

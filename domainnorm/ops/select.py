@@ -64,11 +64,16 @@ def forced_backend() -> str:
 
 
 def backends() -> dict[str, str]:
-    """What this installation computes normalizations with: the name of each backend, and "available" or why it is not.
+    """What this installation computes normalizations with.
 
     Returns:
-        E.g. `{"eager": "available", "torch": "available", "native": "available: compiled for avx512 processors",
-        "triton": "torch finds no CUDA device"}`.
+        The name of each backend, and "available" or why it is not.
+
+    Example::
+
+        >>> dn.backends()  # doctest: +SKIP
+        {'eager': 'available', 'torch': 'available', 'native': 'available: compiled for avx512 processors',
+        'triton': 'torch finds no CUDA device'}
     """
     found = {"eager": "available", "torch": "available"}
     found["native"] = ("available: " if native.is_available() else "") + native.description

@@ -10,16 +10,25 @@ from ..layers import DomainBatchNorm
 
 
 def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
-    """Set which statistics normalize in every `DomainBatchNorm` of `model`; returns the model.
+    """Set which statistics normalize in every norm of this library in `model`. `FrozenBatchNorm` layers stay frozen.
 
     Args:
+        model: any module.
         statistics: `"auto"`: minibatch in training, population in eval; `"minibatch"`: of the current input, also in
             eval, where no buffer changes; `"population"`: the buffers, also in training.
 
-    `FrozenBatchNorm` layers stay frozen.
+    Returns:
+        The model.
 
     Raises:
         TypeError: the model has a torch BatchNorm, whose statistics cannot be chosen so; nothing was changed.
+        ValueError: unknown statistics.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), dn.DomainBatchNorm(16)).eval()
+        >>> dn.set_statistics(model, "minibatch")[1]
+        DomainBatchNorm(16, affine='shared', eps=1e-05, momentum=0.1, statistics='minibatch')
     """
     refuse_torch_batch_norm(model)
     for module in model.modules():

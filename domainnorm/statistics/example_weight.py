@@ -11,17 +11,28 @@ WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def set_example_weight(model: nn.Module, weight: float) -> nn.Module:
-    """Set how much a sample's own moments weigh in inference under population statistics; returns the model.
+    """Set how much a sample's own moments weigh in inference under population statistics, in every norm of `model`.
 
-    In every norm of this library. 0 is BatchNorm's inference, 1 that of InstanceNorm (of GroupNorm, in a
-    `GroupedBatchNorm`). It needs no training; `choose_example_weight` finds a good one.
+    0 is BatchNorm's inference, 1 that of InstanceNorm (of GroupNorm, in a `GroupedBatchNorm`). It needs no training;
+    `choose_example_weight` finds a good one (inference example weighing: *Four Things*, §3.1).
 
     Args:
+        model: any module.
         weight: the paper's α, from 0 to 1.
+
+    Returns:
+        The model.
 
     Raises:
         TypeError: the model has torch BatchNorms, GroupNorms or no norm of this library; nothing was changed.
         ValueError: a weight outside [0, 1]; nothing was changed.
+
+    Example::
+
+        >>> bn, x = dn.DomainBatchNorm(16).eval(), torch.randn(4, 16, 8, 8)
+        >>> y = dn.set_example_weight(bn, 1.0)(x)
+        >>> torch.allclose(y, nn.InstanceNorm2d(16)(x), atol=1e-5)
+        True
     """
     refuse_torch_batch_norm(model)
     if not 0 <= weight <= 1:
@@ -43,15 +54,25 @@ def set_example_weight(model: nn.Module, weight: float) -> nn.Module:
 def choose_example_weight(
     model: nn.Module, score: Callable[[nn.Module], float], weights: Sequence[float] = WEIGHTS
 ) -> dict[float, float]:
-    """Set the weight with the best score on a validation set.
+    """Set the example weight with the best score on a validation set (*Four Things*, §3.1).
 
     Args:
+        model: with norms of this library; see `set_example_weight`.
         score: of the model as it is set, the larger the better: accuracy, AP, minus a loss. It evaluates in eval mode.
         weights: that are tried.
 
     Returns:
-        The score of each weight, in the order given; the model keeps the best (of equal ones the smallest). If `score`
-        raises, every layer keeps the weight it had.
+        The score of each weight, in the order given; the model keeps the best (of equal ones the smallest).
+
+    Raises:
+        ValueError: there is no weight to try. If `score` raises, every layer keeps the weight it had.
+
+    Example::
+
+        >>> model, x = nn.Sequential(dn.DomainBatchNorm(16)).eval(), 3 * torch.randn(4, 16, 8, 8)
+        >>> scores = dn.choose_example_weight(model, lambda m: -(m(x).var() - 1).abs().item(), [0, 0.5, 1])
+        >>> model[0].example_weight
+        1.0
     """
     if not weights:
         raise ValueError("weights: expected at least one example weight to try, got none")

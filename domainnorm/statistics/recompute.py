@@ -42,10 +42,13 @@ def recompute_population_statistics(
 ) -> nn.Module:
     """Replace the running statistics of every BatchNorm by those of a population, under the weights as they are.
 
-    Of `DomainBatchNorm` and torch's `BatchNorm1d/2d/3d` and `SyncBatchNorm`. The model runs in training mode, where
-    RoIs are sampled and dropout drops; if it is in training mode already, layers that were put in eval mode stay so
-    and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the buffers, in
-    place, at the very end: an exception leaves the model as it was.
+    The papers' PreciseBN (*Rethinking "Batch"*, §3), of this library's layers and of torch's. The model runs in
+    training mode, where RoIs are sampled and dropout drops; if it is in training mode already, layers that were put in
+    eval mode stay so and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the
+    buffers, in place, at the very end: an exception leaves the model as it was.
+
+    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
+    RoIs are shuffled, the ranks stop with the first that has no batch left.
 
     Args:
         model: called as `model(batch)`; what it returns is not used.
@@ -63,15 +66,18 @@ def recompute_population_statistics(
             all layers, of a model in training mode.
         progress: whether rank 0 shows a bar with the time that remains.
 
-    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
-    RoIs are shuffled, the ranks stop with the first that has no batch left.
-
     Returns:
         The model.
 
     Raises:
         ValueError: unknown method, no batch (for `"exact"`: on some rank), or no layer to recompute.
         OutOfStepError: `"exact"`, and the model runs its layers in another order for another batch.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        >>> batches = [torch.randn(100, 3, 8, 8) for _ in range(4)]
+        >>> model = dn.recompute_population_statistics(model, batches, num_samples=400, progress=False)
     """
     if method not in METHODS:
         raise ValueError(f"method takes one of {list(METHODS)}, got {method!r}")
@@ -277,8 +283,15 @@ def merge_population_statistics(model: nn.Module) -> nn.Module:
     EMA steps: one that never had an element does not count. `num_batches_tracked` becomes the largest of any rank.
     Layers that are synchronized over all ranks, or frozen, are equal already and left as they are.
 
+    Args:
+        model: any module.
+
     Returns:
         The model.
+
+    Example::
+
+        >>> model = dn.merge_population_statistics(nn.Sequential(dn.DomainBatchNorm(16)))  # one rank: as it was
     """
     for layer in _kept_per_rank(model):
         population = layer.population

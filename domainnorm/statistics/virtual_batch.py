@@ -30,12 +30,23 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
         model: with `DomainBatchNorm` layers; it is called as `model(extra_images)` beside each call of the block.
         extra_images: what the model takes.
 
+    Returns:
+        A context manager.
+
     Raises:
         TypeError: the model has a torch BatchNorm.
         ValueError: no layer of the model normalizes by minibatches, one splits them into groups, or it is within such
             a block already.
         RuntimeError: activation checkpointing runs the model again within the block; leave it out.
         OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
+
+    Example::
+
+        >>> model, x, extra = nn.Sequential(dn.DomainBatchNorm(16)), torch.randn(1, 16, 8, 8), torch.randn(7, 16, 8, 8)
+        >>> with dn.virtual_batch(model, extra):
+        ...     y = model(x)
+        >>> torch.allclose(y, dn.DomainBatchNorm(16)(torch.cat([x, extra]))[:1], atol=1e-5)
+        True
     """
     refuse_torch_batch_norm(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DomainBatchNorm) and m.statistics != "population"}

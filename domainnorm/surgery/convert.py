@@ -25,7 +25,7 @@ _TORCH = {kind.__name__: kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.Ba
 
 
 def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """Exchange every BatchNorm of `model`, torch's or this library's, for another norm; returns the model.
+    """Exchange every BatchNorm of `model`, torch's or this library's, for another norm.
 
     γ and β stay the very same Parameters, so an optimizer goes on with its state, but where `affine="per_domain"` gives
     each domain its own, for which an optimizer is made afterwards; population statistics, eps, momentum
@@ -44,26 +44,47 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
             `get_norm`, also for channels that a number of groups does not divide. Or of a class of torch.
         **options: of the layer.
 
+    Returns:
+        The model.
+
     Raises:
-        ValueError: unknown name, options the layer refuses, a layer that has seen no input yet, or statistics that do
-            not fit; nothing was changed.
-            So are γ and β that are pruned or parametrized.
+        ValueError: unknown name, options the layer refuses, a layer that has seen no input yet, statistics that do
+            not fit, or γ or β that is pruned or parametrized; nothing was changed.
         TypeError: a BatchNorm of an unknown kind, with a forward pass of its own; nothing was changed.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16))
+        >>> dn.convert_batchnorm(model, "GhostBatchNorm", samples_per_group=16)[1]
+        GhostBatchNorm(16, affine='shared', eps=1e-05, momentum=0.1, samples_per_group=16)
+        >>> type(dn.convert_batchnorm(model, "BatchNorm2d")[1]).__name__
+        'BatchNorm2d'
     """
     return _exchange(model, lambda layer: _converted(layer, name, options))
 
 
 def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
-    """Exchange every `nn.GroupNorm` of `model` for a `GroupedBatchNorm` of one example a group; returns the model.
+    """Exchange every `nn.GroupNorm` of `model` for a `GroupedBatchNorm` of one example a group.
 
     It is the same function, with `example_weight` 1, but for population statistics that it also gathers: with those,
     trained or recomputed, other example weights can be chosen (*Four Things*, §3.1, Fig. 2).
 
     Args:
+        model: any module; a GroupNorm itself is left untouched, and its copy returned.
         **options: of `DomainBatchNorm`, such as `num_domains`.
+
+    Returns:
+        The model.
 
     Raises:
         TypeError: a GroupNorm of an unknown kind, with a forward pass of its own; nothing was changed.
+        ValueError: γ or β is pruned or parametrized; nothing was changed.
+
+    Example::
+
+        >>> model = dn.convert_groupnorm(nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16)))
+        >>> type(model[1]).__name__, model[1].example_weight
+        ('GroupedBatchNorm', 1.0)
     """
 
     def converted(layer: nn.Module) -> nn.Module | None:

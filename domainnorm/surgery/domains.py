@@ -26,6 +26,14 @@ class use_domain:
 
     Raises:
         ValueError: no layer of the model has several domains, or none of them is called so; nothing was changed.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), dn.DomainBatchNorm(16, num_domains=3))
+        >>> with dn.use_domain(model, 2):
+        ...     y = model(torch.randn(2, 3, 8, 8))
+        >>> model[1].num_batches_tracked
+        tensor([0, 0, 1])
     """
 
     def __init__(self, model: nn.Module, domain: int | str | Tensor | None) -> None:
@@ -61,11 +69,24 @@ def use_domains_of(model: nn.Module, targets: Sequence[dict[str, Any]] | None) -
 
 
 def name_domains(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Call the domains of every norm with as many domains so, for `use_domain` and state dicts; returns the model.
+    """Call the domains of every norm with as many domains so, for `use_domain` and state dicts.
+
+    Args:
+        model: any module.
+        names: one for each domain.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: names that are not different strings of one line, or no layer has that many domains; nothing was
             changed.
+
+    Example::
+
+        >>> model = dn.name_domains(nn.Sequential(dn.DomainBatchNorm(16, num_domains=2)), ["day", "night"])
+        >>> with dn.use_domain(model, "night"):
+        ...     y = model(torch.randn(2, 16, 8, 8))
     """
     if not names or len(set(names)) < len(names) or any(not name or "\n" in name for name in names):
         raise ValueError(f"expected different names of one line, got {list(names)}")
@@ -108,23 +129,33 @@ def add_domain(
     method: str = "pooled",
     progress: bool = True,
 ) -> nn.Module:
-    """Give every norm of a trained model one domain more, with statistics of new, unlabelled data; returns the model.
+    """Give every norm of a trained model one domain more, with statistics of new, unlabelled data.
 
     Frozen norms stay; of a norm for pyramid levels every level gets one. What the other domains compute stays the same
     to the bit. The model runs in eval mode, as for predictions, with the minibatch statistics of its norms (*Rethinking
     "Batch"*, §5.1, Table 4); then it is used with `dn.use_domain(model, name)`, and is trained on as any other.
 
     Args:
+        model: with norms of this library.
         batches: whatever `model(batch)` takes in eval mode. A detector that takes its images one by one needs batches
             of one image, and `method="exact"` then makes one population of them.
         name: of the new domain. Those without names so far are called "0", "1", …
         like: the domain whose affine, where each has its own, the new one begins with.
         num_samples, method, progress: of `dn.recompute_population_statistics`.
 
-    Whatever is raised, the model is left as it was.
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no norm to extend, a name that is taken, or no batches.
+        ValueError: no norm to extend, a name that is taken, or no batches. Whatever is raised, the model is left as it
+            was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), dn.DomainBatchNorm(16))
+        >>> model = dn.add_domain(model, [torch.randn(8, 3, 8, 8) for _ in range(4)], "night", progress=False)
+        >>> model[1].domain_names
+        ('0', 'night')
     """
     layers = [m for m in model.modules() if isinstance(m, DomainBatchNorm) and not m.frozen]
     if not layers:
@@ -175,10 +206,22 @@ def _extend(layer: DomainBatchNorm, name: str, source: int) -> None:
 
 
 def merge_domains(model: nn.Module) -> nn.Module:
-    """Make all domains that names stand for one, in place: for data of no known domain; returns the model.
+    """Make all domains that names stand for one, in place: for data of no known domain.
 
     The population statistics become the moments of the union of the domains, each weighing the same (a level's stay
     apart), and an affine of each domain their mean.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The model.
+
+    Example::
+
+        >>> model = dn.merge_domains(nn.Sequential(dn.DomainBatchNorm(16, num_domains=3)))
+        >>> model[0].num_domains
+        1
     """
     for layer in _with_domains(model):
         number = _number(layer)
@@ -199,10 +242,23 @@ def merge_domains(model: nn.Module) -> nn.Module:
 
 
 def keep_domain(model: nn.Module, domain: int | str) -> nn.Module:
-    """Leave of the domains that names stand for this one only, in place: for deployment; returns the model.
+    """Leave of the domains that names stand for this one only, in place: for deployment.
+
+    Args:
+        model: with norms of several domains.
+        domain: its number, from 0, or its name.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: none of them is called so, or no norm of the model has several; nothing was changed.
+
+    Example::
+
+        >>> model = dn.keep_domain(nn.Sequential(dn.DomainBatchNorm(16, num_domains=3)), 2)
+        >>> model[0].running_mean.shape
+        torch.Size([16])
     """
     layers = _with_domains(model)
     if not layers:
@@ -228,8 +284,22 @@ def nearest_domain(model: nn.Module, *inputs: Any) -> int:
     By the symmetrized Kullback-Leibler divergence of normal distributions, the mean over channels. The model, in eval
     mode, runs as `model(*inputs)` up to that norm, and stays as it was.
 
+    Args:
+        model: with norms of several domains.
+        *inputs: what the model takes.
+
+    Returns:
+        The number of the domain, from 0.
+
     Raises:
         ValueError: no norm that is reached has statistics for several domains.
+
+    Example::
+
+        >>> model = nn.Sequential(dn.DomainBatchNorm(16, num_domains=2)).eval()
+        >>> model[0].running_mean[1] = 5
+        >>> dn.nearest_domain(model, 5 + torch.randn(4, 16, 8, 8))
+        1
     """
     kept = (layer for layer in _with_domains(model) if layer.running_mean is not None)
     layers = [layer for layer in kept if layer.population_statistics == "per_domain"]

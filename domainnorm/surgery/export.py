@@ -64,6 +64,8 @@ def export_model(
     name only then.
 
     Args:
+        model: any module; of our detectors, a `RetinaNet`.
+        file: which is written.
         format: `"torch"`, for `torch.export.load`, on the model's device; or `"onnx"`.
         size: H and W of the images that it is traced with.
         domain: the number or name of the only data set for which it predicts, where these are domains of norms.
@@ -71,8 +73,16 @@ def export_model(
         fused: whether norms are folded into convolutions first, by `dn.fuse`.
         atol: the largest difference that is allowed; see `Exported`.
 
+    Returns:
+        What was exported, and how far it differs from the model.
+
     Raises:
         UserError: the model cannot be exported so, packages are missing, or the outputs differ; `file` is as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), dn.DomainBatchNorm(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> exported = dn.export_model(model, "model.pt2", size=(32, 32))  # doctest: +SKIP
     """
     file = Path(file)
     if format not in FORMATS:

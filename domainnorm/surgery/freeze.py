@@ -14,9 +14,10 @@ def freeze_batchnorm(model: nn.Module, prefixes: Sequence[str] = ("",), train_af
     """Replace every BatchNorm of `model` by a `FrozenBatchNorm`, with the very same parameters.
 
     So an optimizer that holds them goes on with its state. Layers whose inference is more than an affine of each
-    channel (SeqNorm, BGN, GBGN) stay what they are, with `frozen` set.
+    channel (SeqNorm, BGN, GBGN) stay what they are, with `frozen` set (*Rethinking "Batch"*, §4.3).
 
     Args:
+        model: any module; a BatchNorm itself is left untouched.
         prefixes: of the names of the layers to replace; by default all.
         train_affine: whether their γ and β go on learning.
 
@@ -25,6 +26,12 @@ def freeze_batchnorm(model: nn.Module, prefixes: Sequence[str] = ("",), train_af
 
     Raises:
         ValueError: a layer keeps no running statistics, or its γ or β is pruned or parametrized; nothing was changed.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16))
+        >>> type(dn.freeze_batchnorm(model)[1]).__name__
+        'FrozenBatchNorm'
     """
     starts = tuple(prefixes)
     frozen: dict[nn.Module, nn.Module] = {}  # what takes the place of each

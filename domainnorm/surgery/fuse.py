@@ -23,11 +23,25 @@ def fuse(model: nn.Module) -> nn.Module:
     several times or have hooks, and what one convolution cannot stand for: statistics per domain, norms that look at
     the sample (SeqNorm) or keep other statistics than one of each channel (BGN, GBGN).
 
+    Args:
+        model: in eval mode; it stays as it is.
+
+    Returns:
+        The copy.
+
     Raises:
         ValueError: a norm is in training mode, or under minibatch statistics or an `example_weight`, which no
-            convolution has. Fuse after
-            training, not before fine-tuning: a fused affine is another optimization problem (*Rethinking "Batch"*,
-            App. A.8).
+            convolution has. Fuse after training, not before fine-tuning: a fused affine is another optimization problem
+            (*Rethinking "Batch"*, App. A.8).
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), dn.DomainBatchNorm(16)).eval()
+        >>> dn.fuse(model)
+        Sequential(
+          (0): Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+        )
     """
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm):
