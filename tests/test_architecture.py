@@ -228,7 +228,8 @@ def requirements():
 def third_parties(file):
     """The packages that `file` imports which are not Python's, nor ours."""
     outside = PACKAGE not in file.parents
-    folders = [file.parent, ROOT / "tools", ROOT / "tools" / "studies"] if outside else []  # scripts, and their modules
+    # scripts, and their modules
+    folders = [file.parent, ROOT / "tests", ROOT / "tools", ROOT / "tools" / "studies"] if outside else []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
