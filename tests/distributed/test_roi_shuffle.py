@@ -8,6 +8,7 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from rois import Head, rois
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,22 +23,6 @@ def make_head(norm="BN"):
     torch.manual_seed(3)
     body = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), dn.get_norm(norm, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
     return Head(body).double()
-
-
-class Head(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
-        self.batches = []  # what each call was given
-
-    def forward(self, x):
-        self.batches.append(x.detach().clone())
-        y = self.body(x)
-        return {"all": y, "parts": (y[:, :1], y.sin())}
-
-
-def rois(rank, count):
-    return torch.randn(count, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + rank))
 
 
 def loss_of(y, x):

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from ranks import run_ranks
+from rois import Head, rois
 from test_mask_rcnn import batch, build, step, ungraded, without_proposals
 from test_retinanet import images_and_targets, tiny
-from test_roi_shuffle import Head, rois
 from torch import nn
 
 import domainnorm as dn
