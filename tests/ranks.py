@@ -1,14 +1,17 @@
-"""Run a test function in several real processes over gloo."""
+"""Run a test function in several real processes over gloo, and count their collectives."""
 
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from domainnorm.distributed import ALL_GATHER
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -46,3 +49,34 @@ def _rank(
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+class Counted:
+    """Counts the calls of every collective of torch.distributed."""
+
+    NAMES = (
+        "all_reduce",
+        "all_gather",
+        ALL_GATHER,
+        "reduce_scatter_tensor",
+        "broadcast",
+        "all_to_all_single",
+    )
+
+    def __enter__(self):
+        self.calls = []
+        self.patches = []
+        for name in self.NAMES:
+            original = getattr(dist, name)
+
+            def counting(*args, _name=name, _original=original, **kwargs):
+                self.calls.append(_name)
+                return _original(*args, **kwargs)
+
+            self.patches.append(mock.patch.object(dist, name, counting))
+            self.patches[-1].start()
+        return self.calls
+
+    def __exit__(self, *_):
+        for patch in self.patches:
+            patch.stop()

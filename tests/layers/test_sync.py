@@ -3,15 +3,13 @@
 import copy
 import itertools
 import os
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import Counted, run_ranks
 
 import domainnorm as dn
-from domainnorm.distributed import ALL_GATHER
 from domainnorm.layers import normalize_layers
 from domainnorm.ops import select
 from domainnorm.ops.moments import Moments
@@ -131,37 +129,6 @@ def test_a_rank_without_gradients_takes_part_in_the_backward_collective():
     expected = dn.DomainBatchNorm(C, affine=None)(x)
     expected.pow(3).sum().backward()
     torch.testing.assert_close([y, grad], [expected.detach(), x.grad], atol=1e-5, rtol=1e-5)
-
-
-class Counted:
-    """Counts the calls of every collective of torch.distributed."""
-
-    NAMES = (
-        "all_reduce",
-        "all_gather",
-        ALL_GATHER,
-        "reduce_scatter_tensor",
-        "broadcast",
-        "all_to_all_single",
-    )
-
-    def __enter__(self):
-        self.calls = []
-        self.patches = []
-        for name in self.NAMES:
-            original = getattr(dist, name)
-
-            def counting(*args, _name=name, _original=original, **kwargs):
-                self.calls.append(_name)
-                return _original(*args, **kwargs)
-
-            self.patches.append(mock.patch.object(dist, name, counting))
-            self.patches[-1].start()
-        return self.calls
-
-    def __exit__(self, *_):
-        for patch in self.patches:
-            patch.stop()
 
 
 def one_collective(rank):

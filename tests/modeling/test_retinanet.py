@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from ranks import run_ranks
-from test_sync import Counted
+from ranks import Counted, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.retinanet import RetinaNetHead as TorchvisionHead
