@@ -26,6 +26,7 @@ VARIABLE = "DOMAINNORM_BACKEND"  # of the environment: the only backend to be tr
 NAMES = ("eager", "torch", "native", "triton")
 KERNELS: dict[str, ModuleType] = {"eager": eager, "native": native, "triton": triton}
 SMALL = 400_000  # elements of a tensor: with fewer, calls cost more than the work
+SMALL_COMPILED = 1_200_000  # of an input: with fewer, what the compiler fuses stays in the caches
 SHORT_ROW = 32  # elements of a sample's channel: with fewer, starting it does
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _refused_as_operator(name: str, problems: Sequence[Normalization], forced: b
     for problem in problems:
         if not problem.is_batch_norm():
             return "the compiler fuses what is no plain BatchNorm"
-        if not forced and sum(x.numel() for x in problem.tensors) < SMALL:
+        if not forced and sum(x.numel() for x in problem.tensors) < SMALL_COMPILED:
             return "the compiler is faster on small inputs"
         if reason := native.refusal(problem.tensors):
             return reason

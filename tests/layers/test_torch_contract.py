@@ -116,7 +116,7 @@ def test_gamma_without_beta(name, channels_last):
 def test_gamma_without_beta_compiled():
     layer = moved(dn.DomainBatchNorm(C, bias=False))
     compiled = torch.compile(layer, fullgraph=True)
-    for size in (8, 120):
+    for size in (8, 200):  # the compiler's own kernel, and the operator
         x = images(6, C, size, size)
         torch.testing.assert_close(compiled(x), layer(x))
 
