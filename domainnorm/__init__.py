@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .statistics.choose import set_statistics as set_statistics
     from .statistics.example_weight import choose_example_weight as choose_example_weight
     from .statistics.example_weight import set_example_weight as set_example_weight
-    from .statistics.recompute import merge_population_statistics as merge_population_statistics
+    from .statistics.merge import merge_population_statistics as merge_population_statistics
     from .statistics.recompute import recompute_population_statistics as recompute_population_statistics
     from .statistics.virtual_batch import virtual_batch as virtual_batch
     from .surgery.convert import convert_batchnorm as convert_batchnorm
@@ -87,7 +87,8 @@ _MODULES = {  # of the public names, separated by spaces
     "ops.select": "backends",
     "statistics.choose": "set_statistics",
     "statistics.example_weight": "choose_example_weight set_example_weight",
-    "statistics.recompute": "merge_population_statistics recompute_population_statistics",
+    "statistics.merge": "merge_population_statistics",
+    "statistics.recompute": "recompute_population_statistics",
     "statistics.virtual_batch": "virtual_batch",
     "surgery.convert": "convert_batchnorm convert_groupnorm",
     "surgery.domains": "add_domain keep_domain merge_domains name_domains nearest_domain use_domain",

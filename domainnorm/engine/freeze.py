@@ -3,7 +3,7 @@
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..statistics.recompute import merge_population_statistics
+from ..statistics.merge import merge_population_statistics
 from ..surgery.freeze import freeze_batchnorm
 
 

@@ -18,10 +18,11 @@ from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
 from ..evaluation import evaluate, recompute
+from ..evaluation.recompute import batch_size
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
 from ..output import output_folder
-from ..statistics.recompute import merge_population_statistics
+from ..statistics.merge import merge_population_statistics
 from .average import WeightAverage
 from .check import check_model
 from .checkpoint import read_training, restore_training, save_model, save_training
@@ -66,6 +67,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     start = checkpoint["iteration"] if checkpoint else 0
     ranks = {"rank": rank(), "world_size": world_size()}
     batches = train_loader(cfg, **ranks, start_iteration=start)
+    batch_size(cfg)
     for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.RECOMPUTE.DATASET, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
         test_loader(cfg, name, **ranks)
     _seed(cfg.SEED)  # the same weights on every rank

@@ -15,7 +15,7 @@ from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
 from ..statistics.choose import preserve_state, set_statistics
-from ..statistics.recompute import merge_population_statistics
+from ..statistics.merge import merge_population_statistics
 from .recompute import recompute
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight

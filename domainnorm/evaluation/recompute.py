@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data import one_set_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
+from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..statistics.recompute import recompute_population_statistics
 
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 def recompute(cfg: CfgNode, model: nn.Module) -> None:
     """Replace the running statistics of `model`, by `cfg.TEST.RECOMPUTE`. Every rank calls it.
 
-    On training batches (as large, and resized and flipped as in training) of `DATASET` or else of the training sets.
+    On batches of `BATCH_SIZE` images (or as large as in training; resized and flipped as there) of `DATASET` or else of
+    the training sets.
     Random states are put back: training goes on as if it had not been.
     """
     if not any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules()):
@@ -28,7 +30,7 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     options = cfg.TEST.RECOMPUTE
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE, 1
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = batch_size(cfg), 1
     ranks = {"rank": rank(), "world_size": world_size()}
     loader = one_set_loader(cfg, options.DATASET, **ranks) if options.DATASET else train_loader(cfg, **ranks)
     device = get_device(cfg.MODEL.DEVICE)
@@ -38,7 +40,21 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
         closing(loader) as batches,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
-        recompute_population_statistics(step, batches, options.NUM_SAMPLES, options.METHOD)
+        recompute_population_statistics(
+            step, batches, options.NUM_SAMPLES, options.METHOD, keep_groups=options.KEEP_GROUPS
+        )
+
+
+def batch_size(cfg: CfgNode) -> int:
+    """The number of images in a batch of the recomputation, over all processes.
+
+    Raises:
+        UserError: the processes cannot share it equally.
+    """
+    size = cfg.TEST.RECOMPUTE.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE
+    if size % world_size():
+        raise UserError(f"TEST.RECOMPUTE.BATCH_SIZE {size} cannot be shared equally by {world_size()} processes")
+    return size
 
 
 class _Step(nn.Module):

@@ -97,7 +97,7 @@ class BatchRenorm(DomainBatchNorm):
 
     def normalization(self, inputs: LayerInput) -> Normalization:
         problem = super().normalization(inputs)
-        if self.training and self.uses_minibatch and self.population is not None:
+        if self.is_corrected and self.training and self.uses_minibatch and self.population is not None:
             problem.correction = _Correction(self, inputs)
         return problem
 

@@ -93,6 +93,7 @@ class DomainBatchNorm(PopulationStatistics):
     channels_per_group = 1  # neighboring channels that are normalized together
     merged_channels = False  # whether the population statistics are those of such channels, too
     channels_per_first_group = 0  # of a GroupNorm that comes first
+    is_corrected = True  # whether training is corrected towards the population statistics, where a layer has that
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
-"""Population statistics of a whole model: recomputed from a fixed one, or merged over the ranks that gathered them."""
+"""Population statistics of a whole model, recomputed from a fixed one."""
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..distributed import all_gather_stack, gather_objects, rank, world_size
+from ..distributed import gather_objects, rank, world_size
 from ..distributed.roi_shuffle import RoIShuffle
 from ..layers import DomainBatchNorm
 from ..layers.inputs import LayerInput
 from ..ops.formula import Normalization
 from ..ops.moments import Moments
 from ..ops.normalize import domain_moments
+from .batches import batch_size, regrouped
 from .choose import preserve_state
 from .estimators import Estimate, Layer, MeanOfVariances, Pooled, is_shared, ranks_of, write
 from .lockstep import OutOfStepError, barrier_exchange, register_tensors, run_lockstep
@@ -35,6 +37,8 @@ def recompute_population_statistics(
     num_samples: int = 10_000,
     method: str = "pooled",
     *,
+    samples_per_batch: int | None = None,
+    keep_groups: bool = False,
     live: int | None = None,
     folder: str | Path | None = None,
     as_in_inference: Sequence[nn.Module] | None = None,
@@ -45,7 +49,8 @@ def recompute_population_statistics(
     The papers' PreciseBN (*Rethinking "Batch"*, §3), of this library's layers and of torch's. The model runs in
     training mode, where RoIs are sampled and dropout drops; if it is in training mode already, layers that were put in
     eval mode stay so and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the
-    buffers, in place, at the very end: an exception leaves the model as it was.
+    buffers, in place, at the very end: an exception leaves the model as it was. Nothing depends on the old statistics:
+    Batch Renorm normalizes with r = 1 and d = 0.
 
     Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
     RoIs are shuffled, the ranks stop with the first that has no batch left.
@@ -60,6 +65,10 @@ def recompute_population_statistics(
             the statistics of all batches. It takes one pass, with all batches in memory between two layers; a model
             that keeps tensors in its attributes from one layer to a later one would mix up its batches. Every batch
             holds a thread until all are done (on a CPU with its OpenMP team: thousands need `OMP_NUM_THREADS=1`).
+        samples_per_batch: B, where `batches` are of another size: tensors `(N, …)`, lists of samples, and tuples, lists
+            and dicts of such are cut and joined. None: as they come.
+        keep_groups: whether layers that split the batch in training (GhostBN, SeqNorm, GBGN, micro-batches of Batch
+            Renorm) normalize their groups, and not the whole batch of B.
         live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
         folder: for the others, into memory-mapped files there; None: into host memory.
         as_in_inference: layers to recompute with the rest of the model in eval mode: for batches of images alone. None:
@@ -81,11 +90,15 @@ def recompute_population_statistics(
     """
     if method not in METHODS:
         raise ValueError(f"method takes one of {list(METHODS)}, got {method!r}")
+    if samples_per_batch is not None:
+        if samples_per_batch < 1:
+            raise ValueError(f"samples_per_batch takes a positive number, got {samples_per_batch}")
+        batches = regrouped(batches, samples_per_batch)
     share = math.ceil(num_samples / world_size())
     found = model
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forwards need not be as many on every rank
-    with preserve_state(model), _batches_of_any_size(model):
+    with preserve_state(model), _without_old_statistics(model, keep_groups):
         if as_in_inference is not None:
             model.eval()
             for layer in as_in_inference:
@@ -106,18 +119,23 @@ def recompute_population_statistics(
 
 
 @contextmanager
-def _batches_of_any_size(model: nn.Module) -> Iterator[None]:
-    """Within it, layers that normalize groups of samples take fewer: the last batch often is a short one."""
-    modules = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
-    groups = [module.sample_groups for module in modules if module.sample_groups is not None]
-    before = [own.allow_smaller_batch for own in groups]
+def _without_old_statistics(model: nn.Module, keep_groups: bool) -> Iterator[None]:
+    """Within it, Batch Renorm is not corrected, and layers do not split the batch.
+
+    With `keep_groups` they do, and take a batch that is too small for it: the last one often is.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    before = [(layer, layer.sample_groups, layer.is_corrected) for layer in layers]
     try:
-        for own in groups:
-            own.allow_smaller_batch = True
+        for layer, groups, _ in before:
+            layer.is_corrected = False
+            layer.sample_groups = copy.copy(groups) if keep_groups else None
+            if layer.sample_groups is not None:
+                layer.sample_groups.allow_smaller_batch = True
         yield
     finally:
-        for own, allowed in zip(groups, before, strict=True):
-            own.allow_smaller_batch = allowed
+        for layer, groups, corrected in before:
+            layer.sample_groups, layer.is_corrected = groups, corrected
 
 
 def _from_minibatches(
@@ -246,22 +264,9 @@ def _taken(batches: Iterable[Any], share: int, in_step: bool, progress: bool) ->
             if not (all(gather_objects(bool(batch))) if in_step else batch):
                 return
             yield batch[0]
-            number = _num_samples(batch[0])
+            number = batch_size(batch[0])
             taken += number
             bar.update(number)
-
-
-def _num_samples(batch: Any) -> int:
-    """How many samples a batch has: N of a tensor `(N, …)`, the length of a list of images; else as its first item."""
-    if isinstance(batch, Tensor) and batch.ndim:
-        return len(batch)
-    items = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if not isinstance(items, (list, tuple)) or not items:
-        return 1
-    if isinstance(batch, list) and all(isinstance(item, Tensor) and item.ndim == 3 for item in items):
-        return len(items)
-    inner = [item for item in items if isinstance(item, (Tensor, Mapping, list, tuple))]
-    return _num_samples(inner[0]) if inner else len(items)
 
 
 def _silent(progress: bool) -> bool | None:
@@ -272,44 +277,3 @@ def _forward(model: nn.Module, batch: Any) -> int:
     """Lets go of what the model returns; 1, to count."""
     model(batch)
     return 1
-
-
-@torch.no_grad()
-def merge_population_statistics(model: nn.Module) -> nn.Module:
-    """Make the running statistics of every `DomainBatchNorm` those of all ranks, in place. Every rank calls it.
-
-    A layer that normalizes per rank, on shuffled inputs or not, has other running statistics on every rank. Merged
-    they are the moments of the union of what the ranks have seen (`Moments`), equal everywhere. A rank weighs by its
-    EMA steps: one that never had an element does not count. `num_batches_tracked` becomes the largest of any rank.
-    Layers that are synchronized over all ranks, or frozen, are equal already and left as they are.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The model.
-
-    Example::
-
-        >>> model = dn.merge_population_statistics(nn.Sequential(dn.DomainBatchNorm(16)))  # one rank: as it was
-    """
-    for layer in _kept_per_rank(model):
-        population = layer.population
-        assert population is not None
-        mean, var, tracked = population.mean, population.var, population.num_batches_tracked
-        # (1 or K, 1) and (1 or K, C); float64, for sums that round to the same number if all ranks have it
-        count, *own = (v.double().reshape(tracked.numel(), -1) for v in (tracked, mean, var))
-        merged = Moments(count, *own).merge_ranks(None)
-        seen = merged.count > 0
-        mean.copy_(torch.where(seen, merged.mean, own[0]).view_as(mean))
-        var.copy_(torch.where(seen, merged.var, own[1]).view_as(var))
-        tracked.copy_(all_gather_stack(tracked).amax(0))
-    return model
-
-
-def _kept_per_rank(model: nn.Module) -> list[DomainBatchNorm]:
-    """The layers whose running statistics may differ between ranks."""
-    if world_size() == 1:
-        return []
-    layers = (layer for layer in model.modules() if isinstance(layer, DomainBatchNorm))
-    return [m for m in layers if m.sync is not True and not m.frozen and m.population is not None]

@@ -12,8 +12,9 @@ from ranks import run_ranks
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.statistics.batches import batch_size, regrouped
 from domainnorm.statistics.lockstep import OutOfStepError
-from domainnorm.statistics.recompute import METHODS, _num_samples
+from domainnorm.statistics.recompute import METHODS
 
 recompute = dn.recompute_population_statistics
 
@@ -304,7 +305,7 @@ def test_hooks_of_others_are_not_lost(x):
     ],
 )
 def test_number_of_samples(batch, number):
-    assert _num_samples(batch) == number
+    assert batch_size(batch) == number
 
 
 def test_samples_are_counted_and_mistakes_named(x):
@@ -383,3 +384,142 @@ def out_of_step(rank):
 
 def test_ranks_that_run_their_layers_in_another_order_are_an_error():
     run_ranks(out_of_step, 2)
+
+
+# ---- nothing depends on the old statistics, and B is chosen apart from training -------------------------------------
+
+
+class Stack(nn.Module):
+    """conv, norm, ReLU, conv, norm: what the second norm sees depends on how the first one normalizes."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, bias=False), make()
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, bias=False), make()
+
+    def forward(self, x):
+        return self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+
+
+def images(number, seed=0, size=7):
+    return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def trained(make):
+    torch.manual_seed(0)
+    model = Stack(make).double()
+    for step in range(30):
+        model(images(16, step) * 2 + 1)
+    return model
+
+
+def as_batch_norm(model):
+    """The same weights with BatchNorms of torch, whose recomputed statistics are beyond doubt."""
+    twin = Stack(lambda: nn.BatchNorm2d(8)).double()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("samples_per_group", [None, 4])
+@pytest.mark.parametrize("method", ["pooled", "mean_of_variances"])
+def test_batch_renorm_is_not_pulled_towards_the_old_statistics(method, samples_per_group):
+    model = trained(lambda: dn.BatchRenorm(8, momentum=0.1, samples_per_group=samples_per_group))
+    shifted = [images(20, 100 + k) * 6 - 9 for k in range(8)]
+    twin = quiet(as_batch_norm(model), shifted, method)
+    quiet(model, shifted, method)
+    for key, value in statistics_of(twin).items():
+        torch.testing.assert_close(statistics_of(model)[key], value, rtol=1e-9, atol=1e-9)
+    y = model.eval()(torch.cat(shifted))
+    if method == "pooled":
+        assert y.mean((0, 2, 3)).abs().max() < 0.05 and (y.var((0, 2, 3)) - 1).abs().max() < 0.1
+    assert all(layer.is_corrected for layer in (model.norm1, model.norm2))
+
+
+GROUPED = {
+    "ghost": lambda: dn.GhostBatchNorm(8, samples_per_group=4),
+    "ghost, number": lambda: dn.GhostBatchNorm(8, num_sample_groups=4),
+    "renorm": lambda: dn.BatchRenorm(8, samples_per_group=4),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_layers_that_split_the_batch_normalize_all_of_it_unless_told_otherwise(kind):
+    model = trained(GROUPED[kind])
+    for size in (2, 8, 20, 40):
+        batches = list(images(80, 7).split(size))
+        twin = quiet(as_batch_norm(model), batches)
+        own = quiet(copy.deepcopy(model), batches)
+        for key, value in statistics_of(twin).items():
+            torch.testing.assert_close(statistics_of(own)[key], value, rtol=1e-9, atol=1e-9)
+    grouped = quiet(copy.deepcopy(model), batches, keep_groups=True)
+    of_groups = quiet(as_batch_norm(model), images(80, 7).split(10 if kind == "ghost, number" else 4))
+    for key, value in statistics_of(of_groups).items():
+        torch.testing.assert_close(statistics_of(grouped)[key], value, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(grouped.norm2.running_var, own.norm2.running_var, rtol=1e-3)
+    assert model.norm1.sample_groups.allow_smaller_batch is False
+
+
+@pytest.mark.parametrize("make", [GROUPED["ghost"], lambda: dn.SeqNorm(8, num_channel_groups=2, num_sample_groups=4)])
+def test_seq_norm_and_others_are_put_back_when_the_model_raises(make):
+    model = trained(make)
+    groups = model.norm1.sample_groups
+    with pytest.raises(RuntimeError):
+        quiet(model, [images(8), torch.zeros(2, 5, 7, 7, dtype=torch.float64)])
+    assert model.norm1.sample_groups is groups and model.norm1.is_corrected
+
+
+def test_seq_norm_of_a_whole_batch():
+    """Each channel of the group-normalized features over all samples, whatever the groups of training."""
+    layer = dn.SeqNorm(8, num_channel_groups=2, num_sample_groups=4).double()
+    x = torch.randn(12, 8, 5, 5, dtype=torch.float64) * 3 + 1
+    quiet(layer, [x])
+    z = nn.functional.group_norm(x, 2)
+    torch.testing.assert_close(layer.running_var, elements(z).var(1))
+    model = nn.Sequential(layer, nn.Flatten(2), nn.BatchNorm1d(8).double())
+    quiet(model, [x])
+    torch.testing.assert_close(model[2].running_var, torch.ones(8).double(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+def test_batches_of_another_size(size):
+    model = trained(lambda: dn.DomainBatchNorm(8))
+    x = images(37)
+    a, b = (
+        statistics_of(quiet(copy.deepcopy(model), batches, **options))
+        for batches, options in ((x.split(5), {"samples_per_batch": size}), (x.split(size), {}))
+    )
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=1e-12, atol=1e-12)
+
+
+def test_samples_of_any_form_in_other_batches():
+    x, labels = torch.arange(7.0)[:, None], list("abcdefg")
+    pictures = [torch.full((3, 4, 4 + k), float(k)) for k in range(7)]
+    targets = [{"boxes": torch.full((k, 4), float(k))} for k in range(7)]
+    for cut, whole in (
+        (lambda a, b: x[a:b], x),
+        (lambda a, b: (x[a:b], labels[a:b]), (x, labels)),
+        (lambda a, b: [x[a:b], x[a:b] + 1], [x, x + 1]),
+        (lambda a, b: {"x": x[a:b], "y": pictures[a:b]}, {"x": x, "y": pictures}),
+        (lambda a, b: (pictures[a:b], targets[a:b]), (pictures, targets)),
+        (lambda a, b: pictures[a:b], pictures),
+    ):
+        given = [cut(0, 3), cut(3, 4), cut(4, 7)]
+        found = list(regrouped(given, 2))
+        assert [batch_size(batch) for batch in found] == [2, 2, 2, 1]
+        assert same(found, [cut(0, 2), cut(2, 4), cut(4, 6), cut(6, 7)])
+        assert same(list(regrouped(given, 9)), [whole])
+    with pytest.raises(ValueError, match=r"samples_per_batch: expected tensors and lists of 3 samples, got str"):
+        list(regrouped([(x[:3], "abc")], 2))
+    with pytest.raises(ValueError, match="samples_per_batch takes a positive number, got 0"):
+        quiet(nn.BatchNorm1d(1), [x], samples_per_batch=0)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -30,6 +30,12 @@ class Recompute(Section, key="TEST.RECOMPUTE"):
     """Population statistics recomputed from the model as it is (Rethinking "Batch", 3.2 and 5.1)."""
 
     NUM_SAMPLES = Option(1000, "Number of images, over all processes.", POSITIVE)
+    BATCH_SIZE = Option(
+        0,
+        "Number of images in a batch, over all processes (B; the paper: 100 or more); 0: as in training.",
+        NOT_NEGATIVE,
+    )
+    KEEP_GROUPS = Option(False, "Let norms that split the batch in training do it here, too.")
     METHOD = Option("pooled", "How the statistics of batches are merged.", ("pooled", "mean_of_variances", "exact"))
     DATASET = Option("", "Data set, such as that of another domain; '': DATASETS.TRAIN.")
     IN_CHECKPOINT = Option(False, "Also replace the model's own by them at the end of training.")
