@@ -195,16 +195,20 @@ class RenormReference(Reference):
                 r = (std / sigma[c]).clamp(1 / r_max, r_max).detach()
                 d = ((mean - self.mean[c]) / sigma[c]).clamp(-d_max, d_max).detach()
                 y = torch.where(here, (x - mean) / std * r + d, y)
-        self.update(x.detach())
+        self.update(x.detach(), sizes)
         return affine(y, weight, bias)
 
-    def update(self, z):
+    def update(self, z, sizes):
+        """σ is averaged as the micro-batches normalize by it, each by its number of samples."""
         m = self.step_size()
+        groups = example_group_of(z, sizes)
         for c in range(self.channels):
-            values = z[channel_of(z) == c]
+            values = [z[(channel_of(z) == c) & (groups == g)] for g in range(len(sizes))]
+            deviations = torch.stack([(own.var(correction=0) + self.eps).sqrt() for own in values])
+            shares = torch.tensor(sizes, dtype=z.dtype) / sum(sizes)
             sigma = (self.var[c] + self.eps).sqrt()
-            sigma = sigma + m * ((values.var(correction=0) + self.eps).sqrt() - sigma)
-            self.mean[c] += m * (values.mean() - self.mean[c])
+            sigma = sigma + m * ((shares * deviations).sum() - sigma)
+            self.mean[c] += m * (torch.cat(values).mean() - self.mean[c])
             self.var[c] = sigma.square() - self.eps
 
 

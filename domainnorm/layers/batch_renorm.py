@@ -37,7 +37,8 @@ class BatchRenorm(DomainBatchNorm):
             and variance 1: begin with 1 and 0 for a few multiples of `1 / momentum` steps. Steps are training
             forwards, as `num_batches_tracked` counts them: of each domain, where the domains share it.
         momentum: of the EMA (the paper's α).
-        samples_per_group: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all.
+        samples_per_group: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all. The σ
+            that is averaged is then the mean of the micro-batches' σ_B.
         allow_smaller_batch: of `GhostBatchNorm`.
         **options: of `DomainBatchNorm`; `sync` without `samples_per_group` only.
 

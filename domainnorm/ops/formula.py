@@ -139,11 +139,25 @@ class Normalization:
 
     def merge_domains(self, segments: Moments) -> Moments:
         """The moments of the domains `(K, C)`, or of all `(1, C)` where no more is asked for, on this rank."""
-        if self.shared and (self.population is None or self.population.mean.ndim == 1):
-            merged = segments.merge(0)
-            return merged if self.external is None else merged + self.external.merge(0)
-        merged = self.domains.merge(segments)
-        return merged if self.external is None else merged + self.external
+        as_one = self.shared and (self.population is None or self.population.mean.ndim == 1)
+        merged = segments.merge(0) if as_one else self.domains.merge(segments)
+        if self.groups is not None and self.population is not None and self.population.averages_deviation:
+            merged = Moments(merged.count, merged.mean, self._mean_deviation(segments, as_one).square() - self.eps)
+        if self.external is None:
+            return merged
+        return merged + (self.external.merge(0) if as_one else self.external)
+
+    def _mean_deviation(self, segments: Moments, as_one: bool) -> Tensor:
+        """The mean of sqrt(variance + eps) over the groups of each domain, by their elements (Batch Renorm, 4.2).
+
+        It is what a group divides by in expectation. That of all samples together also has the variance between groups.
+        """
+        assert self.groups is not None
+        deviation = self.groups.spread((self.groups.merge(segments).var + self.eps).sqrt())
+        count = segments._tensors()[0]
+        sums = torch.cat([count * deviation, count], 1)
+        sums = sums.sum(0, keepdim=True) if as_one else self.domains.sum(sums)
+        return sums[:, :-1] / sums[:, -1:].clamp(min=1)
 
     def batches(self) -> Partition | None:
         """Which segments are normalized together; None: all are."""

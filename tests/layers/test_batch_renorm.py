@@ -220,13 +220,40 @@ def test_micro_batches_are_normalized_apart_with_the_buffers_of_before():
     all_close(gradients(y, [layer.weight, layer.bias]), [of_weight, of_bias])
 
 
-def test_micro_batches_pool_their_statistics():
-    whole, micro = renorm(), renorm(samples_per_group=2)
-    for step in range(3):
-        x = random_input(6, C, 3, seed=step)
-        whole(x), micro(x)
-    for name, value in whole.named_buffers():
-        close(micro.get_buffer(name), value)
+def test_micro_batches_average_what_they_normalize_by():
+    """σ is σ_B in expectation, so r is 1 on average; of the whole batch's σ it would be 0.82 in groups of 4."""
+    layer = dn.BatchRenorm(1, momentum=0.02, samples_per_group=4, r_max=1e9, d_max=1e9, affine=None).double()
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for step in range(600):
+        x = torch.randn(64, 1, generator=generator, dtype=torch.float64)
+        deviation = x.view(16, 4).var(1, correction=0).sqrt()
+        if step > 300:
+            ratios.append((deviation / (layer.running_var + layer.eps).sqrt()).mean())
+        layer(x)
+    assert abs(torch.stack(ratios).mean() - 1) < 0.01
+
+
+@pytest.mark.parametrize("sgd", ["shared", "per_domain"])
+def test_micro_batches_of_several_domains(sgd):
+    """Each domain averages the σ of the groups that its samples are in, by their elements."""
+    options = {"num_domains": 2, "sgd_statistics": sgd, "samples_per_group": 2, "momentum": 1.0}
+    xs = [random_input(4, C, 3), random_input(5, C, 3, seed=1)]
+    parts = [x.detach().split(2) for x in xs]
+    if sgd == "shared":  # the g-th groups of both domains are one
+        groups = [torch.cat([own[g] for own in parts if g < len(own)]) for g in range(3)]
+        of_domain = [[(groups[g], len(part)) for g, part in enumerate(own)] for own in parts]
+    else:
+        of_domain = [[(part, len(part)) for part in own] for own in parts]
+    one = renorm(**options)
+    one(xs)
+    mixed = renorm(**options)
+    mixed(torch.cat(xs), domain=torch.tensor([0] * 4 + [1] * 5))
+    for k, own in enumerate(of_domain):
+        total = sum(number for _, number in own)
+        sigma = sum(n / total * (x.transpose(0, 1).flatten(1).var(1, correction=0) + one.eps).sqrt() for x, n in own)
+        for layer in (one, mixed):
+            close((layer.running_var[k] + layer.eps).sqrt(), sigma)
 
 
 def test_a_micro_batch_larger_than_the_batch_is_refused():
