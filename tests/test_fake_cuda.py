@@ -70,6 +70,7 @@ def ours(places):
 def detector(architecture, norm):
     norms = {"MODEL__BACKBONE__NORM": norm, "MODEL__FPN__NORM": norm}
     norms |= {"MODEL__NORM__GHOSTBN__GROUP_SIZE": 2, "MODEL__NORM__SEQNORM__BATCH_GROUPS": 2}
+    norms |= {"MODEL__NORM__BGN__SPLIT_SPACE": False}
     if architecture == "RetinaNet":
         norms |= {"MODEL__RETINANET__NORM": norm, "MODEL__RETINANET__NUM_CLASSES": 2}
     else:

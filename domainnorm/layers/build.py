@@ -11,13 +11,14 @@ from .batch_renorm import BatchRenorm
 from .domain_batch_norm import DomainBatchNorm
 from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
+from .group_norm import GroupNorm
 from .grouped import GroupedBatchNorm
 from .seq_norm import SeqNorm
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "BN": DomainBatchNorm,
     "SyncBN": DomainBatchNorm,
-    "GN": nn.GroupNorm,
+    "GN": GroupNorm,
     "FrozenBN": FrozenBatchNorm,
     "GhostBN": GhostBatchNorm,
     "SeqNorm": SeqNorm,
@@ -39,9 +40,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     """The norm layer that `name` stands for, over `num_features` channels.
 
-    Numbers of channel groups (of GN, SeqNorm, BGN and GBGN) are those a model is built with: in a layer whose channels
-    they do not divide, their greatest common divisor with the channels is used. A GN has two channels or more in a
-    group: one channel of a 1 × 1 map has no variance.
+    Numbers of channel groups (of GN, SeqNorm and GBGN) are those a model is built with: in a layer whose channels they
+    do not divide, their greatest common divisor with the channels is used.
 
     Args:
         name: `""`: there is no norm. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
@@ -50,8 +50,8 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
         num_features: C.
         **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN` has no domains and no running
             statistics: it takes `num_groups` and `eps` and is the same layer for every domain.
-            `BGN` also takes `split_space=True`: `num_groups` as it is, also where it splits channels in space; the
-            layer then works at one feature size.
+            `BGN` also takes `split_space`: True (the paper's): `num_groups` as it is, also where it splits channels in
+            space; the layer then works at one feature size. False: its greatest common divisor with the channels.
 
     Returns:
         The layer, or None for `""`.
@@ -73,17 +73,15 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     } | options
     if name == "GhostBN" and (options.get("num_sample_groups") or options.get("num_groups")):
         options.pop("samples_per_group")
-    exact = options.pop("split_space", False) if name == "BGN" else False
+    exact = name == "BGN" and options.pop("split_space", True)
     for key in ("num_groups", "num_channel_groups", "channel_groups"):
         if key in options and name in ("GN", "SeqNorm", "BGN", "GBGN") and not exact:
             options[key] = math.gcd(options[key], num_features)
     if name == "GN":
-        groups = options["num_groups"]
-        groups = max(groups // 2, 1) if groups == num_features else groups
         affine = options.get("affine", "shared") not in (None, False)
         of_statistics = {"num_domains", *CHOICES_OF_DOMAINS, "momentum", "sync", "track_running_stats"}
         own = {key: value for key, value in options.items() if key not in {"num_groups", "affine", *of_statistics}}
-        return nn.GroupNorm(groups, num_features, affine=affine, **own)
+        return GroupNorm(options["num_groups"], num_features, affine=affine, **own)
     return LAYERS[name](num_features, **options)
 
 

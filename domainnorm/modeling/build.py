@@ -10,6 +10,7 @@ from torchvision.models.detection.rpn import RPNHead
 from ..data import domain_names, num_classes
 from ..distributed import get_device
 from ..errors import UserError
+from ..layers import BatchGroupNorm
 from ..surgery.domains import name_domains
 from .backbone import build_backbone
 from .channels_last import Transform
@@ -48,6 +49,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         return _name_domains(cfg, build_classifier(cfg)).to(get_device(cfg.MODEL.DEVICE))
     model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
+    _check_pieces(model)
     _name_domains(cfg, model)
     initialize(model, cfg.MODEL.WEIGHTS)
     return model.to(get_device(cfg.MODEL.DEVICE))
@@ -56,6 +58,18 @@ def build_model(cfg: CfgNode) -> nn.Module:
 def _name_domains(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """Where data sets are the domains of norms, they have their names."""
     return name_domains(model, domain_names(cfg)) if cfg.MODEL.NORM_DOMAINS else model
+
+
+def _check_pieces(model: nn.Module) -> None:
+    """UserError if a norm whose features have many sizes splits them in space."""
+    for name, layer in model.named_modules():
+        splits = isinstance(layer, BatchGroupNorm) and layer.num_features % layer.num_groups
+        if splits and not name.startswith("roi_heads."):  # RoIs have one size
+            raise UserError(
+                f"MODEL.NORM.BGN.NUM_GROUPS {layer.num_groups} splits the {layer.num_features} channels of {name} in "
+                f"space, and a detector's features have many sizes: use a divisor of {layer.num_features}, or set "
+                "MODEL.NORM.BGN.SPLIT_SPACE False"
+            )
 
 
 def _build_retinanet(cfg: CfgNode) -> RetinaNet:

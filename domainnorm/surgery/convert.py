@@ -1,5 +1,6 @@
 """Change the norm layers of a model: into other layers, and which statistics normalize."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..layers import (
 )
 from ..layers.activation import has_activation, keep_activation
 from ..layers.ghost import GhostBatchNorm
+from ..layers.group_norm import GroupNorm
 from ..ops.moments import Moments
 from .replace import check_affine, replace_layers
 
@@ -30,8 +32,9 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     γ and β stay the very same Parameters, so an optimizer goes on with its state, but where `affine="per_domain"` gives
     each domain its own, for which an optimizer is made afterwards; population statistics, eps, momentum
     (but for `BatchRenorm`, which has its own), mode, device and dtype are kept, and so are the dropout and activation
-    that timm fuses into its `BatchNormAct2d`. Statistics of other channels are merged, or repeated, to those of a BGN's
-    pieces. Those of `SeqNorm` are of group-normalized features: they begin anew, to be trained or recomputed.
+    that timm fuses into its `BatchNormAct2d`. Statistics of channels are merged to those of a BGN's pieces; each part
+    of a channel has those of the channel. Those of `SeqNorm` are of group-normalized features: they begin anew, to be
+    trained or recomputed.
     Frozen layers stay; hooks of users on the old layers do not.
 
     The way back: `"BatchNorm1d"`, `"BatchNorm2d"`, `"BatchNorm3d"` or `"SyncBatchNorm"` makes torch's own layers of
@@ -90,7 +93,7 @@ def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
     def converted(layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, nn.GroupNorm):
             return None
-        _check_kind(layer, (nn.GroupNorm,))
+        _check_kind(layer, (nn.GroupNorm, GroupNorm))
         check_affine(layer)
         given: dict[str, Any] = {"eps": layer.eps, "affine": "shared" if layer.affine else None}
         if layer.affine:
@@ -237,17 +240,9 @@ def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
             f"statistics of {len(mean)} domains cannot be kept for {new.num_domains} "
             f"({new.population_statistics}): choose num_domains={len(mean)}, population_statistics='per_domain'"
         )
-    kept, width = Moments(torch.ones_like(mean[..., :1]), mean, var), new.running_mean.shape[-1]
-    if mean.shape[-1] % width == 0:
-        kept = kept.merge_channels(width)
-    elif width % mean.shape[-1] == 0:
-        kept = kept.repeat_channels(width // mean.shape[-1])
-    elif layer.num_batches_tracked is not None and not layer.num_batches_tracked.any():
-        return  # as it was made: there is nothing to keep
-    else:
-        raise ValueError(
-            f"statistics of {mean.shape[-1]} sets of channels cannot be kept in {width} groups: use a divisor of it"
-        )
+    width = new.running_mean.shape[-1]
+    parts = width // math.gcd(mean.shape[-1], width)  # of a channel: those of a piece are neighbors
+    kept = Moments(torch.ones_like(mean[..., :1]), mean, var).repeat_channels(parts).merge_channels(width)
     new.running_mean, new.running_var = (v.to(mean.dtype) for v in (new.running_mean, new.running_var))
     state: dict[str, Tensor] = {"running_mean": kept.mean, "running_var": kept.var}
     if layer.num_batches_tracked is not None:

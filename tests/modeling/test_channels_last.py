@@ -14,7 +14,7 @@ def test_losses_and_gradients_are_those_of_contiguous_batches(detector, norm):
     for transform in (None, GeneralizedRCNNTransform):
         torch.manual_seed(0)
         if detector == "RetinaNet":
-            model = tiny("MODEL.BACKBONE.NORM", norm, "MODEL.RETINANET.NORM", norm)
+            model = tiny("MODEL.BACKBONE.NORM", norm, "MODEL.RETINANET.NORM", norm, "MODEL.NORM.GN.NUM_GROUPS", 4)
             images, targets = images_and_targets()
             images[0] = images[0][:, :50]  # images of different sizes
         else:

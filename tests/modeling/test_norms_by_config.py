@@ -16,11 +16,12 @@ from domainnorm.engine.check import check_model
 from domainnorm.engine.describe import describe_normalization
 from domainnorm.engine.freeze import freeze_norm
 from domainnorm.layers import DomainBatchNorm
+from domainnorm.layers.group_norm import GroupNorm
 from domainnorm.modeling.norm import norm_options, roi_norm_options
 
 LAYERS = {
     "BN": DomainBatchNorm,
-    "GN": nn.GroupNorm,
+    "GN": GroupNorm,
     "GhostBN": dn.GhostBatchNorm,
     "SeqNorm": dn.SeqNorm,
     "BGN": dn.BatchGroupNorm,
@@ -389,3 +390,11 @@ def test_rows_arrive_in_the_order_of_the_permutation_and_go_back(counts):
 def test_a_shuffled_head_with_groups_of_rois_gets_them_in_order(norm, mixed):
     heads = build(norm, shuffle=True, **HEAD_KEYS).roi_heads
     assert heads.box_shuffle.in_order is heads.mask_shuffle.in_order is mixed
+
+
+@pytest.mark.parametrize("place", ["MODEL.BACKBONE.NORM", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM"])
+def test_pieces_that_split_channels_of_many_sizes_in_space_are_refused(place):
+    with pytest.raises(dn.UserError, match=r"NUM_GROUPS 512 splits the \d+ channels of .* in space.*SPLIT_SPACE False"):
+        tiny(place, "BGN", "MODEL.NORM.BGN.NUM_GROUPS", 512)
+    model = tiny(place, "BGN", "MODEL.NORM.BGN.NUM_GROUPS", 512, "MODEL.NORM.BGN.SPLIT_SPACE", False)
+    assert all(m.num_groups <= m.num_features for m in model.modules() if isinstance(m, dn.BatchGroupNorm))

@@ -56,7 +56,7 @@ def images_and_targets(n=3, seed=0, size=(64, 96), dtype=torch.float32):
 
 
 def test_without_norm_and_with_group_norm_the_head_is_torchvisions():
-    for norm, norm_layer in (("", None), ("GN", lambda c: nn.GroupNorm(4, c))):
+    for norm, norm_layer in (("", None), ("GN", lambda c: nn.GroupNorm(8, c))):
         ours = RetinaNetHead(C, 9, CLASSES, norm=norm).double()
         theirs = TorchvisionHead(C, 9, CLASSES, norm_layer=norm_layer).double()
         theirs.load_state_dict(ours.state_dict())

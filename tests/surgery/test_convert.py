@@ -1,6 +1,7 @@
 """Norm layers of torch models exchanged for others: what is kept, and what is refused."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -187,6 +188,33 @@ def test_pieces_of_channels_repeat_their_statistics():
     close(model(images()[:, :2]), layer.eval()(images()[:, :2]))
 
 
+def test_pieces_across_channels_merge_their_statistics():
+    """Two pieces of three channels: each is a channel and half of the middle one."""
+    layer = nn.BatchNorm2d(3).double()
+    layer(images()[:, :3])
+    new = dn.convert_batchnorm(nn.Sequential(layer), "BGN", num_groups=2)[0]
+    parts = layer.running_mean.repeat_interleave(2).view(2, 3)
+    close(new.running_mean, parts.mean(1))
+    square = (layer.running_var + layer.running_mean.square()).repeat_interleave(2).view(2, 3)
+    close(new.running_var, square.mean(1) - parts.mean(1).square())
+
+
+def test_the_groups_of_a_bgn_are_the_papers_unless_told_otherwise():
+    new = dn.convert_batchnorm(nn.Sequential(nn.BatchNorm2d(6)), "BGN", num_groups=4)[0]
+    assert new.num_groups == 4 and new(torch.randn(4, 6, 4, 4)).shape == (4, 6, 4, 4)
+    assert dn.get_norm("BGN", 64, num_groups=512).num_groups == 512  # and not BatchNorm
+    assert dn.get_norm("BGN", 6, num_groups=4, split_space=False).num_groups == 2
+
+
+@pytest.mark.parametrize("channels", [8, 16, 32, 48])
+def test_a_group_norm_has_as_many_groups_as_divide_its_channels(channels):
+    layer = dn.get_norm("GN", channels)
+    assert layer.num_groups == math.gcd(32, channels)
+    assert layer(torch.randn(1, channels, 1, 1)).shape == (1, channels, 1, 1)  # a level of one pixel
+    x = torch.randn(2, channels, 3, 3)
+    close(layer(x), nn.GroupNorm(math.gcd(32, channels), channels)(x))
+
+
 def test_options_of_the_layer_are_taken():
     layer = nn.BatchNorm2d(8)
     new = dn.convert_batchnorm(nn.Sequential(layer), "BN", eps=0.5, momentum=None, num_domains=3)[0]
@@ -213,7 +241,7 @@ def test_on_the_meta_device():
 
 @pytest.mark.parametrize(
     ("name", "groups"),
-    [("GN", "num_groups"), ("SeqNorm", "num_channel_groups"), ("BGN", "num_groups"), ("GBGN", "num_channel_groups")],
+    [("GN", "num_groups"), ("SeqNorm", "num_channel_groups"), ("GBGN", "num_channel_groups")],
 )
 def test_channels_that_a_number_of_groups_does_not_divide(name, groups):
     """6 channels and 4 groups: 2, as `get_norm` says."""

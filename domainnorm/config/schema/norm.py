@@ -29,11 +29,11 @@ class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):
 class BGN(Section, key="MODEL.NORM.BGN"):
     """Batch Group Normalization: the features C x H x W, flattened, in G pieces; all samples of a piece together.
 
-    Without SPLIT_SPACE, a layer uses the greatest common divisor of NUM_GROUPS and its channels.
+    Where G does not divide a layer's channels, its pieces split them in space, and it works at one size of features.
     """
 
     NUM_GROUPS = Option(16, "Number of pieces (G).", POSITIVE)
-    SPLIT_SPACE = Option(False, "Use NUM_GROUPS as it is, also to split channels; then for one feature size only.")
+    SPLIT_SPACE = Option(True, "Split channels in space where G does not divide them; False: use a divisor of both.")
     SYNC = Option(False, "Use the statistics of all processes.")
 
 
