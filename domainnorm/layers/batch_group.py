@@ -15,8 +15,9 @@ class BatchGroupNorm(DomainBatchNorm):
     """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Eq. 8-9).
 
     `(N, C, H, W)` is flattened to D = C · H · W numbers a sample. With G = C it is BatchNorm. γ and β are per channel,
-    the population statistics per piece, `(G,)`. Where pieces are not whole channels, the layer works at one feature
-    size: the first it sees in training, which is in its state dict as `feature_size`.
+    the population statistics per piece, `(G,)`. Where pieces are parts of channels, G > C, the layer works at one feature
+    size: the first it sees in training, which is in its state dict as `feature_size`. With G ≤ C it works at any size
+    whose D is divided by G; where G does not divide C, the tensors of one list have equal sizes.
 
     Args:
         num_features: C.
@@ -28,8 +29,8 @@ class BatchGroupNorm(DomainBatchNorm):
         - Output: as the input
 
     Raises:
-        ValueError: G < 1; from the call, G does not divide D, or another feature size than before where pieces are not
-            whole channels.
+        ValueError: G < 1; from the call, G does not divide D, another feature size than before with G > C, or different
+            ones in a list where G does not divide C.
 
     Example::
 
@@ -47,7 +48,7 @@ class BatchGroupNorm(DomainBatchNorm):
             raise ValueError(f"num_groups takes a positive number, got {num_groups}")
         self.num_groups = num_groups
         self.channels_per_group = num_features // num_groups
-        self.feature_size: tuple[int, ...] | None = None  # where pieces are not whole channels
+        self.feature_size: tuple[int, ...] | None = None  # where pieces are parts of channels
         self._register_statistics(num_groups, {"device": options.get("device"), "dtype": options.get("dtype")})
 
     def _reset_statistics(self) -> None:
@@ -58,7 +59,7 @@ class BatchGroupNorm(DomainBatchNorm):
         """`tensors` as rows `(N, R, *)` that lie within one channel and one piece, as long as can be."""
         if self.num_features % self.num_groups == 0:
             return tensors
-        expected = self.feature_size
+        expected = self.feature_size  # None where a piece has a channel or more: of any size it is the same part
         for x in tensors:
             expected = self._check_feature_size(x, expected)
         spatial = 0 if expected is None else math.prod(expected)
@@ -80,8 +81,9 @@ class BatchGroupNorm(DomainBatchNorm):
             return expected
         if expected not in (None, tuple(x.shape[2:])):
             raise ValueError(
-                f"num_groups={self.num_groups} splits {self.num_features} channels in space, so the layer works at one "
-                f"feature size: expected {expected}, got {tuple(x.shape[2:])}; use a divisor of {self.num_features}"
+                f"num_groups={self.num_groups} splits {self.num_features} channels in space, so "
+                f"{'tensors have' if self.feature_size is None else 'the layer works at'} one feature size: "
+                f"expected {expected}, got {tuple(x.shape[2:])}; use a divisor of {self.num_features}"
             )
         return tuple(x.shape[2:])
 
@@ -98,7 +100,7 @@ class BatchGroupNorm(DomainBatchNorm):
         return tensors[0].shape[1] // self.num_groups
 
     def _restore(self, outputs: list[Tensor], inputs: LayerInput) -> list[Tensor]:
-        if self.training and self.uses_minibatch and self.num_features % self.num_groups:
+        if self.training and self.uses_minibatch and self.num_groups > self.num_features:
             for x in inputs.tensors:
                 if x.numel():
                     self.feature_size = tuple(x.shape[2:])

@@ -112,7 +112,7 @@ def test_whole_channels_work_at_any_size():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("num_groups", "channels"), [(8, 4), (3, 4), (4, 6)])
+@pytest.mark.parametrize(("num_groups", "channels"), [(8, 4), (9, 6)])
 def test_pieces_of_channels_work_at_one_size_only(num_groups, channels, training):
     layer = bgn(num_groups, channels)
     layer(random_input(2, channels, 4, 6))
@@ -122,6 +122,22 @@ def test_pieces_of_channels_work_at_one_size_only(num_groups, channels, training
         layer(random_input(2, channels, 8, 6))
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     layer(random_input(3, channels, 4, 6))
+
+
+@pytest.mark.parametrize(("num_groups", "channels"), [(3, 4), (4, 6)])
+def test_pieces_of_a_channel_and_more_work_at_any_size(num_groups, channels):
+    """A piece is the same part of the channels at every size: one checkpoint infers at all of them."""
+    layer, reference = bgn(num_groups, channels), BatchGroupReference(channels, num_groups=num_groups)
+    for shape in ((4, 6), (8, 6), (6, 2)):
+        x = random_input(5, channels, *shape)
+        close(layer(x), reference.train(x, layer.weight, layer.bias))
+    again = bgn(num_groups, channels).eval()
+    again.load_state_dict(layer.state_dict())
+    for shape in ((4, 6), (8, 12)):
+        x = random_input(2, channels, *shape)
+        close(again(x), reference.infer(x, layer.weight, layer.bias))
+    with pytest.raises(ValueError, match=r"tensors have one feature size: expected \(4, 6\), got \(8, 6\)"):
+        bgn(num_groups, channels, num_domains=2)([x[..., :4, :6], x[..., :8, :6]])
 
 
 def test_an_empty_input_does_not_fix_the_size():
