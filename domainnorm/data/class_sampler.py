@@ -19,9 +19,9 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
     gradient accumulation. There is one global stream of normalization batches, and the ranks take batches of it in
     turn; so ranks share an image no sooner than one rank would repeat it. What is in one is said by `batches`:
 
-    - "few_classes": `classes_per_batch` classes at random, equally many images of each, in random order (Batch
-      Renormalization, 4.3);
-    - "few_classes_in_rounds": the same images, but each `classes_per_batch` in turn hold each class once;
+    - "few_classes": `classes_per_batch` classes at random, equally many images of each, in random order (*Batch
+      Renormalization*, §4.3; *Four Things*, Table 1);
+    - "few_classes_in_rounds": the same images, but each `classes_per_batch` in turn hold each of these once;
     - "class_disjoint_halves": the classes are split at random; each half of the images is drawn from one set of them.
 
     The images of a class come in one permutation of it after another, so they are used equally often. Within a
@@ -30,6 +30,8 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
     Args:
         labels: of each image, not negative.
         size: images in one normalization batch.
+        with_replacement: whether the classes of a normalization batch are drawn independently, as in both papers: one
+            that is drawn twice has twice as many images. Else they are different.
         seed: not negative; equal on all ranks.
         start: batches that an earlier run has had; they are replayed without loading anything.
 
@@ -44,6 +46,7 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
         *,
         batches: str,
         classes_per_batch: int = 0,
+        with_replacement: bool = True,
         parts: int = 1,
         seed: int,
         rank: int = 0,
@@ -55,6 +58,7 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
         self.size = size
         self.batches = batches
         self.classes_per_batch = classes_per_batch
+        self.with_replacement = with_replacement
         self.parts = parts
         self.seed = seed
         self.rank = rank
@@ -66,7 +70,7 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
         halves = self.batches == "class_disjoint_halves"
         ways, key = (2, "DATALOADER.BATCHES") if halves else (self.classes_per_batch, "DATALOADER.CLASSES_PER_BATCH")
         value = repr(self.batches) if halves else ways
-        if ways > len(self.classes):
+        if ways > len(self.classes) and (halves or not self.with_replacement):
             raise UserError(
                 f"{key} {value} needs {ways} classes that have images, the training set has {len(self.classes)}; "
                 "choose another one or another data set"
@@ -103,8 +107,20 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
                 rng.shuffle(halves)  # of an odd number of classes, either half may have one more
                 yield [self._half(half, sizes[half], decks, rng) for half in halves]
             else:
-                chosen = rng.permutation(len(decks))[: self.classes_per_batch]
-                yield [decks[label].draw(self.size // self.classes_per_batch) for label in chosen]
+                number = self.classes_per_batch
+                chosen = (
+                    rng.integers(len(decks), size=number)
+                    if self.with_replacement
+                    else rng.permutation(len(decks))[:number]
+                )
+                yield self._of_classes(chosen.tolist(), decks)
+
+    def _of_classes(self, chosen: list[int], decks: "list[_Deck]") -> list[np.ndarray]:
+        """The share of images of each chosen class, all different also where a class is chosen twice."""
+        share = self.size // self.classes_per_batch
+        drawn = {label: decks[label].draw(share * chosen.count(label)) for label in dict.fromkeys(chosen)}
+        parts = {label: iter(np.split(images, chosen.count(label))) for label, images in drawn.items()}
+        return [next(parts[label]) for label in chosen]
 
     def _half(self, half: np.ndarray, sizes: np.ndarray, decks: "list[_Deck]", rng: np.random.Generator) -> np.ndarray:
         """Half a normalization batch from the classes `half` of `sizes` images: of each as many as chance gives."""

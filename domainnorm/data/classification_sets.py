@@ -52,6 +52,7 @@ def batch_sampler(
         size // parts,
         batches=cfg.DATALOADER.BATCHES,
         classes_per_batch=cfg.DATALOADER.CLASSES_PER_BATCH,
+        with_replacement=cfg.DATALOADER.CLASSES_WITH_REPLACEMENT,
         parts=parts,
         **place,
     )

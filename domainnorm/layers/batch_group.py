@@ -15,9 +15,9 @@ class BatchGroupNorm(DomainBatchNorm):
     """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Eq. 8-9).
 
     `(N, C, H, W)` is flattened to D = C · H · W numbers a sample. With G = C it is BatchNorm. γ and β are per channel,
-    the population statistics per piece, `(G,)`. Where pieces are parts of channels, G > C, the layer works at one feature
-    size: the first it sees in training, which is in its state dict as `feature_size`. With G ≤ C it works at any size
-    whose D is divided by G; where G does not divide C, the tensors of one list have equal sizes.
+    the population statistics per piece, `(G,)`. Where pieces are parts of channels, G > C, the layer works at one
+    feature size: the first it sees in training, which is in its state dict as `feature_size`. With G ≤ C it works at
+    any size whose D is divided by G; where G does not divide C, the tensors of one list have equal sizes.
 
     Args:
         num_features: C.

@@ -1,6 +1,7 @@
 """Batches by class: what is in each, that every image has its turn, however a run is cut into ranks and resumes."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4, 7], [5, 30,
 
 def sampler(batches, size=8, k=4, labels=LABELS, **options):
     classes = 0 if batches == "class_disjoint_halves" else k
-    return ClassBatchSampler(labels, size, batches=batches, classes_per_batch=classes, **{"seed": 3} | options)
+    options = {"seed": 3, "with_replacement": False} | options
+    return ClassBatchSampler(labels, size, batches=batches, classes_per_batch=classes, **options)
 
 
 def first(source, count):
@@ -36,6 +38,28 @@ def test_each_chosen_class_has_its_exact_share(kind):
         assert len(classes) == 4 and (counts == 3).all()
         chosen.append(tuple(classes))
     assert len(set(chosen)) == 5  # all sets of 4 of the 5 classes
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_classes_are_drawn_with_replacement(kind):
+    """As in both papers: each of 4 draws is any of the 5 classes, with 3 images, all different."""
+    numbers = np.zeros((5, 5))  # of each class, how often it is drawn so many times
+    batches = indices(sampler(kind, size=12, with_replacement=True), 2000)
+    for images, batch in zip(batches, LABELS[batches], strict=True):
+        for k, label in enumerate((0, 1, 2, 4, 7)):
+            times, rest = divmod(int((batch == label).sum()), 3)
+            assert rest == 0
+            assert len({*images[batch == label].tolist()}) == min(3 * times, (label == LABELS).sum())
+            numbers[k, times] += 1
+    expected = [math.comb(4, n) * 0.2**n * 0.8 ** (4 - n) for n in range(5)]
+    assert np.abs(numbers / 2000 - expected).max() < 0.03
+
+
+def test_replacement_needs_no_more_classes_than_one():
+    labels = np.zeros(20, int)
+    assert indices(sampler("few_classes", labels=labels, with_replacement=True), 3).shape == (3, 8)
+    with pytest.raises(UserError, match="needs 4 classes"):
+        sampler("few_classes", labels=labels)
 
 
 def test_few_classes_come_in_random_order():

@@ -361,7 +361,7 @@ MANNERS = {
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_batches(name, manner):
-    cfg = config(name, DATALOADER__BATCHES=manner, **MANNERS[manner])
+    cfg = config(name, DATALOADER__BATCHES=manner, DATALOADER__CLASSES_WITH_REPLACEMENT=False, **MANNERS[manner])
     seen = set()
     for images, targets in take(train_loader(cfg, rank=0, world_size=1), 10):
         assert len(images) == len(targets) == 6
@@ -407,6 +407,7 @@ def test_normalization_batches_follow_one_another_when_accumulating(name):
     cfg = config(
         name,
         DATALOADER__BATCHES="few_classes",
+        DATALOADER__CLASSES_WITH_REPLACEMENT=False,
         DATALOADER__CLASSES_PER_BATCH=2,
         SOLVER__IMS_PER_BATCH=24,
         SOLVER__ACCUMULATE=2,

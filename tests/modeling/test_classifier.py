@@ -193,6 +193,7 @@ class Double(nn.Module):
 )
 def test_what_batches_are_made_of(sets, tmp_path, batches, classes):
     choices = {"DATALOADER__BATCHES": batches, "DATALOADER__CLASSES_PER_BATCH": classes, "MODEL__BACKBONE__NORM": "GN"}
+    choices["DATALOADER__CLASSES_WITH_REPLACEMENT"] = False
     cfg = config(sets, tmp_path, **choices)
     assert dn.train(cfg).training
     seen = []

@@ -58,3 +58,6 @@ class DataLoader(Section, key="DATALOADER"):
         used_by=CLASSIFIER,
     )
     CLASSES_PER_BATCH = Option(0, "Number of classes, if BATCHES has random ones.", NOT_NEGATIVE, used_by=CLASSIFIER)
+    CLASSES_WITH_REPLACEMENT = Option(
+        True, "Draw them independently (Batch Renormalization, 4.3), so that one may come twice.", used_by=CLASSIFIER
+    )
