@@ -55,10 +55,10 @@ def _with_statistics(cfg: CfgNode, model: nn.Module) -> nn.Module:
         return model
     twin = copy.deepcopy(model)
     if isinstance(twin, RetinaNet):
-        convert_groupnorm(twin.head, num_domains=NUM_LEVELS)
+        convert_groupnorm(twin.head, num_domains=NUM_LEVELS, track_total_var=True)
         for layer in twin.head.modules():
             if isinstance(layer, DomainBatchNorm):
                 layer.domains_per_name = NUM_LEVELS
-    convert_groupnorm(twin)
+    convert_groupnorm(twin, track_total_var=True)
     recompute(cfg, twin)  # of the new layers only: the others are under population statistics
     return twin.eval()

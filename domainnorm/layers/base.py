@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.population import Population
 from .renamed import renamed_attribute
@@ -28,6 +28,8 @@ class PopulationStatistics(nn.BatchNorm2d):
     _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
     num_domains: int
     population_statistics: str
+    track_total_var: bool
+    running_total_var: Tensor | None
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         if len(args) > 1:
@@ -60,6 +62,8 @@ class PopulationStatistics(nn.BatchNorm2d):
         self.register_buffer("running_var", torch.ones(*domains, width, **factory) if tracks else None)
         count = torch.zeros(domains, dtype=torch.long, device=factory["device"])
         self.register_buffer("num_batches_tracked", count if tracks else None)
+        total = torch.ones(*domains, width, **factory) if tracks and self.track_total_var else None
+        self.register_buffer("running_total_var", total)
 
     @property
     def frozen(self) -> bool:
@@ -126,7 +130,7 @@ class PopulationStatistics(nn.BatchNorm2d):
             return None
         assert self.running_var is not None and self.num_batches_tracked is not None
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        return Population(*buffers, self.momentum, self.averages_deviation, self.eps)
+        return Population(*buffers, self.momentum, self.averages_deviation, self.eps, self.running_total_var)
 
     def reset_running_stats(self) -> None:
         """Population statistics as at construction: mean 0, variance 1, no step; those of a frozen layer stay."""
@@ -145,6 +149,8 @@ class PopulationStatistics(nn.BatchNorm2d):
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
+        if self.running_total_var is not None:
+            self.running_total_var.fill_(1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -168,14 +174,24 @@ class PopulationStatistics(nn.BatchNorm2d):
             )
             return
         rows = torch.tensor([names.index(name) * per + k for name in own for k in range(per)])
-        for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+        for name in ("running_mean", "running_var", "running_total_var", "num_batches_tracked", "weight", "bias"):
             value = state_dict.get(prefix + name)
             if value is not None and value.ndim == (1 if name == "num_batches_tracked" else 2):
                 state_dict[prefix + name] = value[rows.to(value.device)]
 
+    def _load_total_var(self, state_dict: Any, prefix: str) -> None:
+        """A total variance that only the checkpoint has is kept; one that only this layer has is the variance there."""
+        key = prefix + "running_total_var"
+        if self.running_total_var is None:
+            if key in state_dict and self.running_var is not None:
+                self.running_total_var, self.track_total_var = torch.ones_like(self.running_var), True
+        elif prefix + "running_var" in state_dict:
+            state_dict.setdefault(key, state_dict[prefix + "running_var"])
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""
         self._load_names(state_dict, prefix, errors)
+        self._load_total_var(state_dict, prefix)
         for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
             key = prefix + name
             if name == "num_batches_tracked":

@@ -50,6 +50,9 @@ class DomainBatchNorm(PopulationStatistics):
             exact); a process group: of its ranks. In training only. One collective per direction serves all
             domains; see `normalize_layers` for several layers.
         track_running_stats: False: there are no population statistics, and those of the minibatch always normalize.
+        track_total_var: whether the layer also keeps `running_total_var`, the average of x² minus `running_mean`²:
+            what an `example_weight` mixes with. It is `running_var` plus the variance between batches, which matters
+            where these are small; without it, and in BatchNorm's checkpoints, `running_var` stands for it.
         bias: False: there is γ, and no β.
         device, dtype: of parameters and buffers.
 
@@ -107,6 +110,7 @@ class DomainBatchNorm(PopulationStatistics):
         momentum: float | None = 0.1,
         sync: "bool | Group" = False,
         track_running_stats: bool = True,
+        track_total_var: bool = False,
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -125,6 +129,7 @@ class DomainBatchNorm(PopulationStatistics):
         self.population_statistics = population_statistics
         self._affine = None if affine in (None, False) else "shared" if affine is True else str(affine)
         self.track_running_stats = track_running_stats
+        self.track_total_var = track_total_var
         self.eps = eps
         self.momentum = momentum
         self.sync = sync
@@ -188,6 +193,8 @@ class DomainBatchNorm(PopulationStatistics):
             assert self.running_mean is not None and self.running_var is not None
             problem.by_population = (self.running_mean, self.running_var)
             problem.example_weight = 0.0 if self.training else self.example_weight
+            if problem.example_weight and self.running_total_var is not None:
+                problem.by_population = (self.running_mean, self.running_total_var)
         elif self.training:
             self._train(problem, inputs, elements)
         return problem
@@ -295,6 +302,8 @@ class DomainBatchNorm(PopulationStatistics):
             text += ", sync=True"
         if self.example_weight:
             text += f", example_weight={self.example_weight}"
+        if self.track_total_var:
+            text += ", track_total_var=True"
         if not self.track_running_stats:
             text += ", track_running_stats=False"
         if self.statistics != "auto":

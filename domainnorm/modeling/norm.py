@@ -5,6 +5,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from ..config import iteration_of
+from ..config.schema.norm import BATCH_NORMS
 from ..data import domain_names
 
 
@@ -23,7 +24,12 @@ def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
 
 
 def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
-    """What `MODEL.NORM` says of the norm `name`."""
+    """What `MODEL.NORM` says of the norm `name`; and whether it keeps what `TEST.EXAMPLE_WEIGHTS` mix with."""
+    options = _of_norm(cfg, name)
+    return options | {"track_total_var": True} if cfg.TEST.EXAMPLE_WEIGHTS and name in BATCH_NORMS else options
+
+
+def _of_norm(cfg: CfgNode, name: str) -> dict[str, Any]:
     node = cfg.MODEL.NORM
     if name == "GN":
         return {"num_groups": node.GN.NUM_GROUPS}

@@ -21,6 +21,7 @@ class Population:
         momentum: of the EMA, in torch's meaning; None: the cumulative average.
         averages_deviation: whether `sqrt(var + eps)` is averaged (Batch Renorm), and not the unbiased variance.
         eps: for that.
+        total_var: the variance of the average, that between steps included: the EMA of x² minus mean²; None: not kept.
     """
 
     mean: Tensor
@@ -29,6 +30,7 @@ class Population:
     momentum: float | None
     averages_deviation: bool = False
     eps: float = 0.0
+    total_var: Tensor | None = None
 
     def of_domain(self, domain: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and number of steps of one domain; of all, where they are shared."""
@@ -38,7 +40,8 @@ class Population:
     def copy(self) -> Population:
         """Statistics to move in place of these."""
         mean, var, tracked = (v.clone() for v in (self.mean, self.var, self.num_batches_tracked))
-        return Population(mean, var, tracked, self.momentum, self.averages_deviation, self.eps)
+        total = None if self.total_var is None else self.total_var.clone()
+        return Population(mean, var, tracked, self.momentum, self.averages_deviation, self.eps, total)
 
     def update(self, moments: Moments, counts: Sequence[float] | None) -> None:
         """One step for each set of `moments` that has elements; a set of one element moves the mean only.
@@ -71,6 +74,9 @@ class Population:
         var_step = step
         if not several:
             step, var_step = count.clamp(max=1) * step, (count - 1).clamp(0, 1) * step
+        if self.total_var is not None:  # as two sets are merged, which loses no digits where the mean is large
+            between = (1 - step) * (moments.mean - mean).square()
+            self.total_var.view(shape).lerp_((moments.var + between).to(dtype), step)
         mean.lerp_(moments.mean.to(dtype), step)
         if self.averages_deviation:
             deviation, new = ((v.to(dtype) + self.eps).sqrt() for v in (var, moments.var))

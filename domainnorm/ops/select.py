@@ -101,8 +101,8 @@ def _refused_by_torch(problem: Normalization, forced: bool) -> str:
     if not problem.is_batch_norm_of_each_tensor():
         return "it is not one BatchNorm after the other"
     population = problem.population
-    if population is not None and population.momentum is None:
-        return "torch's kernel has no cumulative average of running statistics"
+    if population is not None and (population.momentum is None or population.total_var is not None):
+        return "torch's kernel has no cumulative average of running statistics, nor their total variance"
     buffers = None if population is None else population.mean
     values = [v for v in (problem.weight, problem.bias, buffers) if v is not None]
     for x in problem.tensors:

@@ -10,7 +10,8 @@ from ..layers import DomainBatchNorm
 from ..ops.moments import Moments
 
 Layer = nn.modules.batchnorm._BatchNorm  # torch's or, as they are subclasses of it, ours
-Estimate = tuple[Tensor, Tensor, Tensor]  # count (K, 1), mean and unbiased variance (K, C), in float64
+# count (K, 1), mean, unbiased variance and the biased one of all samples together (K, C), in float64
+Estimate = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Pooled:
@@ -25,7 +26,7 @@ class Pooled:
 
     def finish(self) -> Estimate:
         total = self.total.merge_ranks(None) if world_size() > 1 else self.total
-        return total.count, total.mean, total.unbiased_var()
+        return total.count, total.mean, total.unbiased_var(), total.var
 
 
 class MeanOfVariances:
@@ -36,8 +37,10 @@ class MeanOfVariances:
         self.group = ranks_of(layer)
         zeros = _zeros(layer)
         self.sums = torch.cat([zeros.count, zeros.count, zeros.mean, zeros.var], dim=1)  # (K, 2 + 2C)
+        self.pooled = Pooled(layer)  # for the variance of all samples together
 
     def add(self, moments: Moments) -> None:
+        self.pooled.add(moments)
         if self.group is not None:
             moments = moments.merge_ranks(self.group[0])
         some, several = moments.count > 0, moments.count > 1  # one element has a mean, but no unbiased variance
@@ -49,7 +52,8 @@ class MeanOfVariances:
         sums = all_reduce_sum(self.sums)
         means, variances, mean, var = sums.split([1, 1, *[(sums.shape[1] - 2) // 2] * 2], dim=1)
         # `write` takes a variance from two elements on
-        return means.clamp(max=1) + variances.clamp(max=1), mean / means.clamp(min=1), var / variances.clamp(min=1)
+        count = means.clamp(max=1) + variances.clamp(max=1)
+        return count, mean / means.clamp(min=1), var / variances.clamp(min=1), self.pooled.finish()[3]
 
 
 def _buffers(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -68,13 +72,15 @@ def _zeros(layer: Layer) -> Moments:
     return Moments(zeros[:, :1], zeros, zeros)
 
 
-def write(layer: Layer, count: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Count `(K, 1)`, mean and variance `(K, C)` into the buffers; those of a domain without elements stay.
+def write(layer: Layer, count: Tensor, mean: Tensor, var: Tensor, total_var: Tensor) -> None:
+    """Count `(K, 1)`, mean and variances `(K, C)` into the buffers; those of a domain without elements stay.
 
     As does the variance of a domain of one element.
     """
-    for buffer, value, fewest in zip(_buffers(layer), (mean, var), (1, 2), strict=True):
-        buffer.copy_(torch.where(count >= fewest, value, buffer.reshape(value.shape)).view_as(buffer))
+    buffers = (*_buffers(layer), getattr(layer, "running_total_var", None))
+    for buffer, value, fewest in zip(buffers, (mean, var, total_var), (1, 2, 2), strict=True):
+        if buffer is not None:
+            buffer.copy_(torch.where(count >= fewest, value, buffer.reshape(value.shape)).view_as(buffer))
 
 
 def ranks_of(layer: Layer) -> tuple[Group] | None:

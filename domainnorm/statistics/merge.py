@@ -30,13 +30,15 @@ def merge_population_statistics(model: nn.Module) -> nn.Module:
     for layer in _kept_per_rank(model):
         population = layer.population
         assert population is not None
-        mean, var, tracked = population.mean, population.var, population.num_batches_tracked
-        # (1 or K, 1) and (1 or K, C); float64, for sums that round to the same number if all ranks have it
-        count, *own = (v.double().reshape(tracked.numel(), -1) for v in (tracked, mean, var))
-        merged = Moments(count, *own).merge_ranks(None)
-        seen = merged.count > 0
-        mean.copy_(torch.where(seen, merged.mean, own[0]).view_as(mean))
-        var.copy_(torch.where(seen, merged.var, own[1]).view_as(var))
+        mean, tracked = population.mean, population.num_batches_tracked
+        before = mean.clone()
+        for var in [population.var] if population.total_var is None else [population.var, population.total_var]:
+            # (1 or K, 1) and (1 or K, C); float64, for sums that round to the same number if all ranks have it
+            count, *own = (v.double().reshape(tracked.numel(), -1) for v in (tracked, before, var))
+            merged = Moments(count, *own).merge_ranks(None)
+            seen = merged.count > 0
+            mean.copy_(torch.where(seen, merged.mean, own[0]).view_as(mean))
+            var.copy_(torch.where(seen, merged.var, own[1]).view_as(var))
         tracked.copy_(all_gather_stack(tracked).amax(0))
     return model
 

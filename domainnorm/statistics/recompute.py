@@ -166,7 +166,7 @@ def _exact(
         _same_on_all_ranks(f"at {name}")
         parts = Moments(*(torch.stack(of) for of in zip(*values, strict=True))).merge(0)[0]
         merged = parts.merge_ranks(None) if world_size() > 1 else parts
-        write(layers[name], merged.count, merged.mean, merged.var)
+        write(layers[name], merged.count, merged.mean, merged.var, merged.var)
         totals[name] = totals[name] + merged if name in totals else merged  # a layer that is reached several times
         bar.update()
         return [None] * len(values)
@@ -193,7 +193,7 @@ def _exact(
     with _observed(layers, observe), tqdm(total=len(layers), desc="layers", disable=_silent(progress)) as bar:
         run_lockstep(forwards, combine, offloader)
         _same_on_all_ranks("finished")
-    return {name: (total.count, total.mean, total.unbiased_var()) for name, total in totals.items()}
+    return {name: (total.count, total.mean, total.unbiased_var(), total.var) for name, total in totals.items()}
 
 
 def _shuffles(model: nn.Module) -> bool:

@@ -233,7 +233,7 @@ def _check_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
 
 
 def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
-    mean, var = layer.running_mean, layer.running_var
+    mean = layer.running_mean
     assert new.running_mean is not None and new.running_var is not None
     if mean.ndim > new.running_mean.ndim or (mean.ndim == 2 and len(mean) != len(new.running_mean)):
         raise ValueError(
@@ -242,9 +242,12 @@ def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
         )
     width = new.running_mean.shape[-1]
     parts = width // math.gcd(mean.shape[-1], width)  # of a channel: those of a piece are neighbors
-    kept = Moments(torch.ones_like(mean[..., :1]), mean, var).repeat_channels(parts).merge_channels(width)
+    state: dict[str, Tensor] = {}
+    for key in ("running_var", "running_total_var"):
+        if (var := getattr(layer, key, None)) is not None:
+            kept = Moments(torch.ones_like(mean[..., :1]), mean, var).repeat_channels(parts).merge_channels(width)
+            state |= {"running_mean": kept.mean, key: kept.var}
     new.running_mean, new.running_var = (v.to(mean.dtype) for v in (new.running_mean, new.running_var))
-    state: dict[str, Tensor] = {"running_mean": kept.mean, "running_var": kept.var}
     if layer.num_batches_tracked is not None:
         state["num_batches_tracked"] = layer.num_batches_tracked
     new.load_state_dict(state, strict=False)

@@ -232,9 +232,12 @@ def merge_domains(model: nn.Module) -> nn.Module:
             return value.detach().unflatten(0, (number, -1))  # (D, L, C)
 
         if layer.population_statistics == "per_domain" and (population := layer.population) is not None:
-            mean, var = parts(population.mean), parts(population.var)
-            merged = Moments(torch.ones_like(mean[..., :1]), mean, var).merge(0)
-            layer.running_mean, layer.running_var = (v.view(*own, -1).clone() for v in (merged.mean, merged.var))
+            mean = parts(population.mean)
+            for name, var in (("running_var", population.var), ("running_total_var", population.total_var)):
+                if var is not None:
+                    merged = Moments(torch.ones_like(mean[..., :1]), mean, parts(var)).merge(0)
+                    layer.running_mean = merged.mean.view(*own, -1).clone()
+                    setattr(layer, name, merged.var.view(*own, -1).clone())
             layer.num_batches_tracked = parts(population.num_batches_tracked).sum(0).view(own)
         for key, value in dict(layer.named_parameters(recurse=False)).items() if layer.affine == "per_domain" else ():
             setattr(layer, key, nn.Parameter(parts(value).mean(0).view(*own, -1), value.requires_grad))

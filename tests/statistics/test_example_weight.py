@@ -206,3 +206,118 @@ def test_set_example_weight_refuses_layers_of_torch(other, remedy):
     with pytest.raises(TypeError, match=rf"1\.0.*{type(other).__name__}.*{remedy}"):
         dn.set_example_weight(model, 0.5)
     assert model[0].example_weight == 0
+
+
+# ---- the average of x² ---------------------------------------------------------------------------------------------
+
+
+def squares(layer):
+    """m_x²: what the layer keeps, as the paper has it."""
+    return layer.running_total_var + layer.running_mean.square()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["plain", "ghost", "gbgn", "renorm", "bgn", "seq"])
+def test_the_average_of_squares_is_exact(name, momentum):
+    layer = make_any(name, momentum=momentum, track_total_var=True)
+    mean, square = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for step in range(1, 6):
+        x = random_input(4, C, 3, seed=step) * step
+        layer(x)
+        z = nn.functional.group_norm(x, layer.num_channel_groups) if name == "seq" else x
+        z = z.transpose(0, 1).reshape(len(layer.running_mean), -1)  # of the buffers' channels
+        rate = momentum or 1 / step
+        mean, square = mean + rate * (z.mean(1) - mean), square + rate * (z.square().mean(1) - square)
+        close(layer.running_mean, mean)
+        close(squares(layer), square)
+
+
+@pytest.mark.parametrize("population", ["shared", "per_domain"])
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_average_of_squares_of_domains(population, ids):
+    options = {"num_domains": 2, "population_statistics": population, "track_total_var": True, "dtype": torch.float64}
+    layer = dn.DomainBatchNorm(C, **options)
+    twins = [dn.DomainBatchNorm(C, track_total_var=True, dtype=torch.float64) for _ in range(2)]
+    for step in range(3):
+        xs = [random_input(4, C, 3, seed=step), random_input(3, C, 3, seed=9 + step)]
+        layer(torch.cat(xs), domain=torch.tensor([0] * 4 + [1] * 3)) if ids else layer(xs)
+        for k, x in enumerate(xs):
+            twins[0 if population == "shared" else k](x)
+    if population == "shared":
+        close(layer.running_total_var, twins[0].running_total_var)
+    else:
+        close(layer.running_total_var, torch.stack([twin.running_total_var for twin in twins]))
+
+
+@pytest.mark.parametrize(("size", "without"), [(2, 0.75), (4, 0.875)])
+def test_small_batches_do_not_lose_the_variance_between_them(size, without):
+    """True variance 1, half of it between images: the mean of the batches' variances is less."""
+    found = []
+    for tracks in (True, False):
+        layer = dn.DomainBatchNorm(1, affine=None, momentum=None, track_total_var=tracks, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3000):
+            centers = torch.randn(size, 1, 1, 1, generator=generator, dtype=torch.float64)
+            x = (centers + torch.randn(size, 1, 8, 8, generator=generator, dtype=torch.float64)) / 2**0.5
+            layer(x)
+        layer.eval().example_weight = 1e-9
+        x = torch.tensor([[[[-0.5, 0.5]]]], dtype=torch.float64)
+        found.append(float((x[..., 1] - x[..., 0]) / (layer(x)[..., 1] - layer(x)[..., 0])) ** 2)
+    assert abs(found[0] - 1) < 0.03 and abs(found[1] - without) < 0.03
+
+
+@pytest.mark.parametrize("method", ["pooled", "mean_of_variances", "exact"])
+def test_recomputed_statistics_contain_it(method):
+    layer = dn.DomainBatchNorm(C, track_total_var=True, dtype=torch.float64)
+    x = random_input(12, C, 3).detach() * 3
+    dn.recompute_population_statistics(layer, x.split(2), method=method, progress=False)
+    close(layer.running_total_var, x.transpose(0, 1).flatten(1).var(1, correction=0))
+
+
+def test_it_changes_nothing_but_the_weighing():
+    layer, plain = (dn.DomainBatchNorm(C, track_total_var=tracks) for tracks in (True, False))
+    for step in range(3):
+        x = random_input(4, C, 30, 30, seed=step, dtype=torch.float32)
+        torch.testing.assert_close(layer(x), plain(x))
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[key], value)
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
+    layer.example_weight = plain.example_weight = 0.3
+    assert not torch.allclose(layer(x), plain(x))
+
+
+def test_large_means_lose_no_digits_of_it():
+    layer = dn.DomainBatchNorm(C, track_total_var=True, momentum=None)
+    batches = [(random_input(4, C, 8, seed=k).detach() + 1e4).float() for k in range(5)]
+    for x in batches:
+        layer(x)
+    expected = torch.cat(batches).double().transpose(0, 1).flatten(1).var(1, correction=0)
+    torch.testing.assert_close(layer.running_total_var.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_checkpoints_with_it_and_without():
+    with_it, plain = (dn.DomainBatchNorm(C, track_total_var=tracks) for tracks in (True, False))
+    with_it(random_input(4, C, 3, dtype=torch.float32)), plain(random_input(4, C, 3, dtype=torch.float32))
+    adopting = dn.DomainBatchNorm(C)
+    adopting.load_state_dict(with_it.state_dict())
+    assert torch.equal(adopting.running_total_var, with_it.running_total_var) and adopting.track_total_var
+    old = dn.DomainBatchNorm(C, track_total_var=True)
+    old.load_state_dict(nn.BatchNorm2d(C).state_dict())
+    old.load_state_dict(plain.state_dict())
+    assert torch.equal(old.running_total_var, plain.running_var)
+    ghost = dn.convert_batchnorm(nn.Sequential(with_it), "GhostBN", samples_per_group=2)[0]
+    assert torch.equal(ghost.running_total_var, with_it.running_total_var)
+    with_it.reset_running_stats()
+    assert torch.equal(with_it.running_total_var, torch.ones(C))
+
+
+def test_domains_are_added_and_merged_with_it():
+    model = nn.Sequential(dn.DomainBatchNorm(C, track_total_var=True))
+    model[0](random_input(4, C, 3, dtype=torch.float32))
+    x = random_input(6, C, 3, seed=2, dtype=torch.float32).detach()
+    dn.add_domain(model, [x], "new", progress=False)
+    assert model[0].running_total_var.shape == (2, C)
+    torch.testing.assert_close(model[0].running_total_var[1], x.transpose(0, 1).flatten(1).var(1, correction=0))
+    mean, total = model[0].running_mean, model[0].running_total_var
+    expected = total.mean(0) + mean.var(0, correction=0)
+    torch.testing.assert_close(dn.merge_domains(model)[0].running_total_var, expected)
