@@ -159,6 +159,9 @@ def _evaluation(cfg: CfgNode) -> _Contradictions:
     if weights and set(cfg.TEST.STATISTICS) == {"minibatch"}:
         remedy = "the weights are against population statistics; add population or recomputed"
         yield "TEST.EXAMPLE_WEIGHTS", "TEST.STATISTICS", remedy
+    if cfg.TEST.TRAINING_IMAGES and cfg.MODEL.NORM_DOMAINS:
+        remedy = "an image is scored without its domain; leave TRAINING_IMAGES out"
+        yield "TEST.TRAINING_IMAGES", "MODEL.NORM_DOMAINS", remedy
     if (len(weights) > 1) != bool(validation):
         remedy = "give several weights to choose from" if validation else "name a data set to choose on"
         yield "TEST.EXAMPLE_WEIGHT_DATASET", "TEST.EXAMPLE_WEIGHTS", remedy

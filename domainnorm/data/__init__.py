@@ -3,13 +3,14 @@ from .classification import ClassificationDataset
 from .coco import CocoDataset, resolve_dataset
 from .domains import domain_names
 from .image import read_image
-from .loader import EvaluationLoader, one_set_loader, test_loader, train_loader
+from .loader import EvaluationLoader, minibatch_loader, one_set_loader, test_loader, train_loader
 
 __all__ = [
     "ClassificationDataset",
     "CocoDataset",
     "EvaluationLoader",
     "domain_names",
+    "minibatch_loader",
     "num_classes",
     "one_set_loader",
     "read_image",

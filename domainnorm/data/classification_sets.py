@@ -1,5 +1,6 @@
 """The data sets of a classifier as a config wants them, and the batches it trains on."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from .classification import ClassificationDataset, read_class_names, resolve_cla
 from .patches import COUNTS
 from .sampler import TrainingBatchSampler
 from .transforms import classifier_test_transforms, classifier_train_transforms
+
+_MINIBATCHES = 4  # the name of a random stream that a seed starts; see class_sampler.py
 
 EXAMPLES = "patches_train, or a folder with one subfolder for each class"
 
@@ -56,3 +59,33 @@ def batch_sampler(
         parts=parts,
         **place,
     )
+
+
+def minibatch_size(cfg: CfgNode, world_size: int) -> int:
+    """How many images are normalized together in inference: `TEST.MINIBATCH_SIZE`, or as many as in training."""
+    backbone, norms = cfg.MODEL.BACKBONE.NORM, cfg.MODEL.NORM
+    synced = backbone == "SyncBN" or (backbone == "BGN" and norms.BGN.SYNC) or (backbone == "BRN" and norms.BRN.SYNC)
+    ranks = 1 if synced else world_size
+    return cfg.TEST.MINIBATCH_SIZE or max(cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * ranks), 1)
+
+
+def minibatches(cfg: CfgNode, labels: np.ndarray, size: int) -> list[list[int]]:
+    """Batches of `size` images of a data set to evaluate on, the same in every evaluation.
+
+    With `TEST.BATCHES` "iid" each image comes once, in random order; where `size` does not divide their number, some
+    batches have one image less. With "training" they are made as `DATALOADER.BATCHES` makes them, about as many images
+    in all, of which some may come twice and others never.
+    """
+    number = -(-len(labels) // size)
+    if cfg.TEST.BATCHES == "iid" or cfg.DATALOADER.BATCHES == "iid":
+        order = np.random.default_rng([_MINIBATCHES, cfg.SEED]).permutation(len(labels))
+        return [part.tolist() for part in np.array_split(order, number)]
+    sampler = ClassBatchSampler(
+        labels,
+        size,
+        batches=cfg.DATALOADER.BATCHES,
+        classes_per_batch=cfg.DATALOADER.CLASSES_PER_BATCH,
+        with_replacement=cfg.DATALOADER.CLASSES_WITH_REPLACEMENT,
+        seed=cfg.SEED,
+    )
+    return [[index for index, _ in batch] for batch in itertools.islice(sampler, number)]

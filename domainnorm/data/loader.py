@@ -1,6 +1,6 @@
 """Batches for training and evaluation, on this rank."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
+from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
 from .sampler import evaluation_indices
 from .set_sampler import SetBatchSampler
@@ -87,20 +88,19 @@ def _training_batches(
 
 
 class EvaluationLoader:
-    """This rank's part of a data set, once and in order; iterating gives batches as `train_loader`'s.
+    """This rank's part of a data set; iterating gives batches as `train_loader`'s.
 
     Attributes:
         dataset: the whole `CocoDataset` or `ClassificationDataset`.
-        indices: this rank's part of it; may be empty.
+        batches: the indices of the images in each batch; there may be none.
         domain: what its targets say; None: nothing.
     """
 
     def __init__(
-        self, dataset: Any, indices: range, batch_size: int, num_workers: int, domain: int | None = None
+        self, dataset: Any, batches: Sequence[Sequence[int]], num_workers: int, domain: int | None = None
     ) -> None:
         self.dataset = dataset
-        self.indices = indices
-        self.batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        self.batches = batches
         self.num_workers = num_workers
         self.domain = domain
 
@@ -115,7 +115,7 @@ class EvaluationLoader:
 
 
 def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> EvaluationLoader:
-    """The images of data set `name` that this rank evaluates, `TEST.IMS_PER_BATCH` a batch.
+    """The images of data set `name` that this rank evaluates, once and in order, `TEST.IMS_PER_BATCH` a batch.
 
     A detector's images are in their own size, a classifier's square. Targets have no masks: evaluation takes them from
     the annotation file. With `DATASETS.DOMAINS` they have `domain`, int64 (), -1 if it is unknown.
@@ -126,9 +126,20 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
     """
     dataset = kind(cfg).evaluation_set(cfg, name)
     label_other_set(cfg, dataset, "DATASETS.TEST")
-    indices = evaluation_indices(len(dataset), rank, world_size)
+    indices, size = evaluation_indices(len(dataset), rank, world_size), cfg.TEST.IMS_PER_BATCH
+    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
     domain = domain_of(cfg, name) if cfg.DATASETS.DOMAINS else None
-    return EvaluationLoader(dataset, indices, cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS, domain)
+    return EvaluationLoader(dataset, batches, cfg.DATALOADER.NUM_WORKERS, domain)
+
+
+def minibatch_loader(cfg: CfgNode, loader: EvaluationLoader, *, rank: int, world_size: int) -> EvaluationLoader:
+    """This rank's minibatches of a classifier's data set, for predictions under minibatch statistics.
+
+    See `classification_sets.minibatches`. All ranks together have the same ones, however many they are.
+    """
+    batches = minibatches(cfg, loader.dataset.labels.numpy(), minibatch_size(cfg, world_size))
+    own = [batches[i] for i in evaluation_indices(len(batches), rank, world_size)]
+    return EvaluationLoader(loader.dataset, own, loader.num_workers, loader.domain)
 
 
 def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader[Any]:

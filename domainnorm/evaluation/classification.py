@@ -1,14 +1,21 @@
 """Predictions of a classifier, and their accuracy."""
 
+import itertools
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fvcore.common.config import CfgNode
 from torch import nn
 from tqdm import tqdm
 
-from ..distributed import gather_objects, rank
+from ..data import train_loader
+from ..distributed import gather_objects, rank, world_size
+from ..modeling.classifier import Classifier
+from ..statistics.choose import set_statistics
 
 
 @torch.no_grad()
@@ -19,8 +26,8 @@ def predict_classes(model: nn.Module, loader: Any, device: torch.device) -> list
         loader: of `(images, targets)`, of `ClassificationDataset`.
 
     Returns:
-        For each image, sorted by id, `image_id`, `file_name`, its `label`, the five likeliest `predicted` labels (or
-        as many as there are) and the cross-entropy, `loss`.
+        For each image (each time it comes), sorted by id, `image_id`, `file_name`, its `label`, the five likeliest
+        `predicted` labels (or as many as there are) and the cross-entropy, `loss`.
     """
     found: list[dict[str, Any]] = []
     for images, targets in tqdm(loader, desc="evaluation", file=sys.stdout, disable=True if rank() else None):
@@ -39,7 +46,36 @@ def predict_classes(model: nn.Module, loader: Any, device: torch.device) -> list
                 }
             )
     everything = [result for part in gather_objects(found) for result in part]
-    return sorted(everything, key=lambda result: result["image_id"])
+    return sorted(everything, key=lambda result: (result["image_id"], result["loss"]))
+
+
+@contextmanager
+def whole_minibatches(model: nn.Module) -> Iterator[None]:
+    """Within it, classifiers in `model` normalize each batch that they are given as one minibatch."""
+    classifiers = [module for module in model.modules() if isinstance(module, Classifier)]
+    before = [module.minibatch_size for module in classifiers]
+    try:
+        for module in classifiers:
+            module.minibatch_size = sys.maxsize
+        yield
+    finally:
+        for module, size in zip(classifiers, before, strict=True):
+            module.minibatch_size = size
+
+
+def training_predictions(cfg: CfgNode, model: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+    """What `model` in training mode makes of `TEST.TRAINING_IMAGES` images as it is trained on them.
+
+    Normalized, augmented and with what else training does (*Rethinking "Batch"*, Figs. 3-5; *Batch Renormalization*,
+    §4.3). The buffers of the model move: the caller puts them back.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE, 1
+    number = -(-cfg.TEST.TRAINING_IMAGES // cfg.SOLVER.IMS_PER_BATCH)
+    set_statistics(model.train(), "auto").training = False  # of the whole: it predicts
+    with closing(train_loader(cfg, rank=rank(), world_size=world_size())) as loader, whole_minibatches(model):
+        return predict_classes(model, itertools.islice(loader, number), device)
 
 
 def accuracy(predictions: list[dict[str, Any]]) -> dict[str, float]:

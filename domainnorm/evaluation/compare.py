@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..output import output_folder, write_json
 from ..statistics.choose import preserve_state, set_statistics
 from ..statistics.merge import merge_population_statistics
+from .classification import accuracy, training_predictions
 from .recompute import recompute
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
@@ -39,7 +40,8 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
         classifier `{statistics: {"classification": {"top1": …, …}}}`; in percent, nan where there is nothing to find.
         With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
         `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
-        samples' own moments. With several test sets `{statistics: {data set: {"bbox": …}}}`.
+        samples' own moments. With `TEST.TRAINING_IMAGES` there is also "training": a classifier in training mode on
+        images of the training sets. With several test sets `{statistics: {data set: {"bbox": …}}}`.
 
     Raises:
         UserError: a test set that cannot be read, or statistics that the model does not have.
@@ -74,6 +76,10 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
                 if weighed is None:
                     continue
                 results[f"{name}_weighed"] = _on_each(cfg, weighed, tests, f"{name}_weighed")
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier" and cfg.TEST.TRAINING_IMAGES:
+        with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            scores = {"classification": accuracy(training_predictions(cfg, model, device))}
+        results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
         print(format_table(results))
     if len(tests) == 1:

@@ -7,11 +7,12 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data import domain_names, test_loader
+from ..data import domain_names, minibatch_loader, test_loader
 from ..distributed import gather_objects, get_device, rank, world_size
 from ..errors import UserError
+from ..layers import DomainBatchNorm
 from ..output import write_json
-from .classification import accuracy, predict_classes
+from .classification import accuracy, predict_classes, whole_minibatches
 from .coco import evaluate_coco
 from .coco import predict as predict_boxes
 from .in_domain import in_domain
@@ -46,12 +47,22 @@ class TestSet:
     def scores(self, model: nn.Module, folder: Path | None = None) -> Scores:
         """The metrics of `model` in the mode it is in, the same on every rank; the predictions go to `folder`."""
         model = in_domain(self.cfg, model, self.domain)
-        predict = predict_classes if self.classes else predict_boxes
-        self.predictions = predict(model, self.loader, self.device)
+        if self.classes:
+            self.predictions = self._classes(model)
+        else:
+            self.predictions = predict_boxes(model, self.loader, self.device)
         if rank() == 0 and folder is not None:
             name = "classification_results.json" if self.classes else "coco_instances_results.json"
             write_json(folder / name, self.predictions)
         return gather_objects(_score(self.cfg, self.predictions, self.truth) if rank() == 0 else {})[0]
+
+    def _classes(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Predictions of a classifier: under minibatch statistics, of minibatches."""
+        if not any(m.uses_minibatch for m in model.modules() if isinstance(m, DomainBatchNorm)):
+            return predict_classes(model, self.loader, self.device)
+        loader = minibatch_loader(self.cfg, self.loader, rank=rank(), world_size=world_size())
+        with whole_minibatches(model):
+            return predict_classes(model, loader, self.device)
 
 
 def overall_scores(tests: Sequence[TestSet]) -> Scores:

@@ -25,16 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
-    """An image classifier, in which, under minibatch statistics too, a prediction depends on its own image only.
+    """An image classifier.
 
     Args:
         body: images `(N, 3, H, W)` -> logits `(N, classes)`; what a detector's backbone can be initialized with.
         image_mean, image_std: of RGB in [0, 1].
+
+    Attributes:
+        minibatch_size: how many images, one after the other, are normalized together in inference under minibatch
+            statistics. 1: a prediction depends on its own image only, as under population statistics.
     """
 
     def __init__(self, body: nn.Module, image_mean: list[float], image_std: list[float]) -> None:
         super().__init__()
         self.body = body
+        self.minibatch_size = 1
         for name, value in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -55,7 +60,7 @@ class Classifier(nn.Module):
             labels = torch.stack([target["labels"] for target in targets])
             return {"loss_cls": F.cross_entropy(self.body(x).float(), labels)}
         if any(m.uses_minibatch for m in self.body.modules() if isinstance(m, DomainBatchNorm)):
-            return torch.cat([self.body(image) for image in x.split(1)])
+            return torch.cat([self.body(part) for part in x.split(self.minibatch_size)])
         return self.body(x)
 
 

@@ -437,7 +437,7 @@ def test_evaluation_covers_every_image_once_and_in_order(name, world_size, worke
     loaders = [make_test_loader(cfg, name, rank=rank, world_size=world_size) for rank in range(world_size)]
     samples = [(x, t) for loader in loaders for images, targets in loader for x, t in zip(images, targets, strict=True)]
     assert [target["image_id"] for _, target in samples] == [*range(30)]
-    assert [i for loader in loaders for i in loader.indices] == [*range(30)]
+    assert [i for loader in loaders for batch in loader.batches for i in batch] == [*range(30)]
     assert all(torch.equal(x, unit(torch.from_numpy(RGB[i]).permute(2, 0, 1))) for i, (x, _) in enumerate(samples))
     assert loaders[0].dataset.class_names == ["0", "1", "2"]
 

@@ -1,5 +1,6 @@
 """Classifiers from config to results.json."""
 
+import copy
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ from torch import nn
 
 import domainnorm as dn
 from domainnorm.data import train_loader
+from domainnorm.data.classification_sets import minibatch_size, minibatches
 from domainnorm.data.patches import patches_file
 from domainnorm.evaluation.classification import accuracy
 from domainnorm.layers import DomainBatchNorm
@@ -267,6 +269,90 @@ def test_evaluation_does_not_depend_on_how_images_are_loaded(sets, tmp_path):
     assert found[0] == {
         k: {"classification": pytest.approx(v["classification"], rel=1e-5)} for k, v in found[1].items()
     }
+
+
+# ---- minibatches in inference --------------------------------------------------------------------------------------
+
+
+def by_hand(cfg, model, file, batches):
+    """The logits of the images of an archive, batch by batch, under the minibatch's statistics."""
+    archive = np.load(file)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    images = (torch.from_numpy(archive["images"]).permute(0, 3, 1, 2) / 255 - mean) / std
+    twin = dn.set_statistics(copy.deepcopy(model).eval(), "minibatch")
+    with torch.no_grad():
+        return {i: row for batch in batches for i, row in zip(batch, twin.body(images[batch]), strict=True)}
+
+
+@pytest.mark.parametrize("norm", ["BN", "GhostBN", "BRN"])
+@pytest.mark.parametrize(("size", "sizes"), [(0, [7, 7, 6]), (5, [5] * 4), (1, [1] * 20), (100, [20])])
+def test_minibatches_are_of_trainings_size_and_in_random_order(sets, tmp_path, norm, size, sizes):
+    choices = {"TEST__STATISTICS": ["minibatch"], "TEST__MINIBATCH_SIZE": size, "MODEL__BACKBONE__NORM": norm}
+    cfg = config(sets, tmp_path, DATASETS__TEST=sets[1:], **choices)
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM=norm)
+    model(*patches(sets, 16))
+    dn.evaluate(cfg, model)
+    batches = minibatches(cfg, np.load(sets[1])["labels"], minibatch_size(cfg, 1))
+    assert list(map(len, batches)) == sizes  # of 8 images a step, and 20 to test
+    order = [i for batch in batches for i in batch]
+    assert sorted(order) == list(range(20)) and order != list(range(20))
+    logits = by_hand(cfg, model, sets[1], batches)
+    for found in json.loads((tmp_path / "inference/minibatch/classification_results.json").read_text()):
+        row = logits[found["image_id"]]
+        assert found["loss"] == pytest.approx(float(row.logsumexp(0) - row[found["label"]]), abs=1e-5)
+    assert model.minibatch_size == 1
+
+
+def test_a_synchronized_norm_has_the_minibatches_of_all_ranks(sets, tmp_path):
+    sizes = {
+        norm: minibatch_size(config(sets, tmp_path, MODEL__BACKBONE__NORM=norm, SOLVER__ACCUMULATE=2), 2)
+        for norm in ("BN", "SyncBN", "GhostBN")
+    }
+    assert sizes == {"BN": 2, "SyncBN": 4, "GhostBN": 2}
+
+
+def test_minibatches_made_as_in_training(sets, tmp_path):
+    choices = {"DATALOADER__BATCHES": "few_classes", "DATALOADER__CLASSES_PER_BATCH": 2, "TEST__BATCHES": "training"}
+    cfg = config(sets, tmp_path, **choices)
+    labels = np.load(sets[1])["labels"]
+    batches = minibatches(cfg, labels, 8)
+    assert batches == minibatches(cfg, labels, 8) and list(map(len, batches)) == [8] * 3
+    assert all(len({*labels[batch]}) <= 2 for batch in batches)
+    iid = minibatches(config(sets, tmp_path, **choices | {"TEST__BATCHES": "iid"}), labels, 8)
+    assert any(len({*labels[batch]}) > 2 for batch in iid)
+    cfg = config(sets, tmp_path, DATASETS__TEST=sets[1:], TEST__STATISTICS=["minibatch"], **choices)
+    model = classifier(sets, tmp_path)
+    scores = dn.evaluate(cfg, model)["minibatch"]["classification"]
+    logits = [by_hand(cfg, model, sets[1], [batch]) for batch in batches]
+    right = [int(row.argmax()) == labels[i] for own in logits for i, row in own.items()]
+    assert scores["top1"] == pytest.approx(100 * np.mean(right), abs=100 / 24 * 8)  # an image may come twice in a batch
+
+
+def evaluated(rank, sets, folder):
+    torch.set_num_threads(1)
+    choices = {"TEST__STATISTICS": ["minibatch"], "TEST__MINIBATCH_SIZE": 6, "DATASETS__TEST": sets[1:]}
+    return dn.evaluate(config(sets, folder, **choices), classifier(sets, folder))
+
+
+def test_minibatches_do_not_depend_on_the_number_of_ranks(sets, tmp_path):
+    alone = evaluated(0, sets, tmp_path)["minibatch"]["classification"]
+    for found in run_ranks(evaluated, 2, sets, tmp_path):
+        assert found["minibatch"]["classification"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_training_set_in_training_mode(sets, tmp_path):
+    cfg = config(sets, tmp_path, DATASETS__TEST=sets[1:], TEST__TRAINING_IMAGES=16, MODEL__BACKBONE__NORM="GhostBN")
+    model = dn.build_model(cfg)
+    before = copy.deepcopy(model.state_dict())
+    results = dn.evaluate(cfg, model)
+    assert list(results) == ["population", "training"] and model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    twin, losses = copy.deepcopy(model), []
+    for _, (images, targets) in zip(range(2), train_loader(cfg, rank=0, world_size=1), strict=False):
+        with torch.no_grad():
+            losses.append(float(twin(images, targets)["loss_cls"]))
+    assert results["training"]["classification"]["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
 def train_briefly(sets, folder, **others):

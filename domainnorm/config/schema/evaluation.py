@@ -1,7 +1,7 @@
 """Evaluation: which statistics normalize, and of which images they are."""
 
 from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Section
-from .model import DETECTORS
+from .model import CLASSIFIER, DETECTORS
 
 STATISTICS = ("population", "minibatch", "recomputed")
 
@@ -20,6 +20,24 @@ class Test(Section, key="TEST"):
         "given",
         "Domain of an image: given by DATASETS.TEST_DOMAINS, nearest by its statistics, or average: all, merged.",
         ("given", "nearest", "average"),
+    )
+    MINIBATCH_SIZE = Option(
+        0,
+        "Number of images normalized together under minibatch statistics; 0: as in training; 1: InstanceNorm.",
+        NOT_NEGATIVE,
+        used_by=CLASSIFIER,
+    )
+    BATCHES = Option(
+        "iid",
+        "Classes in a minibatch: any, or as DATALOADER.BATCHES has them.",
+        ("iid", "training"),
+        used_by=CLASSIFIER,
+    )
+    TRAINING_IMAGES = Option(
+        0,
+        "Number of training images on which the model in training mode is scored, too; 0: none.",
+        NOT_NEGATIVE,
+        used_by=CLASSIFIER,
     )
     EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", NOT_NEGATIVE)
     IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", POSITIVE)
