@@ -8,8 +8,10 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from ..errors import UserError
 from ..layers import get_norm
 from ..surgery.freeze import freeze_batchnorm
 from .norm import norm_options
@@ -25,6 +27,8 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
     body, stages, outputs = (_mobilenet if name.startswith("mobilenet") else _resnet)(
         name, norm, norm_options(cfg, norm)
     )
+    if cfg.MODEL.BACKBONE.STRIDE_IN_1X1:
+        _stride_in_1x1(name, body)
     _freeze(body, stages[: cfg.MODEL.BACKBONE.FREEZE_AT])
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
@@ -53,6 +57,17 @@ def _resnet(name: str, norm: str, options: dict[str, Any]) -> _Body:
     stages = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
     width = body.inplanes  # of layer4
     return body, stages, {f"layer{i}": width >> (4 - i) for i in range(1, 5)}
+
+
+def _stride_in_1x1(name: str, body: nn.Module) -> None:
+    """Bottlenecks that halve the resolution do it in their first convolution, as in the weights of MSRA."""
+    blocks = [block for block in body.modules() if isinstance(block, Bottleneck)]
+    if not blocks:
+        raise UserError(
+            f"MODEL.BACKBONE.STRIDE_IN_1X1 contradicts NAME {name!r}, which has no bottlenecks: set it to False"
+        )
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _mobilenet(name: str, norm: str, options: dict[str, Any]) -> _Body:

@@ -1,7 +1,8 @@
 """A config -> a model."""
 
+import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
@@ -130,12 +131,12 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
         pre_nms_top_n={"training": options.PRE_NMS_TOPK_TRAIN, "testing": options.PRE_NMS_TOPK_TEST},
         post_nms_top_n={"training": options.POST_NMS_TOPK_TRAIN, "testing": options.POST_NMS_TOPK_TEST},
         nms_thresh=options.NMS_THRESH,
+        smooth_l1_beta=options.SMOOTH_L1_BETA,
     )
 
     options, box, mask = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
-    levels = ["0", "1", "2", "3"]  # P2 to P5
     branches = {
-        "box_roi_pool": RoIAlign(levels, box.POOLER_RESOLUTION, sampling_ratio=2),
+        "box_roi_pool": _roi_align(box),
         "box_head": box_head(
             channels,
             box.POOLER_RESOLUTION,
@@ -150,7 +151,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     }
     if cfg.MODEL.MASK_ON:
         branches |= {
-            "mask_roi_pool": RoIAlign(levels, mask.POOLER_RESOLUTION, sampling_ratio=2),
+            "mask_roi_pool": _roi_align(mask),
             "mask_head": mask_head(
                 channels,
                 num_conv=mask.NUM_CONV,
@@ -163,6 +164,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     roi_heads = RoIHeads(
         **branches,
         shuffle_seed=cfg.SEED if options.SHUFFLE else None,
+        smooth_l1_beta=box.SMOOTH_L1_BETA,
         fg_iou_thresh=options.IOU_THRESHOLDS[0],
         bg_iou_thresh=options.IOU_THRESHOLDS[0],
         batch_size_per_image=options.BATCH_SIZE_PER_IMAGE,
@@ -182,11 +184,35 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     return GeneralizedRCNN(backbone, rpn, roi_heads, transform)
 
 
+def _roi_align(head: CfgNode) -> RoIAlign:
+    """Features of P2 to P5 for a box or mask head."""
+    aligned = head.POOLER_TYPE == "ROIAlignV2"
+    return RoIAlign(["0", "1", "2", "3"], head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, aligned=aligned)
+
+
 def _anchors(cfg: CfgNode, octave_scales: int) -> AnchorGenerator:
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    if len(sizes) != NUM_LEVELS:
-        raise UserError(f"MODEL.ANCHOR_GENERATOR.SIZES takes {NUM_LEVELS} sizes, one a level, got {sizes}")
-    return AnchorGenerator(
-        sizes=tuple(tuple(int(size * 2 ** (i / 3)) for i in range(octave_scales)) for size in sizes),
-        aspect_ratios=(tuple(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),) * NUM_LEVELS,
-    )
+    options = cfg.MODEL.ANCHOR_GENERATOR
+    if len(options.SIZES) != NUM_LEVELS:
+        raise UserError(f"MODEL.ANCHOR_GENERATOR.SIZES takes {NUM_LEVELS} sizes, one a level, got {options.SIZES}")
+    sizes = [[size * 2 ** (i / 3) for i in range(octave_scales)] for size in options.SIZES]
+    ratios = (tuple(options.ASPECT_RATIOS),) * NUM_LEVELS
+    if options.ROUNDED:
+        return AnchorGenerator(tuple(tuple(map(int, own)) for own in sizes), ratios)
+    return ExactAnchorGenerator(tuple(map(tuple, sizes)), ratios)
+
+
+class ExactAnchorGenerator(AnchorGenerator):
+    """torchvision's, without rounding the sides to whole pixels: detectron2's anchors."""
+
+    def generate_anchors(
+        self,
+        scales: list[float],
+        aspect_ratios: list[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Boxes `(len(aspect_ratios) · len(scales), 4)` around 0, ratio by ratio."""
+        sizes = torch.as_tensor(scales, dtype=dtype, device=device)
+        roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        widths, heights = (sizes / roots).flatten(), (sizes * roots).flatten()
+        return torch.stack([-widths, -heights, widths, heights], 1) / 2

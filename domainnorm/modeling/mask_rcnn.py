@@ -18,12 +18,22 @@ from ..layers import DomainBatchNorm, get_norm
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast
 
+SMOOTH_L1_BETA = 1 / 9  # torchvision's
+
 
 class RegionProposalNetwork(rpn.RegionProposalNetwork):
     """torchvision's RPN; its losses are sums over the sampled anchors, divided by the most that may be sampled.
 
     So, as in detectron2, every image weighs the same on however many ranks, and an image without a sample costs 0.
+
+    Args:
+        smooth_l1_beta: where the loss of boxes turns linear, in units of the box code; 0: it is L1.
+        args, options: of torchvision's.
     """
+
+    def __init__(self, *args: Any, smooth_l1_beta: float = SMOOTH_L1_BETA, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.smooth_l1_beta = smooth_l1_beta
 
     def compute_loss(
         self, objectness: Tensor, deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -34,7 +44,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         # All anchors keep their places: to know how many were sampled, a GPU would have to wait.
         losses = F.binary_cross_entropy_with_logits(logits, torch.cat(labels).to(logits), reduction="none")
         loss_objectness = losses.where(positive | negative, 0).sum()
-        loss_box = _smooth_l1(deltas, torch.cat(regression_targets), positive)
+        loss_box = _smooth_l1(deltas, torch.cat(regression_targets), positive, self.smooth_l1_beta)
         max_sampled = self.fg_bg_sampler.batch_size_per_image * len(labels)
         return loss_objectness / max_sampled, loss_box / max_sampled
 
@@ -51,11 +61,15 @@ class RoIHeads(roi_heads.RoIHeads):
 
     Args:
         shuffle_seed: of the permutations, equal on all ranks; None: RoIs stay on their rank.
+        smooth_l1_beta: where the loss of boxes turns linear, in units of the box code; 0: it is L1.
         options: of torchvision's RoIHeads.
     """
 
-    def __init__(self, *, shuffle_seed: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, shuffle_seed: int | None = None, smooth_l1_beta: float = SMOOTH_L1_BETA, **options: Any
+    ) -> None:
         super().__init__(**options)
+        self.smooth_l1_beta = smooth_l1_beta
         self.box_shuffle = self.mask_shuffle = None
         if shuffle_seed is not None:
             # groups of samples must not be of neighbours
@@ -105,7 +119,7 @@ class RoIHeads(roi_heads.RoIHeads):
         regression = regression[torch.arange(len(regression), device=regression.device), all_labels]
         losses = {
             "loss_cls": F.cross_entropy(logits, all_labels, reduction="sum") / num_rois,
-            "loss_box_reg": _smooth_l1(regression, torch.cat(deltas), foreground) / num_rois,
+            "loss_box_reg": _smooth_l1(regression, torch.cat(deltas), foreground, self.smooth_l1_beta) / num_rois,
         }
         if self.has_mask():
             proposals, matched, labels = _positive(labels, proposals, matched, labels)
@@ -217,10 +231,10 @@ def _positive(labels: list[Tensor], *values: list[Tensor]) -> list[list[Tensor]]
     return [[v[index] for v, index in zip(of_images, foreground, strict=True)] for of_images in values]
 
 
-def _smooth_l1(deltas: Tensor, goals: Tensor, chosen: Tensor) -> Tensor:
+def _smooth_l1(deltas: Tensor, goals: Tensor, chosen: Tensor, beta: float) -> Tensor:
     """The sum over the rows that are `chosen`, a boolean `(R,)`; the others keep their places and count as 0."""
     deltas, goals = (v.where(chosen[:, None], 0) for v in (_wide(deltas), goals.to(_wide(deltas))))
-    return F.smooth_l1_loss(deltas, goals, beta=1 / 9, reduction="sum")
+    return F.smooth_l1_loss(deltas, goals, beta=beta, reduction="sum")
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""RoIAlign, trained on a CPU: weighted sums of rows of the feature maps."""
+"""RoIAlign: aligned by half a pixel on demand; trained on a CPU, weighted sums of rows of the feature maps."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import _filter_input, _setup_scales
 
 
@@ -14,7 +14,19 @@ class RoIAlign(MultiScaleRoIAlign):
 
     Each number that it returns is a sum of `(2 · sampling_ratio)²` numbers of a map, by weights that are the same for
     all channels: a bag of embeddings whose table has a row of channels for each position of each level.
+
+    Args:
+        featmap_names, output_size, sampling_ratio: of torchvision's; a ratio of 0 takes as many points as a bin has
+            pixels.
+        aligned: whether the pixel (0, 0) has its center at (0.5, 0.5), as in detectron2's `ROIAlignV2`, and RoIs may
+            be smaller than a pixel of the map.
     """
+
+    def __init__(
+        self, featmap_names: list[str], output_size: int, sampling_ratio: int, *, aligned: bool = False
+    ) -> None:
+        super().__init__(featmap_names, output_size, sampling_ratio)
+        self.aligned = aligned
 
     scales: list[float] | None
     map_levels: Any
@@ -22,12 +34,16 @@ class RoIAlign(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps `(N, C, H, W)` by name, boxes of each image in its pixels -> features `(ΣR, C, *output_size)`."""
         maps: list[Tensor] = _filter_input(x, self.featmap_names)
-        if not self.training or maps[0].device.type != "cpu" or self.sampling_ratio < 1:
+        as_bags = self.training and maps[0].device.type == "cpu" and self.sampling_ratio > 0
+        if not as_bags and not self.aligned:
             return super().forward(x, boxes, image_shapes)
         if self.scales is None or self.map_levels is None:
             self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
         levels = self.map_levels(boxes)
-        image = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(of_image) for of_image in boxes]))
+        counts = torch.tensor([len(of_image) for of_image in boxes], device=levels.device)
+        image = torch.arange(len(boxes), device=levels.device).repeat_interleave(counts)
+        if not as_bags:
+            return self._by_kernel(maps, torch.cat([image[:, None].to(boxes[0]), torch.cat(boxes)], 1), levels)
         rois = torch.cat(boxes) * torch.tensor(self.scales).to(boxes[0])[levels][:, None]
         sizes = torch.tensor([m.shape[2:] for m in maps])
         areas = sizes.prod(1) * len(maps[0])
@@ -46,10 +62,24 @@ class RoIAlign(MultiScaleRoIAlign):
         found = F.embedding_bag(places, wide, mode="sum", per_sample_weights=weights.to(wide.dtype))
         return found.to(table.dtype).view(len(rois), *self.output_size, table.shape[1]).permute(0, 3, 1, 2)
 
+    def _by_kernel(self, maps: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        """By torchvision's kernel, level by level, of RoIs `(R, 5)` with their image."""
+        assert self.scales is not None
+        found = rois.new_zeros(len(rois), maps[0].shape[1], *self.output_size, dtype=maps[0].dtype)
+        for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
+            chosen = (levels == level).nonzero()[:, 0]
+            own = roi_align(
+                features, rois[chosen].to(features), self.output_size, scale, self.sampling_ratio, self.aligned
+            )
+            found = found.index_copy(0, chosen, own)
+        return found
+
     def _taps(self, low: Tensor, high: Tensor, size: Tensor, bins: int) -> tuple[Tensor, ...]:
         """Along one axis: the positions that each bin of each RoI averages, and their weights, `(R, bins, taps)`."""
         samples = self.sampling_ratio
-        step = (high - low).clamp(min=1)[:, None] / bins
+        if self.aligned:
+            low, high = low - 0.5, high - 0.5
+        step = (high - low if self.aligned else (high - low).clamp(min=1))[:, None] / bins
         points = torch.arange(bins * samples).to(low).add_(0.5) / samples
         at = low[:, None] + points * step
         last = size[:, None] - 1

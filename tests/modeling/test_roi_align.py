@@ -1,8 +1,10 @@
 """RoIAlign as bags of rows against torchvision's kernel."""
 
+import math
+
 import pytest
 import torch
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from domainnorm.modeling.roi_align import RoIAlign
 
@@ -39,6 +41,40 @@ def test_values_and_gradients_are_torchvisions(counts, size, samples, memory_for
         weight = torch.rand(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
         of_each.append((y, *torch.autograd.grad((y * weight).sum(), list(maps.values()))))
     torch.testing.assert_close(*of_each, rtol=1e-10, atol=1e-10)
+
+
+def aligned_by_hand(maps, boxes, size, samples):
+    """torchvision's kernel, RoI by RoI, at the level of its area (Feature Pyramid Networks, Eq. 1)."""
+    found = []
+    for image, own in enumerate(boxes):
+        for box in own:
+            area = float((box[2] - box[0]) * (box[3] - box[1]))
+            level = min(max(math.floor(4 + math.log2(area**0.5 / 224 + 1e-6)), 2), 5) - 2
+            roi = torch.cat([torch.tensor([float(image)]).to(box), box])[None]
+            found.append(roi_align(maps[str(level)], roi, size, 0.25 / 2**level, samples, aligned=True))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("size", "samples"), [(7, 2), (14, 0), ((3, 5), 1)])
+def test_aligned_as_detectron2s(size, samples, training):
+    maps, boxes = features(), boxes_of(60, 3)
+    ours = RoIAlign(LEVELS, size, samples, aligned=True).train(training)(maps, boxes, [IMAGE] * 2)
+    expected = aligned_by_hand(maps, boxes, size, samples)
+    weight = torch.rand(ours.shape, generator=torch.Generator().manual_seed(2), dtype=ours.dtype)
+    of_each = [
+        (y, *torch.autograd.grad((y * weight).sum(), list(maps.values()), materialize_grads=True))
+        for y in (ours, expected)
+    ]
+    torch.testing.assert_close(*of_each, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(ours, RoIAlign(LEVELS, size, samples)(maps, boxes, [IMAGE] * 2))
+
+
+def test_aligned_without_rois():
+    maps = features()
+    y = RoIAlign(LEVELS, 7, 0, aligned=True)(maps, boxes_of(0, 0), [IMAGE] * 2)
+    assert y.shape == (0, 3, 7, 7)
+    y.sum().backward()
 
 
 def test_without_training_it_is_torchvisions_to_the_bit():

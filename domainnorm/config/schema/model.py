@@ -5,6 +5,9 @@ from .norm import NORMS, SHARED
 
 RETINANET, RCNN, CLASSIFIER = ("RetinaNet",), ("GeneralizedRCNN",), ("Classifier",)
 DETECTORS = RETINANET + RCNN
+SMOOTH_L1 = "Where the loss of boxes, smooth L1, turns linear, in units of the box code; 0: L1, as detectron2."
+ROI_ALIGN = "ROIAlignV2 is aligned by half a pixel, as detectron2's default."
+SAMPLING_RATIO = "Points along a side of a bin; 0: as many as it has pixels, as detectron2."
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
 
 
@@ -30,6 +33,7 @@ class Backbone(Section, key="MODEL.BACKBONE"):
     )
     NORM = Option("FrozenBN", "Norm layer, with the options of MODEL.NORM; '': none.", NORMS)
     FREEZE_AT = Option(2, "Number of frozen stages, stem first; 0: none.", NOT_NEGATIVE, used_by=DETECTORS)
+    STRIDE_IN_1X1 = Option(False, "Stride of a bottleneck in its first 1x1, as in MSRA's weights.", used_by=DETECTORS)
 
 
 class FPN(Section, key="MODEL.FPN", used_by=DETECTORS):
@@ -44,6 +48,7 @@ class AnchorGenerator(Section, key="MODEL.ANCHOR_GENERATOR", used_by=DETECTORS):
 
     SIZES = Option([32, 64, 128, 256, 512], "One size a level, in pixels; a RetinaNet has 3 scales of each.", POSITIVE)
     ASPECT_RATIOS = Option([0.5, 1.0, 2.0], "Height / width, at every size.", POSITIVE, min_length=1)
+    ROUNDED = Option(True, "Sides of whole pixels, as torchvision's; False: as detectron2's.")
 
 
 class RetinaNet(Section, key="MODEL.RETINANET", used_by=RETINANET):
@@ -87,6 +92,7 @@ class RPN(Section, key="MODEL.RPN", used_by=RCNN):
     POST_NMS_TOPK_TRAIN = Option(1000, "Largest number of proposals of an image after NMS, in training.", POSITIVE)
     POST_NMS_TOPK_TEST = Option(1000, "Largest number of proposals of an image after NMS, in inference.", POSITIVE)
     NMS_THRESH = Option(0.7, "IoU for NMS within a level.", SHARE)
+    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, NOT_NEGATIVE)
 
 
 class RoIHeads(Section, key="MODEL.ROI_HEADS", used_by=RCNN):
@@ -110,6 +116,9 @@ class RoIBoxHead(Section, key="MODEL.ROI_BOX_HEAD", used_by=RCNN):
     FC_DIM = Option(1024, "Number of features of the linear layers.", POSITIVE)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
     POOLER_RESOLUTION = Option(7, "Height and width of the features of a RoI.", POSITIVE)
+    POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, NOT_NEGATIVE)
+    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, NOT_NEGATIVE)
 
 
 class RoIMaskHead(Section, key="MODEL.ROI_MASK_HEAD", used_by=RCNN):
@@ -119,6 +128,8 @@ class RoIMaskHead(Section, key="MODEL.ROI_MASK_HEAD", used_by=RCNN):
     CONV_DIM = Option(256, "Number of channels of the convolutions.", POSITIVE)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
     POOLER_RESOLUTION = Option(14, "Height and width of the features of a RoI; a mask has twice that.", POSITIVE)
+    POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, NOT_NEGATIVE)
 
 
 class Classifier(Section, key="MODEL.CLASSIFIER", used_by=CLASSIFIER):
