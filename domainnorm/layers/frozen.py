@@ -14,7 +14,7 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 class FrozenBatchNorm(DomainBatchNorm):
     """`weight · (x - running_mean) / sqrt(running_var + eps) + bias`, in training and in inference alike.
 
-    FrozenBN of *Rethinking "Batch"* (§4.2): the statistics are constants, `train()` and `dn.set_statistics` do not
+    FrozenBN of *Rethinking "Batch"* (§4.3): the statistics are constants, `train()` and `dn.set_statistics` do not
     thaw it, and γ, β learn only with `train_affine=True`. State dict as `nn.BatchNorm2d`. With several domains, the
     statistics and the affine of each are chosen as in `DomainBatchNorm`.
 
