@@ -1,5 +1,7 @@
 """Transforms of an image, of a detector's together with boxes and masks; all randomness is from torch's generator."""
 
+from typing import Any
+
 import torch
 from fvcore.common.config import CfgNode
 from torchvision.transforms import v2
@@ -33,7 +35,36 @@ def classifier_train_transforms(cfg: CfgNode) -> v2.Transform:
         "padded": [v2.Resize((side, side)), v2.RandomCrop(side, padding=side // 8)],
         "none": [v2.Resize((side, side))],
     }[cfg.INPUT.CROP]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP), v2.ToDtype(torch.float32, scale=True)])
+    cutout = [Cutout(cfg.INPUT.CUTOUT, list(cfg.MODEL.PIXEL_MEAN))] if cfg.INPUT.CUTOUT else []
+    flip = v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP)
+    return v2.Compose([*crop, flip, v2.ToDtype(torch.float32, scale=True), *cutout])
+
+
+class Cutout(v2.Transform):
+    """A square of the mean color around a random pixel, cut at the border (DeVries & Taylor, 2017).
+
+    Args:
+        side: of the square, in pixels.
+        color: R, G and B, in [0, 1].
+    """
+
+    def __init__(self, side: int, color: list[float]) -> None:
+        super().__init__()
+        self.side = side
+        self.color = color
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = flat_inputs[0].shape[-2:]
+        center = [int(torch.randint(size, ())) for size in (height, width)]
+        (top, left), (bottom, right) = (
+            [min(max(at + offset, 0), size) for at, size in zip(center, (height, width), strict=True)]
+            for offset in (-(self.side // 2), self.side - self.side // 2)
+        )
+        return {"i": top, "j": left, "h": bottom - top, "w": right - left}
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        color = torch.tensor(self.color).view(3, 1, 1)
+        return v2.functional.erase(image, **params, v=color)
 
 
 def classifier_test_transforms(cfg: CfgNode) -> v2.Transform:

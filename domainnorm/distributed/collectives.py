@@ -4,6 +4,7 @@ Everything works without a process group (one rank) and over any backend (NCCL, 
 """
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ def world_size(group: Group = None) -> int:
 def rank(group: Group = None) -> int:
     """This process's place in `group`; 0 where no process group was started."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def sub_group(size: int) -> Group:
+    """The process group of this rank among groups of `size` ranks, one after the other; `size` divides all ranks.
+
+    Every rank calls it.
+    """
+    return None if world_size() in (1, size) else _sub_group(size, dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _sub_group(size: int, world: Any) -> Group:
+    return dist.new_subgroups(size)[0]  # as many groups on every rank: once for all layers
 
 
 def all_gather_stack(x: Tensor, group: Group = None) -> Tensor:

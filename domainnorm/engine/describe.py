@@ -5,6 +5,7 @@ from torch import nn
 
 from ..distributed import world_size
 from ..layers import DomainBatchNorm
+from ..layers.positional import PositionalNorm
 
 
 def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
@@ -14,7 +15,7 @@ def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
     """
     parts: dict[tuple[str, str], int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (DomainBatchNorm, nn.GroupNorm)):
+        if isinstance(module, (DomainBatchNorm, nn.GroupNorm, PositionalNorm)):
             key = ".".join(name.split(".")[:2]), _batch(cfg, name, module)
             parts[key] = parts.get(key, 0) + 1
     return "normalization batches: " + (
@@ -25,6 +26,8 @@ def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
 def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
     if isinstance(layer, nn.GroupNorm):
         return "a sample alone, by groups of channels"
+    if isinstance(layer, PositionalNorm):
+        return "a place of a sample alone, over its channels"
     assert isinstance(layer, DomainBatchNorm)
     ranks = world_size() if layer.sync else 1
     if layer.frozen:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
     CosineParamScheduler,
     LinearParamScheduler,
     MultiStepParamScheduler,
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters, each once, in groups of their weight decay.
+    """`SOLVER.OPTIMIZER` over the trainable parameters, each once, in groups of their weight decay.
 
     Parameters of norm layers decay by `WEIGHT_DECAY_NORM`, other biases by `WEIGHT_DECAY_BIAS`, the rest by
     `WEIGHT_DECAY`. A parameter shared by a norm layer and another module counts where it is met first. γ decays to
@@ -46,22 +47,24 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         {"params": of_group, "weight_decay": decay, "decay_target": target}
         for (decay, target), of_group in groups.items()
     ]
+    options: dict[str, Any] = {"lr": solver.BASE_LR}
+    if solver.OPTIMIZER == "SGD":
+        options |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    elif solver.OPTIMIZER == "RMSprop":
+        options |= {"momentum": solver.MOMENTUM, "alpha": solver.RMSPROP_ALPHA, "eps": solver.OPTIMIZER_EPS}
+    else:  # fused: on a CPU 5 times as fast as the default
+        options |= {"betas": tuple(solver.ADAM_BETAS), "eps": solver.OPTIMIZER_EPS, "fused": True}
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, solver.OPTIMIZER)(parameters, **options)
     if solver.OPTIMIZER == "AdamW":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            parameters,
-            lr=solver.BASE_LR,
-            fused=True,  # on a CPU 5 times as fast as the default
-        )
         optimizer.register_step_post_hook(_pull_to_target)
-        return optimizer
-    optimizer = torch.optim.SGD(parameters, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
-    optimizer.register_step_pre_hook(_pull_to_target)
+    else:
+        optimizer.register_step_pre_hook(_pull_to_target)
     return optimizer
 
 
 @torch.no_grad()
 def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Decay to what is not 0, beside the optimizer's own to 0: SGD's through the gradient, AdamW's apart from it."""
+    """Decay to what is not 0, beside the optimizer's own to 0: through the gradient, AdamW's apart from it."""
     # Of a step that overflows, the loss scaler tells a fused optimizer, which then leaves the parameters as they are.
     overflow = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
@@ -69,7 +72,7 @@ def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter in group["params"] if pull else ():
             if parameter.grad is None:
                 continue
-            if isinstance(optimizer, torch.optim.SGD):
+            if not isinstance(optimizer, torch.optim.AdamW):
                 parameter.grad.sub_(pull)
             else:
                 parameter.add_(group["lr"] * pull * (1 if overflow is None else 1 - overflow.to(parameter.device)))
@@ -78,13 +81,21 @@ def _pull_to_target(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def learning_rate(cfg: CfgNode, iteration: int) -> float:
     """The learning rate of step `iteration`, counted from 0: the schedule times a linear warm-up. A pure function.
 
-    Steps: `BASE_LR` times `GAMMA` for each of `STEPS` that was reached. Cosine: half a period, 0 at `MAX_ITER`.
+    Steps: `BASE_LR` times `GAMMA` for each of `STEPS` that was reached. Cosine: half a period, 0 at `MAX_ITER`. One
+    cycle, as torch's `OneCycleLR`: from a 25th of `BASE_LR` to it at `ONE_CYCLE_PEAK`, then to a 250000th.
     Warm-up: from `WARMUP_FACTOR` at 0 to 1 at `WARMUP_ITERS`; and again after norm layers are frozen.
     """
     solver = cfg.SOLVER
     schedule: ParamScheduler
     if solver.LR_SCHEDULER == "cosine":
         schedule = CosineParamScheduler(1.0, 0.0)
+    elif solver.LR_SCHEDULER == "one_cycle":
+        peak = solver.ONE_CYCLE_PEAK
+        schedule = CompositeParamScheduler(
+            [CosineParamScheduler(1 / 25, 1.0), CosineParamScheduler(1.0, 1 / 250_000)],
+            [peak, 1 - peak],
+            ["rescaled", "rescaled"],
+        )
     else:
         steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
         schedule = MultiStepParamScheduler(

@@ -7,6 +7,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..distributed import rank
+from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..modeling import NUM_LEVELS, RetinaNet
 from ..output import output_folder, write_json
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 def choose_weight(cfg: CfgNode, model: nn.Module, validation: TestSet | None, name: str) -> nn.Module | None:
     """`model`, set to population statistics, with the best of `TEST.EXAMPLE_WEIGHTS` on `validation`.
 
-    The best by top-1 accuracy or box AP.
+    The best by `TEST.EXAMPLE_WEIGHT_METRIC`: top-1 accuracy or box AP, unless it says another.
 
     A model with GroupNorms is copied, and the moving averages that they have not are computed by `TEST.RECOMPUTE`.
     Every rank calls it; the scores of all weights go to `OUTPUT_DIR/inference/<name>/example_weight.json`. None, with a
@@ -32,18 +33,25 @@ def choose_weight(cfg: CfgNode, model: nn.Module, validation: TestSet | None, na
         return None
     model = _with_statistics(cfg, model)
     weights = list(cfg.TEST.EXAMPLE_WEIGHTS)
+    measured: list[dict[str, float]] = []  # of each weight all metrics
 
     def score(model: nn.Module) -> float:
         if validation is None:
             return 0.0  # there is one weight
         scores = validation.scores(model)
-        return scores["classification"]["top1"] if "classification" in scores else scores["bbox"]["AP"]
+        measured.append(scores["classification"] if validation.classes else scores["bbox"])
+        metric = cfg.TEST.EXAMPLE_WEIGHT_METRIC or ("top1" if validation.classes else "AP")
+        if metric not in measured[-1]:
+            raise UserError(f"TEST.EXAMPLE_WEIGHT_METRIC takes one of {list(measured[-1])}, got {metric!r}")
+        return -measured[-1][metric] if metric == "loss" else measured[-1][metric]
 
     scores = choose_example_weight(model, score, weights)
     chosen = next(m.example_weight for m in model.modules() if isinstance(m, DomainBatchNorm))
     if rank() == 0:
         tried = {} if validation is None else {str(weight): value for weight, value in scores.items()}
         content = {"example_weight": chosen, "scores": tried, "data set": cfg.TEST.EXAMPLE_WEIGHT_DATASET}
+        if measured:
+            content["metrics"] = {str(weight): values for weight, values in zip(weights, measured, strict=True)}
         write_json(output_folder(cfg.OUTPUT_DIR) / "inference" / name / "example_weight.json", content)
     logger.info("%s: example weight %g of %s", name, chosen, weights)
     return model

@@ -13,12 +13,15 @@ from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
 from .group_norm import GroupNorm
 from .grouped import GroupedBatchNorm
+from .positional import PositionalNorm
 from .seq_norm import SeqNorm
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "BN": DomainBatchNorm,
     "SyncBN": DomainBatchNorm,
     "GN": GroupNorm,
+    "IN": GroupNorm,
+    "PN": PositionalNorm,
     "FrozenBN": FrozenBatchNorm,
     "GhostBN": GhostBatchNorm,
     "SeqNorm": SeqNorm,
@@ -26,7 +29,10 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "GBGN": GroupedBatchNorm,
     "BRN": BatchRenorm,
 }
-CHOICES_OF_DOMAINS = ("sgd_statistics", "population_statistics")
+OF_STATISTICS = {  # options that a norm of the sample alone has no use for
+    *("num_domains", "sgd_statistics", "population_statistics", "momentum"),
+    *("sync", "track_running_stats", "track_total_var"),
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "SyncBN": {"sync": True},
     "GN": {"num_groups": 32},
@@ -46,10 +52,11 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     Args:
         name: `""`: there is no norm. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
             `"FrozenBN"`, `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`:
-            `nn.GroupNorm`. The names of the classes are taken too.
+            `nn.GroupNorm`; `"IN"`: with a channel a group, InstanceNorm; `"PN"`: over the channels of each place. The
+            names of the classes are taken too.
         num_features: C.
-        **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN` has no domains and no running
-            statistics: it takes `num_groups` and `eps` and is the same layer for every domain.
+        **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN`, `IN` and `PN` have no domains
+            and no running statistics: they are the same layer for every domain, and do not take what is of these.
             `BGN` also takes `split_space`: True (the paper's): `num_groups` as it is, also where it splits channels in
             space; the layer then works at one feature size. False: its greatest common divisor with the channels.
 
@@ -77,11 +84,12 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
     for key in ("num_groups", "num_channel_groups", "channel_groups"):
         if key in options and name in ("GN", "SeqNorm", "BGN", "GBGN") and not exact:
             options[key] = math.gcd(options[key], num_features)
-    if name == "GN":
-        affine = options.get("affine", "shared") not in (None, False)
-        of_statistics = {"num_domains", *CHOICES_OF_DOMAINS, "momentum", "sync", "track_running_stats"}
-        own = {key: value for key, value in options.items() if key not in {"num_groups", "affine", *of_statistics}}
-        return GroupNorm(options["num_groups"], num_features, affine=affine, **own)
+    if name in ("GN", "IN", "PN"):
+        affine = options.pop("affine", "shared") not in (None, False)
+        own = {key: value for key, value in options.items() if key not in OF_STATISTICS}
+        if name == "PN":
+            return PositionalNorm(num_features, affine=affine, **own)
+        return GroupNorm(own.pop("num_groups", num_features), num_features, affine=affine, **own)
     return LAYERS[name](num_features, **options)
 
 

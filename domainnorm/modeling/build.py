@@ -17,7 +17,7 @@ from .backbone import build_backbone
 from .channels_last import Transform
 from .classifier import build_classifier
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
-from .norm import own_options, roi_norm_options
+from .norm import fix_weights, own_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
 from .roi_align import RoIAlign
 from .weights import initialize
@@ -48,12 +48,12 @@ def build_model(cfg: CfgNode) -> nn.Module:
         ['boxes', 'labels', 'scores']
     """
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        return _name_domains(cfg, build_classifier(cfg)).to(get_device(cfg.MODEL.DEVICE))
+        return fix_weights(cfg, _name_domains(cfg, build_classifier(cfg))).to(get_device(cfg.MODEL.DEVICE))
     model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
     _check_pieces(model)
     _name_domains(cfg, model)
     initialize(model, cfg.MODEL.WEIGHTS)
-    return model.to(get_device(cfg.MODEL.DEVICE))
+    return fix_weights(cfg, model).to(get_device(cfg.MODEL.DEVICE))
 
 
 def _name_domains(cfg: CfgNode, model: nn.Module) -> nn.Module:

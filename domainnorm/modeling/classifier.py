@@ -30,14 +30,18 @@ class Classifier(nn.Module):
     Args:
         body: images `(N, 3, H, W)` -> logits `(N, classes)`; what a detector's backbone can be initialized with.
         image_mean, image_std: of RGB in [0, 1].
+        label_smoothing: the share of a target that all classes have equally.
 
     Attributes:
         minibatch_size: how many images, one after the other, are normalized together in inference under minibatch
             statistics. 1: a prediction depends on its own image only, as under population statistics.
     """
 
-    def __init__(self, body: nn.Module, image_mean: list[float], image_std: list[float]) -> None:
+    def __init__(
+        self, body: nn.Module, image_mean: list[float], image_std: list[float], label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.body = body
         self.minibatch_size = 1
         for name, value in (("image_mean", image_mean), ("image_std", image_std)):
@@ -58,7 +62,8 @@ class Classifier(nn.Module):
                 raise ValueError("a classifier in training mode takes targets, got none: call eval() for predictions")
             use_domains_of(self, targets)
             labels = torch.stack([target["labels"] for target in targets])
-            return {"loss_cls": F.cross_entropy(self.body(x).float(), labels)}
+            loss = F.cross_entropy(self.body(x).float(), labels, label_smoothing=self.label_smoothing)
+            return {"loss_cls": loss}
         if any(m.uses_minibatch for m in self.body.modules() if isinstance(m, DomainBatchNorm)):
             return torch.cat([self.body(part) for part in x.split(self.minibatch_size)])
         return self.body(x)
@@ -92,7 +97,8 @@ def build_classifier(cfg: CfgNode) -> Classifier:
     else:
         batch_norm = nn.modules.batchnorm._BatchNorm
         body = replace_layers(body, lambda _, m: nn.Identity() if isinstance(m, batch_norm) else m)
-    model = Classifier(body, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD))
+    mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
+    model = Classifier(body, mean, std, cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING)
     if whole:
         load_weights(model, _with_own_last_layer(model, state), cfg.MODEL.WEIGHTS)
     _try_image(cfg, model)

@@ -3,16 +3,20 @@
 from typing import Any
 
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from ..config import iteration_of
-from ..config.schema.norm import BATCH_NORMS
+from ..config.schema.norm import BATCH_NORMS, SAMPLE_NORMS
 from ..data import domain_names
+from ..distributed.collectives import sub_group, world_size
+from ..errors import UserError
+from ..layers import is_norm
 
 
 def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     """What `MODEL.NORM` and `MODEL.NORM_DOMAINS` say of the norm `name`, as options of `get_norm`."""
     options = own_options(cfg, name)
-    if cfg.MODEL.NORM_DOMAINS and name not in ("", "GN"):
+    if cfg.MODEL.NORM_DOMAINS and name not in ("", *SAMPLE_NORMS):
         choices = cfg.MODEL.DATASET_NORM
         options |= {
             "num_domains": len(domain_names(cfg)),
@@ -25,8 +29,29 @@ def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
 
 def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     """What `MODEL.NORM` says of the norm `name`; and whether it keeps what `TEST.EXAMPLE_WEIGHTS` mix with."""
-    options = _of_norm(cfg, name)
-    return options | {"track_total_var": True} if cfg.TEST.EXAMPLE_WEIGHTS and name in BATCH_NORMS else options
+    node, options = cfg.MODEL.NORM, _of_norm(cfg, name)
+    if node.EPS and name:
+        options["eps"] = node.EPS
+    if node.MOMENTUM and name in BATCH_NORMS:
+        options["momentum"] = node.MOMENTUM
+    if node.SYNC_GROUP_SIZE and (name == "SyncBN" or options.get("sync")):
+        if world_size() % node.SYNC_GROUP_SIZE:
+            raise UserError(
+                f"MODEL.NORM.SYNC_GROUP_SIZE {node.SYNC_GROUP_SIZE} does not divide the {world_size()} processes"
+            )
+        options["sync"] = sub_group(node.SYNC_GROUP_SIZE) or True  # None: all ranks
+    if cfg.TEST.EXAMPLE_WEIGHTS and name in BATCH_NORMS:
+        options["track_total_var"] = True
+    return options
+
+
+def fix_weights(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """With `MODEL.NORM.FIXED_WEIGHT`, no γ of a norm is trained; returns the model."""
+    if cfg.MODEL.NORM.FIXED_WEIGHT:
+        for module in model.modules():
+            if is_norm(module) and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+                weight.requires_grad_(False)
+    return model
 
 
 def _of_norm(cfg: CfgNode, name: str) -> dict[str, Any]:
@@ -34,7 +59,8 @@ def _of_norm(cfg: CfgNode, name: str) -> dict[str, Any]:
     if name == "GN":
         return {"num_groups": node.GN.NUM_GROUPS}
     if name == "GhostBN":
-        return {"samples_per_group": node.GHOSTBN.SAMPLES_PER_GROUP}
+        number = node.GHOSTBN.NUM_SAMPLE_GROUPS
+        return {"num_sample_groups": number} if number else {"samples_per_group": node.GHOSTBN.SAMPLES_PER_GROUP}
     if name == "SeqNorm":
         return {
             "num_channel_groups": node.SEQNORM.NUM_CHANNEL_GROUPS,

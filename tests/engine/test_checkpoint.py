@@ -167,7 +167,8 @@ def test_a_checkpoint_with_old_keys_is_compared_by_their_new_names(data_set, tmp
     train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=2, **{key: 4}))
     file = last_checkpoint(tmp_path / "out")
     checkpoint = read_checkpoint(file)
-    checkpoint["config"] = re.sub(r"(GHOSTBN:\s+)SAMPLES_PER_GROUP", r"\1GROUP_SIZE", checkpoint["config"])
+    old = r"(GHOSTBN:\s+(?:NUM_SAMPLE_GROUPS: 0\s+)?)SAMPLES_PER_GROUP"
+    checkpoint["config"] = re.sub(old, r"\1GROUP_SIZE", checkpoint["config"])
     assert "GROUP_SIZE: 4" in checkpoint["config"]
     torch.save(checkpoint, file)
     train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=3, **{key: 4}), resume=True)

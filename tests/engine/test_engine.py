@@ -229,6 +229,18 @@ def test_learning_rate_cosine():
     assert 0 < schedule(99, **options)[0] < 1e-4
 
 
+@pytest.mark.parametrize("peak", [0.3, 0.5])
+def test_learning_rate_one_cycle(peak):
+    options = {"BASE_LR": 0.1, "MAX_ITER": 100, "LR_SCHEDULER": "one_cycle", "WARMUP_ITERS": 0, "ONE_CYCLE_PEAK": peak}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=101, pct_start=(100 * peak + 1) / 101)
+    rates = []
+    for _ in range(100):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step(), theirs.step()
+    assert schedule(*range(100), **options) == pytest.approx(rates, rel=1e-6)
+
+
 def test_steps_that_are_never_reached_are_said_and_ignored(caplog):
     assert schedule(19, BASE_LR=0.1, MAX_ITER=20, STEPS=[10, 20, 30], WARMUP_ITERS=0) == pytest.approx([0.01])
     with caplog.at_level(logging.WARNING):
@@ -257,6 +269,13 @@ def test_weight_decay_groups_hold_each_parameter_once():
 def test_optimizers_of_the_config():
     model = nn.Linear(2, 2)
     assert isinstance(build_optimizer(load_config(None, ["SOLVER.OPTIMIZER", "AdamW"]), model), torch.optim.AdamW)
+    words = ["SOLVER.ADAM_BETAS", [0.8, 0.99], "SOLVER.OPTIMIZER_EPS", 0.1, "SOLVER.RMSPROP_ALPHA", 0.9]
+    adam, rms = (
+        build_optimizer(load_config(None, ["SOLVER.OPTIMIZER", k, *words]), model) for k in ("Adam", "RMSprop")
+    )
+    assert type(adam) is torch.optim.Adam and (adam.defaults["betas"], adam.defaults["eps"]) == ((0.8, 0.99), 0.1)
+    assert type(rms) is torch.optim.RMSprop
+    assert (rms.defaults["alpha"], rms.defaults["momentum"], rms.defaults["eps"]) == (0.9, 0.9, 0.1)
     sgd = build_optimizer(load_config(None, ["SOLVER.MOMENTUM", 0.8, "SOLVER.NESTEROV", True]), model)
     assert sgd.defaults["momentum"] == 0.8 and sgd.defaults["nesterov"]
 

@@ -12,11 +12,13 @@ import torch
 import torchvision
 from ranks import run_ranks
 from torch import nn
+from torchvision import tv_tensors
 
 import domainnorm as dn
 from domainnorm.data import train_loader
 from domainnorm.data.classification_sets import minibatch_size, minibatches
 from domainnorm.data.patches import patches_file
+from domainnorm.data.transforms import classifier_train_transforms
 from domainnorm.evaluation.classification import accuracy
 from domainnorm.layers import DomainBatchNorm
 
@@ -244,6 +246,32 @@ def test_the_loss_is_the_cross_entropy_of_normalized_images(sets, tmp_path):
     torch.testing.assert_close(model(images, targets)["loss_cls"], expected)
     with pytest.raises(ValueError, match="takes targets"):
         model(images)
+
+
+def test_label_smoothing(sets, tmp_path):
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM="GN", MODEL__CLASSIFIER__LABEL_SMOOTHING=0.2)
+    images, targets = patches(sets)
+    logits = model.eval()(images)
+    goals = torch.full_like(logits, 0.2 / 4)
+    goals[range(len(targets)), [int(t["labels"]) for t in targets]] += 0.8
+    expected = -(goals * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(model.train()(images, targets)["loss_cls"], expected)
+
+
+def test_cutout(sets, tmp_path):
+    cfg = config(sets, tmp_path, INPUT__CUTOUT=8, INPUT__CROP="none", INPUT__RANDOM_FLIP=0.0)
+    transform = classifier_train_transforms(cfg)
+    image, color = torch.full((3, 32, 32), 255, dtype=torch.uint8), torch.tensor(cfg.MODEL.PIXEL_MEAN)
+    areas, places = [], torch.zeros(32, 32)
+    for _ in range(400):
+        out = transform(tv_tensors.Image(image))
+        cut = (out != 1).all(0)
+        assert torch.equal(out[:, cut], color[:, None].expand(3, int(cut.sum())))
+        rows, columns = cut.any(1), cut.any(0)
+        assert int(cut.sum()) == int(rows.sum()) * int(columns.sum())
+        areas.append(int(cut.sum()))
+        places += cut
+    assert max(areas) == 64 and min(areas) >= 16 and (places > 0).all()
 
 
 @pytest.mark.parametrize("norm", ["BN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN"])

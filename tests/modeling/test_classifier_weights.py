@@ -54,6 +54,23 @@ def test_one_weight(sets, tmp_path, norm):  # noqa: F811
         assert again["population"] == results["population_weighed"]
 
 
+@pytest.mark.parametrize(("metric", "largest"), [("top1", True), ("top5", True), ("loss", False)])
+def test_the_best_by_any_metric(sets, tmp_path, metric, largest):  # noqa: F811
+    keys = {"DATASETS__TEST": sets[1:], "TEST__EXAMPLE_WEIGHTS": [0.9, 0.0, 0.3]}
+    keys["TEST__EXAMPLE_WEIGHT_DATASET"] = str(patches_file("patches_val", 40))
+    cfg = config(sets, tmp_path, TEST__EXAMPLE_WEIGHT_METRIC=metric, **keys)
+    dn.evaluate(cfg, trained(sets, tmp_path, **keys))
+    written = json.loads((tmp_path / "inference/population_weighed/example_weight.json").read_text())
+    values = {float(weight): found[metric] for weight, found in written["metrics"].items()}
+    assert list(values) == [0.9, 0.0, 0.3] and all(
+        found.keys() == {"top1", "top5", "loss"} for found in written["metrics"].values()
+    )
+    best = (max if largest else min)(values.values())
+    assert written["example_weight"] == min(weight for weight, value in values.items() if value == best)
+    with pytest.raises(dn.UserError, match=r"EXAMPLE_WEIGHT_METRIC takes one of .*'top1'.*got 'AP'"):
+        dn.evaluate(config(sets, tmp_path, TEST__EXAMPLE_WEIGHT_METRIC="AP", **keys), trained(sets, tmp_path, **keys))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_the_best_of_several_weights_is_chosen(sets, tmp_path, norm):  # noqa: F811
@@ -201,7 +218,7 @@ def test_decay_by_the_formula(rule, target, decay_norm):
             torch.testing.assert_close(p.detach(), expected[name], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "Adam", "RMSprop"])
 def test_decay_alone_leads_to_its_target(optimizer):
     for target in (0.0, 1.0):
         words = ["SOLVER.WEIGHT_DECAY_NORM", 0.5, "SOLVER.WEIGHT_DECAY_NORM_TARGET", target, "SOLVER.BASE_LR", 0.2]

@@ -34,9 +34,9 @@ from domainnorm.statistics.recompute import METHODS
 SIZE = 32  # pixels of an object's image
 SEEDS = (0, 1, 2)  # of the images from which statistics are recomputed
 TABLE_2 = """\
-Table 2 of the paper does not show here. There, larger B is better (validation error 35.5 with the EMA; 34.4, 32.3, 32.0
-and 32.0 with B = 2, 10, 100 and N); here B = 2 is the best. The differences between B are at most ten of 1500 validation
-images, of one small model that was trained once: too few to say why."""
+Table 2 of the paper does not show here. There, larger B is better (validation error 35.5 with the EMA; 34.4, 32.3,
+32.0 and 32.0 with B = 2, 10, 100 and N); here B = 2 is the best. The differences between B are at most ten of 1500
+validation images, of one small model that was trained once: too few to say why."""
 
 
 def objects(count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ class Input(Section, key="INPUT"):
     MIN_SIZE_TEST = Option(800, "Shorter side in inference.", POSITIVE, used_by=DETECTORS)
     MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", used_by=DETECTORS)
     RANDOM_FLIP = Option(0.5, "Probability of a horizontal flip in training.", SHARE)
+    CUTOUT = Option(
+        0, "Side of the square that is cut out in training, in pixels; 0: none.", NOT_NEGATIVE, used_by=CLASSIFIER
+    )
     CROP_SIZE = Option(224, "Side of the square images.", POSITIVE, used_by=CLASSIFIER)
     CROP = Option(
         "random_resized",

@@ -16,6 +16,9 @@ class Test(Section, key="TEST"):
     EXAMPLE_WEIGHT_DATASET = Option(
         "", "Data set, none of TEST, on which the best of several EXAMPLE_WEIGHTS is chosen."
     )
+    EXAMPLE_WEIGHT_METRIC = Option(
+        "", "What chooses the best of them: top1, top5 or loss of a classifier; AP, AP50, …; '': top1 or AP."
+    )
     DOMAIN = Option(
         "given",
         "Domain of an image: given by DATASETS.TEST_DOMAINS, nearest by its statistics, or average: all, merged.",

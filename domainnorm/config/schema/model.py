@@ -136,3 +136,4 @@ class Classifier(Section, key="MODEL.CLASSIFIER", used_by=CLASSIFIER):
     """The classifier."""
 
     NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", NOT_NEGATIVE)
+    LABEL_SMOOTHING = Option(0.0, "Share of the target that all classes have equally, in training.", SHARE)

@@ -3,8 +3,20 @@
 from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Range, Section
 
 BATCH_NORMS = ("BN", "SyncBN", "GhostBN", "SeqNorm", "BGN", "GBGN", "BRN")
-NORMS = ("", "GN", "FrozenBN", *BATCH_NORMS)
+SAMPLE_NORMS = ("GN", "IN", "PN")  # of one sample alone
+NORMS = ("", *SAMPLE_NORMS, "FrozenBN", *BATCH_NORMS)
 SHARED = ("shared", "per_domain")
+
+
+class Norm(Section, key="MODEL.NORM"):
+    """What all norms have."""
+
+    EPS = Option(0.0, "Added to the variance; 0: the layer's own, 1e-5 (1e-3 in MobileNets).", NOT_NEGATIVE)
+    MOMENTUM = Option(0.0, "EMA momentum, as in torch; 0: the layer's own, 0.1 (0.01 in MobileNets and BRN).", SHARE)
+    FIXED_WEIGHT = Option(False, "Weights (gamma) stay 1, and only biases are trained (Batch Renormalization, 4).")
+    SYNC_GROUP_SIZE = Option(
+        0, "Processes, one after the other, that a synchronized norm merges; 0: all.", NOT_NEGATIVE
+    )
 
 
 class GN(Section, key="MODEL.NORM.GN"):
@@ -17,6 +29,7 @@ class GhostBN(Section, key="MODEL.NORM.GHOSTBN"):
     """BatchNorm over groups of samples of one process."""
 
     SAMPLES_PER_GROUP = Option(16, "Number of images, or RoIs, in a group.", POSITIVE, renamed_from="GROUP_SIZE")
+    NUM_SAMPLE_GROUPS = Option(0, "Number of groups, of any size, instead of SAMPLES_PER_GROUP; 0: that.", NOT_NEGATIVE)
 
 
 class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):

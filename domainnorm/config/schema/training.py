@@ -1,6 +1,6 @@
 """A run, and its optimizer, schedule and precision."""
 
-from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Section
+from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Range, Section
 
 
 class Run(Section, key=""):
@@ -18,11 +18,19 @@ class Solver(Section, key="SOLVER"):
 
     IMS_PER_BATCH = Option(16, "Number of images in one SGD step, over all processes.", POSITIVE)
     ACCUMULATE = Option(1, "Backward passes in one SGD step, each with normalization batches of its own.", POSITIVE)
-    OPTIMIZER = Option("SGD", "Optimizer.", ("SGD", "AdamW"))
+    OPTIMIZER = Option("SGD", "Optimizer, of torch.optim.", ("SGD", "AdamW", "Adam", "RMSprop"))
     BASE_LR = Option(0.01, "Learning rate after the warm-up.", POSITIVE)
-    MOMENTUM = Option(0.9, "Momentum of SGD.", SHARE)
+    MOMENTUM = Option(0.9, "Momentum of SGD and RMSprop.", SHARE)
+    ADAM_BETAS = Option([0.9, 0.999], "Decay of the averages of Adam and AdamW.", SHARE, length=2)
+    RMSPROP_ALPHA = Option(0.99, "Decay of the average of RMSprop.", SHARE)
+    OPTIMIZER_EPS = Option(1e-8, "Eps of Adam, AdamW and RMSprop.", NOT_NEGATIVE)
     NESTEROV = Option(False, "Nesterov momentum in SGD.")
-    LR_SCHEDULER = Option("steps", "Schedule of the learning rate; cosine ends at 0.", ("steps", "cosine"))
+    LR_SCHEDULER = Option(
+        "steps",
+        "Schedule of the learning rate; cosine ends at 0, one_cycle begins and ends near it.",
+        ("steps", "cosine", "one_cycle"),
+    )
+    ONE_CYCLE_PEAK = Option(0.3, "When one_cycle reaches BASE_LR, as a share of MAX_ITER.", Range(above=0, max=0.99))
     STEPS = Option([], "Iterations at which the learning rate is multiplied by GAMMA.", POSITIVE, element=int)
     GAMMA = Option(0.1, "Factor of the learning rate at each of STEPS.")
     MAX_ITER = Option(90000, "Number of SGD steps.", POSITIVE)
