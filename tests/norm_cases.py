@@ -4,6 +4,7 @@ import torch
 from reference_norms import (
     BatchGroupReference,
     GhostReference,
+    GhostThenGroupReference,
     GroupedReference,
     Reference,
     RenormReference,
@@ -18,6 +19,11 @@ CASES = {  # name: (layer, options, its reference)
     "ghost": ("GhostBatchNorm", {"samples_per_group": 2}, GhostReference),
     "ghost_num": ("GhostBatchNorm", {"num_sample_groups": 2}, GhostReference),
     "seq": ("SeqNorm", {"num_channel_groups": 2, "num_sample_groups": 2}, SeqReference),
+    "seq_ghost_first": (
+        "SeqNorm",
+        {"num_channel_groups": 2, "num_sample_groups": 2, "group_norm_first": False},
+        GhostThenGroupReference,
+    ),
     "bgn": ("BatchGroupNorm", {"num_groups": 2}, BatchGroupReference),
     "bgn_pieces": ("BatchGroupNorm", {"num_groups": 8}, BatchGroupReference),
     "gbgn": ("GroupedBatchNorm", {"num_channel_groups": 2, "samples_per_group": 2}, GroupedReference),

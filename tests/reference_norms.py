@@ -151,6 +151,24 @@ class SeqReference(GhostReference):
         return normalize(x, pair(sample_of(x), channel_group_of(x, self.num_channel_groups)), self.eps)
 
 
+class GhostThenGroupReference(GhostReference):
+    """SeqNorm in the other order."""
+
+    def __init__(self, channels, num_channel_groups, num_sample_groups, group_norm_first=False, **options):
+        super().__init__(channels, num_sample_groups=num_sample_groups, **options)
+        self.num_channel_groups = num_channel_groups
+
+    def train(self, x, weight, bias):
+        return self.last(super().train(x, None, None), weight, bias)
+
+    def infer(self, x, weight, bias, alpha=0.0):
+        return self.last(super().infer(x, None, None, alpha), weight, bias)
+
+    def last(self, x, weight, bias):
+        groups = pair(sample_of(x), channel_group_of(x, self.num_channel_groups))
+        return affine(normalize(x, groups, self.eps), weight, bias)
+
+
 class BatchGroupReference(Reference):
     def __init__(self, channels, num_groups, **options):
         super().__init__(channels, buffers=num_groups, **options)

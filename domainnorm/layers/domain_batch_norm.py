@@ -96,6 +96,7 @@ class DomainBatchNorm(PopulationStatistics):
     channels_per_group = 1  # neighboring channels that are normalized together
     merged_channels = False  # whether the population statistics are those of such channels, too
     channels_per_first_group = 0  # of a GroupNorm that comes first
+    channels_per_last_group = 0  # of one that comes last
     is_corrected = True  # whether training is corrected towards the population statistics, where a layer has that
 
     def __init__(
@@ -169,7 +170,7 @@ class DomainBatchNorm(PopulationStatistics):
         shared = self.sgd_statistics == "shared"
         elements = self._elements(inputs.tensors)
         minibatch = self.uses_minibatch
-        by_sample = not minibatch or self.channels_per_first_group > 0
+        by_sample = not minibatch or self.channels_per_first_group > 0 or self.channels_per_last_group > 0
         if self.sample_groups is not None and minibatch:
             segmentation = self.sample_groups.segmentation(inputs, shared, elements, by_sample)
         else:
@@ -187,6 +188,7 @@ class DomainBatchNorm(PopulationStatistics):
             self._channels_per_group(tensors),
             self.merged_channels,
             self.channels_per_first_group,
+            self.channels_per_last_group,
             inputs.external,
         )
         if not minibatch:
@@ -222,6 +224,7 @@ class DomainBatchNorm(PopulationStatistics):
             self._channels_per_group(tensors),
             self.merged_channels,
             self.channels_per_first_group,
+            0,
             inputs.external,
         )
         return domain_moments(

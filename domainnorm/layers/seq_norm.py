@@ -1,4 +1,4 @@
-"""GroupNorm, then GhostBN, then one affine."""
+"""GroupNorm, then GhostBN, or the other way round; then one affine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from .renamed import renamed_arguments
 class SeqNorm(GhostBatchNorm):
     """GroupNorm of channel groups without affine, then GhostBN of sample groups (*Ghost Normalization*, §2.1).
 
-    In inference the first part still uses the sample, the second the population statistics, which are those of the
-    group-normalized features. Both parts are computed from the moments of the samples: the input is read for them once.
+    In inference the GroupNorm still uses the sample, the GhostBN the population statistics, which are those of the
+    group-normalized features (with `group_norm_first=False`, §3.3, of the input). Both parts are computed from the
+    moments of the samples: the input is read for them once.
 
     Args:
         num_features: C.
         num_channel_groups: of the GroupNorm; divides C.
         num_sample_groups: of the GhostBN, groups of ⌈N / num_sample_groups⌉ samples.
+        group_norm_first: False: the GhostBN comes first.
         **options: of `GhostBatchNorm`.
 
     Shape:
@@ -38,14 +40,28 @@ class SeqNorm(GhostBatchNorm):
     _renamed: ClassVar = {"channel_groups": "num_channel_groups", "batch_groups": "num_sample_groups"}
 
     @renamed_arguments(_renamed)
-    def __init__(self, num_features: int, *, num_channel_groups: int, num_sample_groups: int, **options: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_channel_groups: int,
+        num_sample_groups: int,
+        group_norm_first: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__(num_features, num_sample_groups=num_sample_groups, **options)
         check_channel_groups(num_channel_groups, num_features)
         self.num_channel_groups = num_channel_groups
-        self.channels_per_first_group = num_features // num_channel_groups
+        self.group_norm_first = group_norm_first
+        channels = num_features // num_channel_groups
+        if group_norm_first:
+            self.channels_per_first_group = channels
+        else:
+            self.channels_per_last_group = channels
 
     def grouping(self) -> str:
-        return f"num_channel_groups={self.num_channel_groups}, num_sample_groups={self.num_sample_groups}"
+        text = f"num_channel_groups={self.num_channel_groups}, num_sample_groups={self.num_sample_groups}"
+        return text if self.group_norm_first else f"{text}, group_norm_first=False"
 
 
 def check_channel_groups(groups: int, channels: int) -> None:

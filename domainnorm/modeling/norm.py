@@ -65,6 +65,7 @@ def _of_norm(cfg: CfgNode, name: str) -> dict[str, Any]:
         return {
             "num_channel_groups": node.SEQNORM.NUM_CHANNEL_GROUPS,
             "num_sample_groups": node.SEQNORM.NUM_SAMPLE_GROUPS,
+            "group_norm_first": node.SEQNORM.GROUP_NORM_FIRST,
         }
     if name == "BGN":
         return {"num_groups": node.BGN.NUM_GROUPS, "split_space": node.BGN.SPLIT_SPACE, "sync": node.BGN.SYNC}

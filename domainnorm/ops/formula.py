@@ -51,6 +51,7 @@ class Normalization:
         channels_per_group: neighboring channels that are normalized together.
         merged_channels: whether the moments of the domains, too, are those of such channels.
         channels_per_first_group: of a GroupNorm that comes first (SeqNorm), where segments are samples; 0: none does.
+        channels_per_last_group: likewise, of one that comes last.
         external: moments `(K, C)` of samples elsewhere that belong to the domains; None: there are none.
         sync: the process group, in a tuple, over whose ranks moments are merged; None: this rank alone.
         correction: gives r and d of Batch Renorm from this and `(mean, var)` of each segment's batch; None: 1 and 0.
@@ -73,6 +74,7 @@ class Normalization:
     channels_per_group: int = 1
     merged_channels: bool = False
     channels_per_first_group: int = 0
+    channels_per_last_group: int = 0
     external: Moments | None = None
     sync: tuple[Group] | None = None
     correction: Callable[[Normalization, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -87,7 +89,7 @@ class Normalization:
         return (
             self.groups is None
             and self.channels_per_group == 1
-            and not self.channels_per_first_group
+            and not self.has_group_norm()
             and self.external is None
             and self.sync is None
             and self.correction is None
@@ -97,7 +99,11 @@ class Normalization:
 
     def is_constant(self) -> bool:
         """Whether it is an affine that does not depend on the input."""
-        return self.by_population is not None and not self.example_weight and not self.channels_per_first_group
+        return self.by_population is not None and not self.example_weight and not self.has_group_norm()
+
+    def has_group_norm(self) -> bool:
+        """Whether there is a GroupNorm before or after, which looks at each sample."""
+        return bool(self.channels_per_first_group or self.channels_per_last_group)
 
     def is_batch_norm_of_each_tensor(self) -> bool:
         """Whether a BatchNorm that is called for one tensor after the other does the same."""
@@ -234,10 +240,17 @@ def _affine(
         r, d = problem.correction(problem, batch.mean, batch.var)
         factor, shift = factor * r, shift + (d if weight is None else d * weight)
     scale = factor if weight is None else factor * weight
+    if problem.channels_per_last_group:  # of z = (x - center) · factor
+        z = Moments(segments.count, (segments.mean - center) * factor, segments.var * factor.square())
+        last = z.merge_channels(z.mean.shape[1] // problem.channels_per_last_group)
+        last = last.repeat_channels(problem.channels_per_last_group)
+        last_factor = (last.var + problem.eps).rsqrt()
+        moved = last.mean * last_factor
+        scale, shift = scale * last_factor, shift - (moved if weight is None else moved * weight)
     if group_norm is not None:  # of z = (x - first_center) · first_factor
         first_center, first_factor = group_norm
         shift, center, scale = shift - center * scale, first_center, scale * first_factor
-    alone = group_norm is None and domains is not None
+    alone = not problem.has_group_norm() and domains is not None
     if scale.dtype != segments.mean.dtype or shift.dtype != segments.mean.dtype:  # of weight and bias in another type
         scale, shift = scale.to(segments.mean.dtype), shift.to(segments.mean.dtype)
     return Affine(scale, center, shift, batch if alone else None, factor, d)

@@ -61,7 +61,7 @@ def forward(kernels: Any, problems: Sequence[Normalization], differentiable: boo
     leaves: Any = None
     # The gradient of what only batches give is known. That of the rest, SeqNorm and example weighing, autograd finds in
     # a graph of a few numbers, which hooks that offload or drop saved tensors are not for.
-    if differentiable and any(p.channels_per_first_group or p.by_population is not None for p in problems):
+    if differentiable and any(p.has_group_norm() or p.by_population is not None for p in problems):
         together = [(*values, *given) for values, given in zip(segments, affine, strict=True)]
         leaves = [[v if v is None else v.detach().requires_grad_() for v in values] for values in together]
         with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):

@@ -12,7 +12,6 @@ from ..layers import (
     DomainBatchNorm,
     FrozenBatchNorm,
     GroupedBatchNorm,
-    SeqNorm,
     get_norm,
     norm_name,
 )
@@ -165,7 +164,8 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
         if old is not None and own is not None and old.shape not in (own.shape, own.shape[1:]):
             raise ValueError(f"{key} of {len(old)} domains cannot be kept in one: choose affine='per_domain'")
     if isinstance(new, DomainBatchNorm):
-        if layer.running_mean is not None and isinstance(layer, SeqNorm) == isinstance(new, SeqNorm):
+        of_groups = [getattr(norm, "channels_per_first_group", 0) > 0 for norm in (layer, new)]
+        if layer.running_mean is not None and of_groups[0] == of_groups[1]:
             _keep_statistics(new, layer)
         if isinstance(layer, DomainBatchNorm):
             new.statistics, new.example_weight = layer.statistics, layer.example_weight

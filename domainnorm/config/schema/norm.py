@@ -37,6 +37,7 @@ class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):
 
     NUM_CHANNEL_GROUPS = Option(4, "Number of groups of the GroupNorm.", POSITIVE, renamed_from="CHANNEL_GROUPS")
     NUM_SAMPLE_GROUPS = Option(8, "Number of groups of the GhostBN.", POSITIVE, renamed_from="BATCH_GROUPS")
+    GROUP_NORM_FIRST = Option(True, "False: the GhostBN comes first, then the GroupNorm.")
 
 
 class BGN(Section, key="MODEL.NORM.BGN"):
