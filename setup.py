@@ -67,8 +67,12 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm", "onnx", "onnxscript", "onnxruntime"],
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("timm", "onnx", "onnxscript", "onnxruntime", "scipy"),
+        ],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "studies": ["matplotlib"],
+        "svhn": ["scipy"],
     },
 )

@@ -255,7 +255,12 @@ OF_TORCH = {"triton"}  # comes with torch where there may be a GPU, and is not n
 @pytest.mark.parametrize("folder", ["domainnorm", "tools", "tests"])
 def test_what_is_imported_is_declared(folder):
     always, with_extras = requirements()
-    optional = {"timm", "onnxruntime", "matplotlib"}  # imported where they are used, with an error that names the extra
+    optional = {
+        "timm",
+        "onnxruntime",
+        "matplotlib",
+        "scipy",
+    }  # imported where they are used, with an error that names the extra
     for file in (ROOT / folder).rglob("*.py"):
         for name in third_parties(file):
             declared = always | optional if folder == "domainnorm" else with_extras

@@ -14,8 +14,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from ..errors import UserError
-from . import patches
+from . import archives, patches
 from .arrays import LabelledImages, read_idx_pair, read_npz
+from .catalog import datasets_root
 from .image import read_image
 from .scene import CLASSES
 
@@ -23,14 +24,18 @@ from .scene import CLASSES
 def resolve_classes(name: str) -> tuple[Path, ...]:
     """The paths of a data set of classes: (folder,), (file.npz,) or (images, labels).
 
-    `name` is a known name (`patches_train`, `patches_val`) or a path. The patches are generated on first use. Whether
-    the other paths exist is not checked here.
+    `name` is a known name (`patches_train`, `cifar10_train`, …) or a path. The patches are generated on first use.
+    Whether the other paths exist is not checked here.
 
     Raises:
         UserError: the patches cannot be written.
     """
     if name in patches.COUNTS:
         return (patches.patches_file(name),)
+    if name in archives.NAMES:
+        return (archives.archive_folder(name),)
+    if name in archives.FOLDERS:
+        return (datasets_root() / archives.FOLDERS[name],)
     images, _, labels = str(name).rpartition(":")
     whole = not images or not labels or Path(name).expanduser().exists()
     return tuple(Path(path).expanduser() for path in ((name,) if whole else (images, labels)))
@@ -45,7 +50,8 @@ def read_class_names(name: str) -> list[str]:
     if name in patches.COUNTS:
         return list(CLASSES)
     paths = resolve_classes(name)
-    return _folder_classes(paths[0]) if paths[0].is_dir() and len(paths) == 1 else _open(name, paths).class_names
+    is_folder = paths[0].is_dir() and len(paths) == 1 and name not in archives.NAMES
+    return _folder_classes(paths[0]) if is_folder else _open(name, paths).class_names
 
 
 class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
@@ -55,9 +61,10 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
     `image_id` (i) and `file_name` (in a folder, below it; else the file and the position).
 
     Args:
-        name: of a built-in set (`patches_train`, `patches_val`); a folder with one subfolder of images for each class;
-            an archive `file.npz` as `read_npz` takes it; or MNIST's two files, `"images-idx3-ubyte:labels-idx1-ubyte"`,
-            gzipped or not.
+        name: of a built-in set (`patches_train`, `patches_val`); of one below `$DETECTRON2_DATASETS` (`cifar10_train`,
+            `cifar100_test`, `svhn_train`, `imagenet_val`, …: see `archives`); a folder with one subfolder of images for
+            each class; an archive `file.npz` as `read_npz` takes it; or MNIST's two files,
+            `"images-idx3-ubyte:labels-idx1-ubyte"`, gzipped or not.
         transforms: of `torchvision.transforms.v2`, applied to the image.
 
     Attributes:
@@ -72,7 +79,7 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
         self.name = name
         self.transforms = transforms
         self.path, *others = paths = resolve_classes(name)
-        self.folder = not others and self.path.is_dir()
+        self.folder = not others and self.path.is_dir() and name not in archives.NAMES
         if self.folder:
             self.class_names, files, labels = _read_folder(self.path)
             # Bytes in one array: forked workers share them, but copy objects by counting references.
@@ -109,9 +116,12 @@ def _open(name: str, paths: tuple[Path, ...]) -> LabelledImages:
     """What is held in memory."""
     if len(paths) == 2:
         return read_idx_pair(*paths)
+    if name in archives.NAMES:
+        return archives.read_archive(name)
     if name in patches.COUNTS or paths[0].suffix == ".npz":
         return read_npz(paths[0])
-    nearest = difflib.get_close_matches(str(name), patches.COUNTS, n=2, cutoff=0.0)
+    known = [*patches.COUNTS, *archives.NAMES, *archives.FOLDERS]
+    nearest = difflib.get_close_matches(str(name), known, n=2, cutoff=0.0)
     raise UserError(
         f"data set {name!r}: no such folder and no known name (the nearest are {', '.join(nearest)}); a classifier "
         'takes a folder with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte"'

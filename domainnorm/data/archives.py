@@ -1,0 +1,167 @@
+"""The data sets of the papers on classification, as their authors distribute them, by name."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .arrays import LabelledImages
+from .catalog import datasets_root
+
+FOLDERS = {  # of images, with one subfolder for each class
+    "imagenet_train": "imagenet/train",
+    "imagenet_val": "imagenet/val",
+}
+SPLITS = ("train", "val", "trainval", "test")
+CIFAR = {f"cifar{classes}_{split}": (classes, split) for classes in (10, 100) for split in SPLITS}
+SVHN = {"svhn_train": "train_32x32.mat", "svhn_extra": "extra_32x32.mat", "svhn_test": "test_32x32.mat"}
+NAMES = (*CIFAR, *SVHN)
+VALIDATION = 5000  # images of CIFAR's training set that are held out, as many of each class
+
+
+def archive_folder(name: str) -> Path:
+    """Where the files of `name` are expected: `cifar10`, `cifar100` or `svhn` below `$DETECTRON2_DATASETS`."""
+    return datasets_root() / name.rpartition("_")[0]
+
+
+def read_archive(name: str) -> LabelledImages:
+    """CIFAR-10, CIFAR-100 (python or binary version, unpacked) or SVHN's cropped digits.
+
+    CIFAR's 50 000 training images are `trainval`; 5000 of them, as many of each class, are `val`, the others `train`.
+    The split is the same everywhere.
+
+    Raises:
+        UserError: a file is missing, broken, or cannot be read without SciPy.
+    """
+    folder = archive_folder(name)
+    if name in SVHN:
+        return _read_svhn(folder / SVHN[name])
+    classes, split = CIFAR[name]
+    images, labels, names = _read_cifar(folder, classes, "test" if split == "test" else "train")
+    if split in ("train", "val"):
+        held_out = np.zeros(len(labels), bool)
+        rng = np.random.default_rng(0)
+        for label in range(classes):
+            own = rng.permutation(np.flatnonzero(labels == label))
+            held_out[own[: round(len(own) * VALIDATION / 50_000)]] = True
+        chosen = held_out if split == "val" else ~held_out
+        images, labels = images[chosen], labels[chosen]
+    return LabelledImages(images, labels, names)
+
+
+def _read_cifar(folder: Path, classes: int, part: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images `(N, 32, 32, 3)`, labels and names of the classes."""
+    python = folder / ("cifar-10-batches-py" if classes == 10 else "cifar-100-python")
+    binary = folder / (f"cifar-{classes}-batches-bin" if classes == 10 else "cifar-100-binary")
+    if not python.is_dir() and not binary.is_dir():
+        raise UserError(
+            f"{folder}: has neither {python.name} nor {binary.name}; unpack cifar-{classes}-python.tar.gz or "
+            f"cifar-{classes}-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there, or set "
+            "DETECTRON2_DATASETS"
+        )
+    batches = [f"data_batch_{k}" for k in range(1, 6)] if part == "train" else ["test_batch"]
+    files = batches if classes == 10 else [part]
+    pixels, labels = [], []
+    for file in files:
+        own, of_own = (
+            _python_batch(python / file, classes) if python.is_dir() else _binary_batch(binary / f"{file}.bin", classes)
+        )
+        pixels.append(own.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(of_own.astype(np.int64))
+    images, found = np.concatenate(pixels), np.concatenate(labels)
+    if not len(found) or found.max() >= classes:
+        raise UserError(f"{folder}: has labels up to {found.max(initial=-1)}, expected 0 to {classes - 1}")
+    return images, found, _cifar_names(python, binary, classes)
+
+
+def _python_batch(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    content = _unpickled(file)
+    key = b"labels" if classes == 10 else b"fine_labels"
+    pixels = content.get(b"data")
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+        raise UserError(f"{file}: expected uint8 data of 3072 bytes an image; download the archive again")
+    labels = np.array(content.get(key, ()))
+    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or (labels < 0).any():
+        raise UserError(f"{file}: expected {len(pixels)} {key.decode()}, got {len(labels)}; download the archive again")
+    return pixels, labels
+
+
+def _binary_batch(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each image is its label (of CIFAR-100, the coarse one before it) and 3072 bytes."""
+    skipped = 1 if classes == 10 else 2
+    content = np.frombuffer(_read(file), np.uint8)
+    if not len(content) or len(content) % (skipped + 3072):
+        raise UserError(f"{file}: has {len(content)} bytes, expected {skipped + 3072} an image; download it again")
+    rows = content.reshape(-1, skipped + 3072)
+    return rows[:, skipped:], rows[:, skipped - 1]
+
+
+def _cifar_names(python: Path, binary: Path, classes: int) -> list[str]:
+    if python.is_dir():
+        key = b"label_names" if classes == 10 else b"fine_label_names"
+        found = [str(name, "utf-8") for name in _unpickled(python / ("batches.meta" if classes == 10 else "meta"))[key]]
+    else:
+        text = _read(binary / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).decode()
+        found = text.split()
+    if len(set(found)) != classes:
+        raise UserError(f"{python.parent}: names {len(found)} classes, expected {classes} different ones")
+    return found
+
+
+def _read_svhn(file: Path) -> LabelledImages:
+    """Images `(32, 32, 3, N)` and labels from 1 to 10, where 10 is the digit 0, of a MATLAB file."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{file}: SciPy, which reads MATLAB's files, is not installed: pip install scipy") from None
+    try:
+        content = loadmat(io.BytesIO(_read(file)))
+        images, labels = content["X"].transpose(3, 0, 1, 2), content["y"].reshape(-1).astype(np.int64)
+    except UserError:
+        raise
+    except Exception as error:  # whatever SciPy makes of a broken file
+        raise UserError(
+            f"{file}: is not as http://ufldl.stanford.edu/housenumbers has it, with X and y "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); download it again"
+        ) from error
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
+        raise UserError(f"{file}: expected 32 x 32 RGB images with a label each, got {images.shape} and {labels.shape}")
+    return LabelledImages(np.ascontiguousarray(images), labels % 10, [str(k) for k in range(10)])
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; unpack the whole archive there") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes NumPy's arrays only, so that no archive can run code."""
+
+    ALLOWED = frozenset({("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")})
+
+    def find_class(self, module: str, name: str) -> Any:
+        rebuilds = name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        if rebuilds or (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unpickled(file: Path) -> dict[bytes, Any]:
+    try:
+        content = _Unpickler(io.BytesIO(_read(file)), encoding="bytes").load()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken file makes of the unpickler
+        raise UserError(
+            f"{file}: is not a batch of CIFAR's python version ({type(error).__name__}: {error}); download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is not a batch of CIFAR's python version, but a {type(content).__name__}")
+    return content
