@@ -20,6 +20,7 @@ from ..surgery.replace import replace_layers
 from .cifar_resnet import CifarResNet
 from .norm import norm_options
 from .weights import load_weights, read_weights
+from .wide_resnet import SimpleNet, WideResNet
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def build_classifier(cfg: CfgNode) -> Classifier:
             "MODEL.BACKBONE.NORM 'FrozenBN' contradicts MODEL.WEIGHTS '': random statistics would be frozen; choose "
             "another norm, such as BN, or name weights"
         )
-    body = _body(name, num_classes(cfg))
+    body = _body(name, num_classes(cfg), cfg.INPUT.CROP_SIZE)
     state = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else {}
     whole = any(key.startswith("body.") for key in state)
     if state and not whole:
@@ -120,7 +121,7 @@ def _try_image(cfg: CfgNode, model: Classifier) -> None:
         ) from error
 
 
-def _body(name: str, classes: int) -> nn.Module:
+def _body(name: str, classes: int, side: int) -> nn.Module:
     family, _, rest = name.partition("/")
     if family == "timm" and rest:
         try:
@@ -135,12 +136,26 @@ def _body(name: str, classes: int) -> nn.Module:
             return CifarResNet(int(depth), classes)
         except ValueError as error:
             raise UserError(f"MODEL.BACKBONE.NAME {name}: {error}") from error
+    if name.startswith("cifar_wide_resnet"):
+        depth, _, width = name.removeprefix("cifar_wide_resnet").partition("_")
+        if not (depth.isdecimal() and width.isdecimal()):
+            raise UserError(f"MODEL.BACKBONE.NAME {name}: expected cifar_wide_resnetDEPTH_WIDTH, such as 28_10")
+        try:
+            return WideResNet(int(depth), int(width), classes)
+        except ValueError as error:
+            raise UserError(f"MODEL.BACKBONE.NAME {name}: {error}") from error
+    if name.startswith("simplenet"):
+        widths = name.split("_")[1:]
+        if not all(width.isdecimal() and int(width) for width in widths):
+            raise UserError(f"MODEL.BACKBONE.NAME {name}: expected widths of linear layers, such as simplenet_512_300")
+        return SimpleNet(side * side, list(map(int, widths)), classes)
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        names = [*known, "cifar_resnet18", "cifar_resnet20"]
+        names = [*known, "cifar_resnet18", "cifar_resnet20", "cifar_wide_resnet28_10", "simplenet_512_300"]
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: a classifier takes a name of torchvision.models, cifar_resnet18, "
-            f"cifar_resnet20 (any 6n + 2), or timm/NAME; {_nearest(name, names)}"
+            "cifar_resnet20 (any 6n + 2), cifar_wide_resnet28_10, simplenet_512_300, or timm/NAME; "
+            f"{_nearest(name, names)}"
         )
     # without the heads that only training has
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}

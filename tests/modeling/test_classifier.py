@@ -236,6 +236,38 @@ def test_backbones(sets, tmp_path, name, norm):
     assert logits.shape == (6, 4) and logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "norms", "parameters"),
+    [
+        ("cifar_wide_resnet10_2", 7, 310_000),
+        ("cifar_wide_resnet28_10", 25, 36_500_000),
+        ("simplenet_512_300", 2, 680_000),
+    ],
+)
+def test_networks_of_the_papers(sets, tmp_path, name, norms, parameters):
+    """Of the depth and about the size that their papers say."""
+    model = classifier(sets, tmp_path, MODEL__BACKBONE__NAME=name, MODEL__BACKBONE__NORM="GhostBN")
+    assert sum(isinstance(m, dn.GhostBatchNorm) for m in model.modules()) == norms
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
+    if name != "cifar_wide_resnet28_10":
+        images, targets = patches(sets)
+        model(images, targets)["loss_cls"].backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar_wide_resnet28", "expected cifar_wide_resnetDEPTH_WIDTH"),
+        ("cifar_wide_resnet11_2", r"takes a depth of 6n \+ 4"),
+        ("simplenet_a", "expected widths of linear layers"),
+    ],
+)
+def test_networks_that_there_are_not(sets, tmp_path, name, message):
+    with pytest.raises(dn.UserError, match=message):
+        classifier(sets, tmp_path, MODEL__BACKBONE__NAME=name)
+
+
 def test_the_loss_is_the_cross_entropy_of_normalized_images(sets, tmp_path):
     model = classifier(sets, tmp_path, MODEL__BACKBONE__NORM="GN", MODEL__PIXEL_MEAN=[0.1, 0.2, 0.3])
     images, targets = patches(sets)

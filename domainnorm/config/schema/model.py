@@ -29,7 +29,7 @@ class Backbone(Section, key="MODEL.BACKBONE"):
     NAME = Option(
         "resnet50",
         f"One of {', '.join(BACKBONES)}; for a Classifier also any other model of torchvision, cifar_resnet18, "
-        "cifar_resnet20 (any 6n + 2) or timm/NAME.",
+        "cifar_resnet20 (any 6n + 2), cifar_wide_resnet28_10, simplenet_512_300 or timm/NAME.",
     )
     NORM = Option("FrozenBN", "Norm layer, with the options of MODEL.NORM; '': none.", NORMS)
     FREEZE_AT = Option(2, "Number of frozen stages, stem first; 0: none.", NOT_NEGATIVE, used_by=DETECTORS)
