@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.config.schema import OPTIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -74,3 +75,28 @@ def test_public_docstrings_name_every_argument(name):
     for argument in own[1:] if isinstance(value, type) else own:
         star = {argument.VAR_POSITIONAL: r"\*", argument.VAR_KEYWORD: r"\*\*"}.get(argument.kind, "")
         assert re.search(rf"^    (\w+, )*{star}{argument.name}(, \w+)*:", text, re.M), argument.name
+
+
+def test_everything_that_papers_md_names_exists():
+    text = (DOCS / "papers.md").read_text(encoding="utf-8")
+    words = re.findall(r"`([^`\n]+)`", text)
+    kinds = {"dn.": [], "paper/": [], "test_": [], "key": []}
+    for word in words:
+        if word.startswith("dn."):
+            kinds["dn."].append(word)
+            assert hasattr(dn, word.removeprefix("dn.")), word
+        elif word.startswith("paper/") and word.endswith(".yaml"):
+            kinds["paper/"].append(word)
+            assert (DOCS.parent / "configs" / word).is_file(), word
+        elif re.fullmatch(r"(?!tests/)\w+/test_\w+\.py", word):
+            kinds["test_"].append(word)
+            assert (DOCS.parent / "tests" / word).is_file(), word
+        elif re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+", word):
+            kinds["key"].append(word)
+            assert word in OPTIONS, word
+    assert min(map(len, kinds.values())) > 15
+    named = {*kinds["paper/"], *(f"paper/table5/row{k}.yaml" for k in range(1, 7))}
+    for file in (DOCS.parent / "configs" / "paper").rglob("*.yaml"):
+        own = file.relative_to(DOCS.parent / "configs").as_posix()
+        is_base = "base" in file.stem or file.stem.startswith(("schedule", "baseline")) or file.stem.endswith("_1x")
+        assert own in named or is_base, own

@@ -24,6 +24,10 @@ def test_every_config_builds_a_model_which_takes_a_step(file):
     head = heads[cfg.MODEL.META_ARCHITECTURE]
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", f"MODEL.{head}.NUM_CLASSES", 3]
     overrides += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
+    if head == "CLASSIFIER":
+        # of as few images as there are here
+        overrides += ["MODEL.NORM.GHOSTBN.NUM_SAMPLE_GROUPS", 2, "MODEL.NORM.SEQNORM.NUM_SAMPLE_GROUPS", 2]
+        overrides += ["MODEL.NORM.BRN.SAMPLES_PER_GROUP", 0]
     cfg = dn.load_config(file, overrides)
     model = dn.build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
@@ -36,7 +40,8 @@ def test_every_config_builds_a_model_which_takes_a_step(file):
     # Of each domain two images: one element of a 1 x 1 level has no variance.
     domains = [0, 0, 1, 1] if cfg.MODEL.NORM_DOMAINS else [0, 0]
     targets = [target | {"domain": torch.tensor(k)} for k in domains]
-    losses = model([torch.rand(3, 128, 96) for _ in targets], targets)
+    size = (cfg.INPUT.CROP_SIZE,) * 2 if head == "CLASSIFIER" else (128, 96)
+    losses = model([torch.rand(3, *size) for _ in targets], targets)
     sum(losses.values()).backward()
     before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     optimizer.step()
