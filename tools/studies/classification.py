@@ -71,13 +71,12 @@ def ghost(batch: int, size: int, **others: Any) -> Run:
 
 
 def norms(batch: int) -> dict[str, Run]:
-    """Each norm at a batch size; a BGN of as many groups as channels, 64 or more here, is BN."""
-    g = PAPERS_G[batch]
+    """Each norm at a batch size."""
     size = max(min(16, batch // 2), 2)
     return {
         "BN": Run("BN", batch),
         "GN": Run("GN", batch, GN),
-        "BGN": Run("BN", batch) if g >= 64 else Run("BGN", batch, {"num_groups": g}),
+        "BGN": Run("BGN", batch, {"num_groups": PAPERS_G[batch]}),
         "GBGN": Run("GBGN", batch, GBGN),
         "GhostBN": ghost(batch, size),
         "SeqNorm": Run("SeqNorm", batch, {"num_channel_groups": 8, "num_sample_groups": batch // size}),

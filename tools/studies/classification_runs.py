@@ -87,7 +87,12 @@ def make_model(classes: int) -> nn.Module:
 def minibatches(labels: Tensor, size: int, pattern: tuple[str, int], seed: int) -> Iterator[Tensor]:
     """Indices without end: one permutation after another, or as `ClassBatchSampler` makes them."""
     if pattern[0] != "iid":
-        made = ClassBatchSampler(labels.numpy(), size, batches=pattern[0], classes_per_batch=pattern[1], seed=seed)
+        options = {
+            "batches": pattern[0],
+            "classes_per_batch": pattern[1],
+            "with_replacement": False,
+        }  # different classes
+        made = ClassBatchSampler(labels.numpy(), size, **options, seed=seed)
         yield from (torch.tensor([index for index, _ in batch]) for batch in made)
     generator, left = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
     while True:
