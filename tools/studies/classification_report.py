@@ -119,7 +119,8 @@ def _batch_size(of: Measured) -> list[str]:
     lines = [
         f"{_passes(of)}. GN has 8 groups; GBGN 8 channel groups of 2 examples; GhostBN groups of 16, of 4 at batch 8,",
         "of 2 at 4 and 2 (where it is BN); SeqNorm 8 channel groups, then the groups of GhostBN; BGN the paper's G,",
-        "512, 128, 16, 2, 1. BRN has the paper's schedule of limits in shares of the steps, and momentum 0.1 · batch / 32, from 0.01 to 0.1.",
+        "512, 128, 16, 2, 1. BRN has the paper's schedule of limits in shares of the steps, and momentum",
+        "0.1 · batch / 32, from 0.01 to 0.1.",
         "",
     ]
     for title, measure in (("EMA", EMA), ("Recomputed", RECOMPUTED), ("α", ALPHA)):
