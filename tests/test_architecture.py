@@ -252,7 +252,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "faster_coco_eval": "faster-
 OF_TORCH = {"triton"}  # comes with torch where there may be a GPU, and is not needed elsewhere
 
 
-@pytest.mark.parametrize("folder", ["domainnorm", "tools", "tests"])
+@pytest.mark.parametrize("folder", ["domainnorm", "tools", "tests", "examples"])
 def test_what_is_imported_is_declared(folder):
     always, with_extras = requirements()
     optional = {
@@ -270,4 +270,4 @@ def test_what_is_imported_is_declared(folder):
 
 def test_the_folders_of_the_tests_are_those_of_the_package():
     own = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert own <= {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"tools"}
+    assert own <= {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"tools", "examples"}

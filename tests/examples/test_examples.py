@@ -1,0 +1,55 @@
+"""The examples run, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import domainnorm as dn
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_attack_stays_near_and_finds_a_larger_loss():
+    attacked = example("adversarial_training").attacked
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), dn.BatchGroupNorm(4, num_groups=2), nn.Flatten(), nn.Linear(4 * 36, 3))
+    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
+    model.train()(images)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    moved = attacked(model, images, labels, 5)
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (moved - images).abs().max() <= 8 / 255 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    loss = nn.CrossEntropyLoss(reduction="none")
+    model.eval()
+    assert (loss(model(moved), labels) > loss(model(images), labels)).all()
+
+
+@pytest.mark.slow
+def test_adversarial_training():
+    found = example("adversarial_training").main(["--steps", "60", "--images", "400", "--attack", "2"])
+    assert found["clean"] > 30 and found["attacked"] <= found["clean"]
+
+
+@pytest.mark.parametrize("norm", ["BGN", "BN"])
+def test_few_shots(norm):
+    few_shots = example("prototypical_network")
+    options = ["--norm", norm, "--ways", "3", "--noise", "0.5", "--tests", "30"]
+    trained = few_shots.main([*options, "--episodes", "40"])
+    assert min(trained.values()) > 60  # of 33.3 by chance
+
+
+def test_classes_of_waves_are_the_same_in_every_image():
+    waves, generator = example("prototypical_network").waves, torch.Generator().manual_seed(0)
+    images = waves(torch.tensor([3, 7]), 4, 0.0, generator)
+    spectra = torch.fft.fft2(images).abs()
+    assert torch.allclose(spectra[:, 0], spectra[:, 1], rtol=0.3, atol=30)
+    assert not torch.allclose(spectra[0, 0], spectra[1, 0], rtol=0.3, atol=30)
