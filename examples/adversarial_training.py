@@ -3,9 +3,9 @@
 
     examples/adversarial_training.py [--norm BGN] [--steps 300] [--data patches_train]
 
-Madry et al.'s: each batch is moved, within 8/255 of every pixel, to where its loss is large, and the network is trained
-on it. Prints the accuracy on clean images and on attacked ones. With CIFAR-10 below $DETECTRON2_DATASETS, the paper's is
-`--data cifar10_train --test cifar10_test --network cifar_wide_resnet10_2 --steps 35000`.
+Madry et al.'s: each batch is moved, within 8/255 of every pixel, to where its loss is large, and the network is
+trained on it. Prints the accuracy on clean images and on attacked ones. With CIFAR-10 below $DETECTRON2_DATASETS, the
+paper's is `--data cifar10_train --test cifar10_test --network cifar_wide_resnet10_2 --steps 35000`.
 """
 
 import argparse

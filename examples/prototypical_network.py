@@ -4,9 +4,9 @@
     examples/prototypical_network.py [--norm BGN] [--episodes 400] [--ways 5] [--shots 1]
 
 Snell et al.'s: an episode has some images of some classes; a query belongs to the class whose mean embedding is
-nearest. The classes are generated, random waves with noise, and those of the test are never seen in training. Prints the
-accuracy over test episodes under population and under minibatch statistics: the images of an episode are then one batch,
-so that a query's prediction depends on the others'.
+nearest. The classes are generated, random waves with noise, and those of the test are never seen in training. Prints
+the accuracy over test episodes under population and under minibatch statistics: the images of an episode are then one
+batch, so that a query's prediction depends on the others'.
 """
 
 import argparse
