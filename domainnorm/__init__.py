@@ -65,14 +65,12 @@ if TYPE_CHECKING:
         name_domains as name_domains,
     )
     from .surgery.domains import (
-        nearest_domain as nearest_domain,
-    )
-    from .surgery.domains import (
         use_domain as use_domain,
     )
     from .surgery.export import export_model as export_model
     from .surgery.freeze import freeze_batchnorm as freeze_batchnorm
     from .surgery.fuse import fuse as fuse
+    from .surgery.nearest import nearest_domain as nearest_domain
 
 _MODULES = {  # of the public names, separated by spaces
     "config": "load_config",
@@ -91,10 +89,11 @@ _MODULES = {  # of the public names, separated by spaces
     "statistics.recompute": "recompute_population_statistics",
     "statistics.virtual_batch": "virtual_batch",
     "surgery.convert": "convert_batchnorm convert_groupnorm",
-    "surgery.domains": "add_domain keep_domain merge_domains name_domains nearest_domain use_domain",
+    "surgery.domains": "add_domain keep_domain merge_domains name_domains use_domain",
     "surgery.export": "export_model",
     "surgery.freeze": "freeze_batchnorm",
     "surgery.fuse": "fuse",
+    "surgery.nearest": "nearest_domain",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted([*_HOMES, "__version__"])

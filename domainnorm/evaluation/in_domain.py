@@ -7,7 +7,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..surgery.domains import merge_domains, nearest_domain, use_domain
+from ..surgery.domains import merge_domains, use_domain
+from ..surgery.nearest import nearest_domain
 
 
 def in_domain(cfg: CfgNode, model: nn.Module, domain: str) -> nn.Module:

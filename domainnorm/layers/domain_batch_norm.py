@@ -10,9 +10,10 @@ from ..autograd import is_recomputed
 from ..distributed.collectives import Group, deepcopy_over_group, world_size
 from ..ops.formula import Normalization
 from ..ops.moments import Moments
-from ..ops.normalize import domain_moments, normalize
+from ..ops.normalize import domain_moments
 from .base import AffineChoice, PopulationStatistics, one_of
-from .inputs import Domain, Domains, Input, LayerInput, check_equal_sizes, spatial_elements
+from .inputs import Domain, Domains, Input, LayerInput, spatial_elements
+from .normalize_layers import normalize_layers
 from .sample_groups import SampleGroups
 from .single_element import refuse_single_element
 
@@ -312,33 +313,3 @@ class DomainBatchNorm(PopulationStatistics):
         if self.statistics != "auto":
             text += f", statistics={self.statistics!r}"
         return text
-
-
-def normalize_layers(
-    layers: Sequence[DomainBatchNorm], inputs: Sequence[Input], domain: Domains | None = None
-) -> list[Input]:
-    """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
-
-    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
-    equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
-
-    Args:
-        layers: that are called at once.
-        inputs: of each layer, a tensor or a list.
-        domain: of all inputs, as a layer takes it.
-
-    Returns:
-        The output of each layer.
-
-    Raises:
-        ValueError: the layers are synchronized, and their inputs have other sizes.
-    """
-    given = [layer._input(x, domain) for layer, x in zip(layers, inputs, strict=True)]
-    problems = [layer.normalization(own) for layer, own in zip(layers, given, strict=True)]
-    if problems[0].sync is not None:
-        check_equal_sizes(given)
-        outputs = normalize(problems)
-    else:
-        outputs = [normalize([problem])[0] for problem in problems]
-    outputs = [layer._restore(ys, own) for layer, ys, own in zip(layers, outputs, given, strict=True)]
-    return [ys if isinstance(x, (list, tuple)) else ys[0] for x, ys in zip(inputs, outputs, strict=True)]

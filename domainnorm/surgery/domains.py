@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DomainBatchNorm
-from ..layers.inputs import LayerInput
 from ..ops.moments import Moments
 from ..statistics.recompute import recompute_population_statistics
 
@@ -37,7 +36,7 @@ class use_domain:
     """
 
     def __init__(self, model: nn.Module, domain: int | str | Tensor | None) -> None:
-        layers = _with_domains(model)
+        layers = with_domains(model)
         if not layers:
             raise ValueError(
                 "the model has no norm with several domains: dn.convert_batchnorm(model, 'DomainBatchNorm', "
@@ -60,7 +59,7 @@ class use_domain:
 
 def use_domains_of(model: nn.Module, targets: Sequence[dict[str, Any]] | None) -> None:
     """`use_domain` of each target's `domain`, if the model has norms for which it must be said."""
-    if layers := _with_domains(model):
+    if layers := with_domains(model):
         if targets is None or any("domain" not in target for target in targets):
             raise ValueError("norms of the model have data sets for domains: each target needs its 'domain'")
         ids = torch.stack([target["domain"] for target in targets])
@@ -104,7 +103,8 @@ def _number(layer: DomainBatchNorm) -> int:
     return layer.num_domains // layer.domains_per_name
 
 
-def _with_domains(model: nn.Module) -> list[DomainBatchNorm]:
+def with_domains(model: nn.Module) -> list[DomainBatchNorm]:
+    """The layers with several domains that can be chosen."""
     return [m for m in model.modules() if isinstance(m, DomainBatchNorm) and _number(m) > 1]
 
 
@@ -223,7 +223,7 @@ def merge_domains(model: nn.Module) -> nn.Module:
         >>> model[0].num_domains
         1
     """
-    for layer in _with_domains(model):
+    for layer in with_domains(model):
         number = _number(layer)
         layer.num_domains, layer.domain_names, layer.current_domain = layer.domains_per_name, None, None
         own = (layer.domains_per_name,) if layer.domains_per_name > 1 else ()
@@ -263,7 +263,7 @@ def keep_domain(model: nn.Module, domain: int | str) -> nn.Module:
         >>> model[0].running_mean.shape
         torch.Size([16])
     """
-    layers = _with_domains(model)
+    layers = with_domains(model)
     if not layers:
         raise ValueError(f"the model has no norm with several domains, got domain {domain!r}")
     index = _index(layers, domain)
@@ -278,58 +278,3 @@ def keep_domain(model: nn.Module, domain: int | str) -> nn.Module:
                 kept = (rows if layer.domains_per_name > 1 else rows[0]).clone()
                 setattr(layer, key, nn.Parameter(kept, value.requires_grad) if key in ("weight", "bias") else kept)
     return model
-
-
-@torch.no_grad()
-def nearest_domain(model: nn.Module, *inputs: Any) -> int:
-    """The domain whose population statistics are most like those of `inputs`, at the first norm that they reach.
-
-    By the symmetrized Kullback-Leibler divergence of normal distributions, the mean over channels. The model, in eval
-    mode, runs as `model(*inputs)` up to that norm, and stays as it was.
-
-    Args:
-        model: with norms of several domains.
-        *inputs: what the model takes.
-
-    Returns:
-        The number of the domain, from 0.
-
-    Raises:
-        ValueError: no norm that is reached has statistics for several domains.
-
-    Example::
-
-        >>> model = nn.Sequential(dn.DomainBatchNorm(16, num_domains=2)).eval()
-        >>> model[0].running_mean[1] = 5
-        >>> dn.nearest_domain(model, 5 + torch.randn(4, 16, 8, 8))
-        1
-    """
-    kept = (layer for layer in _with_domains(model) if layer.running_mean is not None)
-    layers = [layer for layer in kept if layer.population_statistics == "per_domain"]
-    try:
-        with use_domain(model, 0):
-            for layer in layers:
-                layer.batch_hook = _stop
-            model(*inputs)
-    except _Reached as reached:
-        layer, inputs = reached.args
-    else:
-        raise ValueError("no norm that the input reaches has population statistics for several domains")
-    finally:
-        for one in layers:
-            one.batch_hook = None
-    per = layer.domains_per_name
-    own = layer.moments_of_domains(inputs)[:per]  # (L, C): it is domain 0 for now
-    mean, var = (v.unflatten(0, (-1, per)).to(own.mean.dtype) for v in (layer.running_mean, layer.running_var))
-    here, there = own.var + layer.eps, var + layer.eps  # (L, C), (D, L, C)
-    gap = (own.mean - mean).square()
-    divergence = here / there + there / here - 2 + gap / here + gap / there
-    return int(torch.where(own.count > 0, divergence, 0).sum((1, 2)).argmin())
-
-
-class _Reached(Exception):
-    """Ends a forward pass: at this layer, with this batch."""
-
-
-def _stop(layer: DomainBatchNorm, inputs: LayerInput) -> None:
-    raise _Reached(layer, inputs)

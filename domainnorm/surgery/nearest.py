@@ -1,0 +1,65 @@
+"""The domain whose statistics an input is most like."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import DomainBatchNorm
+from ..layers.inputs import LayerInput
+from .domains import use_domain, with_domains
+
+
+@torch.no_grad()
+def nearest_domain(model: nn.Module, *inputs: Any) -> int:
+    """The domain whose population statistics are most like those of `inputs`, at the first norm that they reach.
+
+    By the symmetrized Kullback-Leibler divergence of normal distributions, the mean over channels. The model, in eval
+    mode, runs as `model(*inputs)` up to that norm, and stays as it was.
+
+    Args:
+        model: with norms of several domains.
+        *inputs: what the model takes.
+
+    Returns:
+        The number of the domain, from 0.
+
+    Raises:
+        ValueError: no norm that is reached has statistics for several domains.
+
+    Example::
+
+        >>> model = nn.Sequential(dn.DomainBatchNorm(16, num_domains=2)).eval()
+        >>> model[0].running_mean[1] = 5
+        >>> dn.nearest_domain(model, 5 + torch.randn(4, 16, 8, 8))
+        1
+    """
+    kept = (layer for layer in with_domains(model) if layer.running_mean is not None)
+    layers = [layer for layer in kept if layer.population_statistics == "per_domain"]
+    try:
+        with use_domain(model, 0):
+            for layer in layers:
+                layer.batch_hook = _stop
+            model(*inputs)
+    except _Reached as reached:
+        layer, inputs = reached.args
+    else:
+        raise ValueError("no norm that the input reaches has population statistics for several domains")
+    finally:
+        for one in layers:
+            one.batch_hook = None
+    per = layer.domains_per_name
+    own = layer.moments_of_domains(inputs)[:per]  # (L, C): it is domain 0 for now
+    mean, var = (v.unflatten(0, (-1, per)).to(own.mean.dtype) for v in (layer.running_mean, layer.running_var))
+    here, there = own.var + layer.eps, var + layer.eps  # (L, C), (D, L, C)
+    gap = (own.mean - mean).square()
+    divergence = here / there + there / here - 2 + gap / here + gap / there
+    return int(torch.where(own.count > 0, divergence, 0).sum((1, 2)).argmin())
+
+
+class _Reached(Exception):
+    """Ends a forward pass: at this layer, with this batch."""
+
+
+def _stop(layer: DomainBatchNorm, inputs: LayerInput) -> None:
+    raise _Reached(layer, inputs)
