@@ -34,7 +34,7 @@ class DomainBatchNorm(PopulationStatistics):
     - `bn([x_1, …], domain=[d_1, …])`: any number of tensors, each with one of these;
     - `bn(x)`: only with one domain, or within `dn.use_domain`, for models that cannot say it.
 
-    In training a domain without elements changes no buffer. Double backward works without `sync`, and raises with it.
+    In training a domain without elements changes no buffer. Double backward raises with `sync`.
 
     Args:
         num_features: C. The other arguments are given by name.
@@ -221,16 +221,10 @@ class DomainBatchNorm(PopulationStatistics):
         """The moments `(K, C)` that the population statistics count of an input, on this rank."""
         tensors, *_ = self._tensors(inputs)
         segments, domains, _ = inputs.segmentation(self.channels_per_first_group > 0)
-        options = (
-            self._channels_per_group(tensors),
-            self.merged_channels,
-            self.channels_per_first_group,
-            0,
-            inputs.external,
-        )
-        return domain_moments(
-            Normalization(tensors, segments, inputs.domains, domains, None, None, self.eps, False, None, *options)
-        )
+        problem = Normalization(tensors, segments, inputs.domains, domains, None, None, self.eps, shared=False)
+        problem.channels_per_group, problem.merged_channels = self._channels_per_group(tensors), self.merged_channels
+        problem.channels_per_first_group, problem.external = self.channels_per_first_group, inputs.external
+        return domain_moments(problem)
 
     def _tensors(self, inputs: LayerInput) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """The tensors whose channels are normalized, with a weight and a bias for each channel."""
@@ -293,23 +287,14 @@ class DomainBatchNorm(PopulationStatistics):
         return ""
 
     def extra_repr(self) -> str:
-        text = f"{self.num_features}"
+        words = [str(self.num_features)]
         if self.num_domains > 1:
-            text += (
-                f", num_domains={self.num_domains}, sgd_statistics={self.sgd_statistics!r}, "
-                f"population_statistics={self.population_statistics!r}"
-            )
-        text += f", affine={self.affine!r}, eps={self.eps}, momentum={self.momentum}"
-        if self.grouping():
-            text += f", {self.grouping()}"
-        if self.sync:
-            text += ", sync=True"
-        if self.example_weight:
-            text += f", example_weight={self.example_weight}"
-        if self.track_total_var:
-            text += ", track_total_var=True"
-        if not self.track_running_stats:
-            text += ", track_running_stats=False"
-        if self.statistics != "auto":
-            text += f", statistics={self.statistics!r}"
-        return text
+            words += [f"num_domains={self.num_domains}", f"sgd_statistics={self.sgd_statistics!r}"]
+            words.append(f"population_statistics={self.population_statistics!r}")
+        words += [f"affine={self.affine!r}", f"eps={self.eps}", f"momentum={self.momentum}"]
+        words += [self.grouping()] if self.grouping() else []
+        given = {name: getattr(self, name) for name in ("sync", "example_weight", "track_total_var")}
+        words += [f"{name}={True if name == 'sync' else value}" for name, value in given.items() if value]
+        words += [] if self.track_running_stats else ["track_running_stats=False"]
+        words += [] if self.statistics == "auto" else [f"statistics={self.statistics!r}"]
+        return ", ".join(words)

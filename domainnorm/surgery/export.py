@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..output import replace_file
 from ..statistics.choose import set_statistics
-from .domains import _with_domains, keep_domain
+from .domains import keep_domain, with_domains
 from .fuse import fuse
 
 FORMATS = ("torch", "onnx")
@@ -154,7 +154,7 @@ def _prepared(model: nn.Module, domain: int | str | None, statistics: str, fused
     if fused and statistics == "minibatch":
         raise UserError("minibatch statistics cannot be fused: each image has its own")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    layers = _with_domains(model)
+    layers = with_domains(model)
     if layers and domain is None:
         names = next((layer.domain_names for layer in layers if layer.domain_names), None)
         known = list(names) if names else f"0 to {layers[0].num_domains // layers[0].domains_per_name - 1}"
