@@ -139,7 +139,7 @@ def _solver(cfg: CfgNode) -> _Contradictions:
     if solver.WEIGHT_DECAY_NORM_TARGET and not solver.WEIGHT_DECAY_NORM:
         remedy = "nothing decays to it; set that too, or leave it out"
         yield "SOLVER.WEIGHT_DECAY_NORM_TARGET", "SOLVER.WEIGHT_DECAY_NORM", remedy
-    if solver.LR_SCHEDULER == "cosine" and solver.STEPS:
+    if solver.LR_SCHEDULER != "steps" and solver.STEPS:
         yield "SOLVER.STEPS", "SOLVER.LR_SCHEDULER", "leave STEPS empty or set LR_SCHEDULER to 'steps'"
     if sorted(set(solver.STEPS)) != solver.STEPS:
         raise UserError(f"SOLVER.STEPS takes increasing iterations, got {solver.STEPS}")

@@ -70,11 +70,11 @@ def _read_cifar(folder: Path, classes: int, part: str) -> tuple[np.ndarray, np.n
             _python_batch(python / file, classes) if python.is_dir() else _binary_batch(binary / f"{file}.bin", classes)
         )
         pixels.append(own.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        if not len(of_own) or of_own.min() < 0 or of_own.max() >= classes:
+            found = f"labels from {of_own.min()} to {of_own.max()}" if len(of_own) else "no images"
+            raise UserError(f"{folder}: has {found} in {file}, expected labels from 0 to {classes - 1}")
         labels.append(of_own.astype(np.int64))
-    images, found = np.concatenate(pixels), np.concatenate(labels)
-    if not len(found) or found.max() >= classes:
-        raise UserError(f"{folder}: has labels up to {found.max(initial=-1)}, expected 0 to {classes - 1}")
-    return images, found, _cifar_names(python, binary, classes)
+    return np.concatenate(pixels), np.concatenate(labels), _cifar_names(python, binary, classes)
 
 
 def _python_batch(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,10 +83,14 @@ def _python_batch(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = content.get(b"data")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
         raise UserError(f"{file}: expected uint8 data of 3072 bytes an image; download the archive again")
-    labels = np.array(content.get(key, ()))
-    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or (labels < 0).any():
-        raise UserError(f"{file}: expected {len(pixels)} {key.decode()}, got {len(labels)}; download the archive again")
-    return pixels, labels
+    labels = content.get(key)
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(label) is int for label in labels):
+        got = f"{len(labels)} of them" if isinstance(labels, list) else type(labels).__name__
+        raise UserError(
+            f"{file}: expected a list of {len(pixels)} whole numbers as {key.decode()}, got {got}; "
+            "download the archive again"
+        )
+    return pixels, np.array([min(max(label, -1), 255) for label in labels])
 
 
 def _binary_batch(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,14 +105,17 @@ def _binary_batch(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _cifar_names(python: Path, binary: Path, classes: int) -> list[str]:
     if python.is_dir():
-        key = b"label_names" if classes == 10 else b"fine_label_names"
-        found = [str(name, "utf-8") for name in _unpickled(python / ("batches.meta" if classes == 10 else "meta"))[key]]
+        file = python / ("batches.meta" if classes == 10 else "meta")
+        found = _unpickled(file).get(b"label_names" if classes == 10 else b"fine_label_names")
     else:
-        text = _read(binary / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).decode()
-        found = text.split()
-    if len(set(found)) != classes:
-        raise UserError(f"{python.parent}: names {len(found)} classes, expected {classes} different ones")
-    return found
+        file = binary / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")
+        found = _read(file).split()
+    names = (
+        [name.decode(errors="replace") for name in found if isinstance(name, bytes)] if isinstance(found, list) else []
+    )
+    if len(set(names)) != classes:
+        raise UserError(f"{file}: names {len(set(names))} classes, expected {classes}; download the archive again")
+    return names
 
 
 def _read_svhn(file: Path) -> LabelledImages:
@@ -129,6 +136,8 @@ def _read_svhn(file: Path) -> LabelledImages:
         ) from error
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
         raise UserError(f"{file}: expected 32 x 32 RGB images with a label each, got {images.shape} and {labels.shape}")
+    if not len(labels) or labels.min() < 1 or labels.max() > 10:
+        raise UserError(f"{file}: expected labels from 1 to 10; download it again")
     return LabelledImages(np.ascontiguousarray(images), labels % 10, [str(k) for k in range(10)])
 
 

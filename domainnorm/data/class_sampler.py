@@ -21,7 +21,7 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
 
     - "few_classes": `classes_per_batch` classes at random, equally many images of each, in random order (*Batch
       Renormalization*, §4.3; *Four Things*, Table 1);
-    - "few_classes_in_rounds": the same images, but each `classes_per_batch` in turn hold each of these once;
+    - "few_classes_in_rounds": the same images, but each `classes_per_batch` in turn hold one of each drawn class;
     - "class_disjoint_halves": the classes are split at random; each half of the images is drawn from one set of them.
 
     The images of a class come in one permutation of it after another, so they are used equally often. Within a
@@ -70,15 +70,17 @@ class ClassBatchSampler(Sampler[list[tuple[int, int]]]):
         halves = self.batches == "class_disjoint_halves"
         ways, key = (2, "DATALOADER.BATCHES") if halves else (self.classes_per_batch, "DATALOADER.CLASSES_PER_BATCH")
         value = repr(self.batches) if halves else ways
+        if ways < 1:
+            raise UserError(f"{key} takes a positive number, got {ways}")
         if ways > len(self.classes) and (halves or not self.with_replacement):
             raise UserError(
-                f"{key} {value} needs {ways} classes that have images, the training set has {len(self.classes)}; "
+                f"{key} {value} needs {ways} classes that have images, the data set has {len(self.classes)}; "
                 "choose another one or another data set"
             )
         if self.size % ways:
             raise UserError(
-                f"{key} {value} contradicts a normalization batch of {self.size} images, which is SOLVER.IMS_PER_BATCH "
-                f"over the processes and SOLVER.ACCUMULATE: it must be a multiple of {ways}"
+                f"{key} {value} contradicts a normalization batch of {self.size} images (SOLVER.IMS_PER_BATCH over the "
+                f"processes and SOLVER.ACCUMULATE, or in a test its own size): it must be a multiple of {ways}"
             )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

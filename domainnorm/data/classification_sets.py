@@ -65,16 +65,17 @@ def minibatch_size(cfg: CfgNode, world_size: int) -> int:
     """How many images are normalized together in inference: `TEST.MINIBATCH_SIZE`, or as many as in training."""
     backbone, norms = cfg.MODEL.BACKBONE.NORM, cfg.MODEL.NORM
     synced = backbone == "SyncBN" or (backbone == "BGN" and norms.BGN.SYNC) or (backbone == "BRN" and norms.BRN.SYNC)
-    ranks = 1 if synced else world_size
+    group = (norms.SYNC_GROUP_SIZE or world_size) if synced else 1  # of processes that normalize together
+    ranks = max(world_size // group, 1)
     return cfg.TEST.MINIBATCH_SIZE or max(cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * ranks), 1)
 
 
 def minibatches(cfg: CfgNode, labels: np.ndarray, size: int) -> list[list[int]]:
     """Batches of `size` images of a data set to evaluate on, the same in every evaluation.
 
-    With `TEST.BATCHES` "iid" each image comes once, in random order; where `size` does not divide their number, some
-    batches have one image less. With "training" they are made as `DATALOADER.BATCHES` makes them, about as many images
-    in all, of which some may come twice and others never.
+    With `TEST.BATCHES` "iid" each image comes once, in random order; where `size` does not divide their number, the
+    batches are smaller, and as equal as can be. With "training" they are made as `DATALOADER.BATCHES` makes them, about
+    as many images in all, of which some may come twice and others never.
     """
     number = -(-len(labels) // size)
     if cfg.TEST.BATCHES == "iid" or cfg.DATALOADER.BATCHES == "iid":

@@ -82,7 +82,7 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
     """The learning rate of step `iteration`, counted from 0: the schedule times a linear warm-up. A pure function.
 
     Steps: `BASE_LR` times `GAMMA` for each of `STEPS` that was reached. Cosine: half a period, 0 at `MAX_ITER`. One
-    cycle, as torch's `OneCycleLR`: from a 25th of `BASE_LR` to it at `ONE_CYCLE_PEAK`, then to a 250000th.
+    cycle, shaped as torch's `OneCycleLR`: from a 25th of `BASE_LR` to it at `ONE_CYCLE_PEAK`, then to a 250000th.
     Warm-up: from `WARMUP_FACTOR` at 0 to 1 at `WARMUP_ITERS`; and again after norm layers are frozen.
     """
     solver = cfg.SOLVER

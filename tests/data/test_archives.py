@@ -129,8 +129,17 @@ class Malicious:
         (b"broken", "is not a batch of CIFAR's python version"),
         (["a list"], "but a list"),
         ({b"data": np.zeros((3, 10), np.uint8), b"labels": [0] * 3}, "expected uint8 data of 3072 bytes"),
-        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [0]}, "expected 3 labels, got 1"),
-        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [0, 1, 99]}, "labels up to 99, expected 0 to 9"),
+        (
+            {b"data": np.zeros((3, 3072), np.uint8), b"labels": [0]},
+            "expected a list of 3 whole numbers as labels, got 1 of them",
+        ),
+        (
+            {b"data": np.zeros((3, 3072), np.uint8), b"labels": [0, 1, 99]},
+            "labels from 0 to 99 in test_batch, expected labels from 0 to 9",
+        ),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [[1], [1, 2]]}, "expected a list of 2 whole numbers"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": None}, "as labels, got NoneType"),
+        ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [2**63 + 1]}, "labels from 255 to 255 in test_batch"),
         (Malicious(), "it asks for (posix|nt|os).system"),
     ],
 )
@@ -140,6 +149,24 @@ def test_broken_batches_are_one_line(root, content, message):
     with pytest.raises(dn.UserError, match=message) as error:
         read_archive("cifar10_test")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names", [{}, {b"label_names": 3}, {b"label_names": ["a"] * 10}, {b"label_names": [b"a"] * 10}]
+)
+def test_broken_names_are_one_line(root, names):
+    cifar10(root, "python")
+    write(root / "cifar10/cifar-10-batches-py/batches.meta", names)
+    with pytest.raises(dn.UserError, match=r"batches.meta: names \d classes, expected 10"):
+        read_archive("cifar10_test")
+
+
+def test_labels_of_svhn_are_from_1_to_10(root):
+    savemat = pytest.importorskip("scipy.io").savemat
+    (root / "svhn").mkdir()
+    savemat(root / "svhn/test_32x32.mat", {"X": np.zeros((32, 32, 3, 3), np.uint8), "y": np.array([[1], [0], [10]])})
+    with pytest.raises(dn.UserError, match="expected labels from 1 to 10"):
+        read_archive("svhn_test")
 
 
 def test_what_is_missing_is_said(root):

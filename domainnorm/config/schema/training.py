@@ -21,7 +21,7 @@ class Solver(Section, key="SOLVER"):
     OPTIMIZER = Option("SGD", "Optimizer, of torch.optim.", ("SGD", "AdamW", "Adam", "RMSprop"))
     BASE_LR = Option(0.01, "Learning rate after the warm-up.", POSITIVE)
     MOMENTUM = Option(0.9, "Momentum of SGD and RMSprop.", SHARE)
-    ADAM_BETAS = Option([0.9, 0.999], "Decay of the averages of Adam and AdamW.", SHARE, length=2)
+    ADAM_BETAS = Option([0.9, 0.999], "Decay of the averages of Adam and AdamW.", Range(min=0, max=0.999999), length=2)
     RMSPROP_ALPHA = Option(0.99, "Decay of the average of RMSprop.", SHARE)
     OPTIMIZER_EPS = Option(1e-8, "Eps of Adam, AdamW and RMSprop.", NOT_NEGATIVE)
     NESTEROV = Option(False, "Nesterov momentum in SGD.")
