@@ -35,7 +35,7 @@ def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     if node.MOMENTUM and name in BATCH_NORMS:
         options["momentum"] = node.MOMENTUM
     if node.SYNC_GROUP_SIZE and (name == "SyncBN" or options.get("sync")):
-        if world_size() % node.SYNC_GROUP_SIZE:
+        if world_size() > 1 and world_size() % node.SYNC_GROUP_SIZE:
             raise UserError(
                 f"MODEL.NORM.SYNC_GROUP_SIZE {node.SYNC_GROUP_SIZE} does not divide the {world_size()} processes"
             )

@@ -68,10 +68,11 @@ class RoIAlign(MultiScaleRoIAlign):
         found = rois.new_zeros(len(rois), maps[0].shape[1], *self.output_size, dtype=maps[0].dtype)
         for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
             chosen = (levels == level).nonzero()[:, 0]
+            wide = torch.promote_types(features.dtype, rois.dtype)  # half precision would move boxes by pixels
             own = roi_align(
-                features, rois[chosen].to(features), self.output_size, scale, self.sampling_ratio, self.aligned
+                features.to(wide), rois[chosen].to(wide), self.output_size, scale, self.sampling_ratio, self.aligned
             )
-            found = found.index_copy(0, chosen, own)
+            found = found.index_copy(0, chosen, own.to(found.dtype))
         return found
 
     def _taps(self, low: Tensor, high: Tensor, size: Tensor, bins: int) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from test_retinanet import images_and_targets, tiny
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.data.classification_sets import minibatch_size
 from domainnorm.engine.describe import describe_normalization
 from domainnorm.layers import DomainBatchNorm, is_norm
 
@@ -97,6 +98,17 @@ def test_synchronized_over_groups_of_processes():
     assert not torch.allclose(means[0], means[2])
     together = run_ranks(sub_groups, 2, 2)
     torch.testing.assert_close(together[0], means[0])
+
+
+def test_minibatches_in_inference_are_those_of_the_groups():
+    keys = ["MODEL.META_ARCHITECTURE", "Classifier", "MODEL.NORM.SYNC_GROUP_SIZE", 2, "SOLVER.IMS_PER_BATCH", 32]
+    sizes = [minibatch_size(dn.load_config(None, [*keys, "MODEL.BACKBONE.NORM", norm]), 8) for norm in ("SyncBN", "BN")]
+    assert sizes == [8, 4]
+
+
+def test_one_process_builds_what_groups_of_processes_trained():
+    model = tiny("MODEL.RETINANET.NORM", "SyncBN", "MODEL.NORM.SYNC_GROUP_SIZE", 2)
+    assert {m.sync for m in model.head.modules() if isinstance(m, DomainBatchNorm)} == {True}
 
 
 def refused(rank):

@@ -70,6 +70,16 @@ def test_aligned_as_detectron2s(size, samples, training):
     assert not torch.allclose(ours, RoIAlign(LEVELS, size, samples)(maps, boxes, [IMAGE] * 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boxes_are_not_rounded_with_the_features(dtype):
+    place = torch.arange(200.0)
+    maps = {"0": torch.stack([(place / 3).sin()[:, None].expand(200, 200), (place / 3).cos().expand(200, 200)])[None]}
+    boxes = [torch.tensor([[601.3, 603.7, 700.2, 705.9]])]
+    pool = RoIAlign(["0"], 7, 0, aligned=True)
+    exact = pool(maps, boxes, [(800, 800)])
+    torch.testing.assert_close(pool({"0": maps["0"].to(dtype)}, boxes, [(800, 800)]).float(), exact, atol=6e-3, rtol=0)
+
+
 def test_aligned_without_rois():
     maps = features()
     y = RoIAlign(LEVELS, 7, 0, aligned=True)(maps, boxes_of(0, 0), [IMAGE] * 2)
