@@ -26,13 +26,14 @@ class PopulationStatistics(nn.BatchNorm2d):
 
     averages_deviation = False  # whether the EMA is that of √(variance + eps), and not of the unbiased variance
     _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
+    _max_positional = 1
     num_domains: int
     population_statistics: str
     track_total_var: bool
     running_total_var: Tensor | None
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        if len(args) > 1:
+        if len(args) > cls._max_positional:
             raise TypeError(f"{cls.__name__} takes num_features alone by position: {_as_keywords(cls, args)}")
         return super().__new__(cls)
 
@@ -43,12 +44,14 @@ class PopulationStatistics(nn.BatchNorm2d):
             taken = inspect.signature(cls.__mro__[1]).parameters.values()
             own = [*own[:-1], *(p for p in taken if p.name not in {one.name for one in own})]
         cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        cls._max_positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in own)
         for old, new in cls._renamed.items():
             setattr(cls, old, renamed_attribute(old, new))
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self._frozen = False
+        self._momentum: float | None = None
         self.statistics = "auto"
         self.example_weight = 0.0
         self.domain_names: tuple[str, ...] | None = None
@@ -81,7 +84,8 @@ class PopulationStatistics(nn.BatchNorm2d):
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        if value == 1 and self.frozen:  # set by fvcore's update_bn_stats, which would scale the variance
+        first = self.__dict__.setdefault("_first_momentum", value)
+        if value == 1 != first and self.frozen:  # set by fvcore's update_bn_stats, which would scale the variance
             raise RuntimeError(
                 f"{type(self).__name__} is frozen, and fvcore.nn.update_bn_stats would change its statistics: put it "
                 "in eval mode, or call dn.recompute_population_statistics(model, batches)"
@@ -118,7 +122,7 @@ class PopulationStatistics(nn.BatchNorm2d):
             if self.statistics == "population":
                 raise RuntimeError(
                     f"{type(self).__name__} is to normalize by population statistics, and keeps none "
-                    "(track_running_stats=False): dn.set_statistics(model, 'auto')"
+                    "(track_running_stats=False): dn.set_statistics(model, 'auto'), or thaw it where it is frozen"
                 )
             return True
         return self.training if self.statistics == "auto" else self.statistics == "minibatch"
@@ -186,7 +190,7 @@ class PopulationStatistics(nn.BatchNorm2d):
             if key in state_dict and self.running_var is not None:
                 self.running_total_var, self.track_total_var = torch.ones_like(self.running_var), True
         elif prefix + "running_var" in state_dict:
-            state_dict.setdefault(key, state_dict[prefix + "running_var"])
+            state_dict.setdefault(key, state_dict[prefix + "running_var"].clone())  # its own memory, with assign=True
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Statistics and affine of one domain, `(C,)`, are repeated for each domain of `(K, C)`."""

@@ -80,10 +80,10 @@ class BatchGroupNorm(DomainBatchNorm):
         if not x.numel():
             return expected
         if expected not in (None, tuple(x.shape[2:])):
+            which = "the layer works at" if self.num_groups > self.num_features else "the tensors of a list have"
             raise ValueError(
-                f"num_groups={self.num_groups} splits {self.num_features} channels in space, so "
-                f"{'tensors have' if self.feature_size is None else 'the layer works at'} one feature size: "
-                f"expected {expected}, got {tuple(x.shape[2:])}; use a divisor of {self.num_features}"
+                f"num_groups={self.num_groups} splits {self.num_features} channels in space, so {which} one feature "
+                f"size: expected {expected}, got {tuple(x.shape[2:])}; use a divisor of {self.num_features}"
             )
         return tuple(x.shape[2:])
 
@@ -100,7 +100,7 @@ class BatchGroupNorm(DomainBatchNorm):
         return tensors[0].shape[1] // self.num_groups
 
     def _restore(self, outputs: list[Tensor], inputs: LayerInput) -> list[Tensor]:
-        if self.training and self.uses_minibatch and self.num_groups > self.num_features:
+        if self.training and self.num_groups > self.num_features:
             for x in inputs.tensors:
                 if x.numel():
                     self.feature_size = tuple(x.shape[2:])

@@ -77,7 +77,7 @@ class DomainBatchNorm(PopulationStatistics):
     Raises:
         ValueError: from the call, no domain or a wrong one, another shape, or in training a normalization batch of
             exactly one element, as in torch. (With shared SGD and per-domain population statistics, a domain of one
-            element updates its mean only. In inference under `"minibatch"` such an element becomes β.)
+            element does not update its variance. In inference under `"minibatch"` such an element becomes β.)
         TypeError: from the call, an input that is no dense tensor of floating point numbers.
         RuntimeError: from the call, population statistics are to normalize, and there are none.
 
@@ -129,7 +129,7 @@ class DomainBatchNorm(PopulationStatistics):
         self.num_domains = num_domains
         self.sgd_statistics = sgd_statistics
         self.population_statistics = population_statistics
-        self._affine = None if affine in (None, False) else "shared" if affine is True else str(affine)
+        self._affine = None if affine in (None, False) else "shared" if affine in (True, "shared") else "per_domain"
         self.track_running_stats = track_running_stats
         self.track_total_var = track_total_var
         self.eps = eps

@@ -68,6 +68,7 @@ class FrozenBatchNorm(DomainBatchNorm):
             factory |= {name: getattr(layer, name) for name in names}
         else:
             factory |= {"affine": "shared" if layer.affine else None, "momentum": layer.momentum}
+        factory["bias"] = layer.bias is not None or layer.weight is None
         frozen = cls(layer.num_features, train_affine=train_affine, eps=layer.eps, **factory)
         if isinstance(layer, DomainBatchNorm):
             frozen.copy_domain_config(layer)
@@ -100,6 +101,8 @@ class FrozenBatchNorm(DomainBatchNorm):
             raise ValueError(f"{kind.__name__} has one domain, this layer {self.num_domains}: thaw to DomainBatchNorm")
         else:
             options["affine"] = self.affine is not None
+        if self.weight is not None and self.bias is None:
+            options["bias"] = False  # torch's layers take it from 2.15 on
         thawed = kind(self.num_features, **options)
         if isinstance(thawed, DomainBatchNorm):
             thawed.copy_domain_config(self)

@@ -37,6 +37,7 @@ class SampleGroups:
         self.size = size
         self.number = number
         self.allow_smaller_batch = allow_smaller_batch
+        self.allow_single_element = False  # in a group of training: normalized, it is 0
 
     def segmentation(
         self, inputs: LayerInput, shared: bool, elements: Sequence[int], by_sample: bool = False
@@ -84,7 +85,7 @@ class SampleGroups:
                 f"{self.option}={self.min_samples} needs {self.min_samples} samples or more on this rank, of each "
                 f"domain that has any: got {small[0]}; make it smaller or the batch larger, or set allow_smaller_batch"
             )
-        if min(elements) > 1:
+        if min(elements) > 1 or self.allow_single_element:
             return
         if inputs.has_ids:
             groups = self._by_ids(inputs.ids(), inputs, shared, elements)

@@ -144,11 +144,14 @@ class Normalization:
         return segments, None
 
     def merge_domains(self, segments: Moments) -> Moments:
-        """The moments of the domains `(K, C)`, or of all `(1, C)` where no more is asked for, on this rank."""
+        """The moments of the domains `(K, C)`, or of all `(1, C)` where no more is asked for, on this rank.
+
+        What micro-batches of Batch Renorm divide by goes to `population`, which averages it.
+        """
         as_one = self.shared and (self.population is None or self.population.mean.ndim == 1)
         merged = segments.merge(0) if as_one else self.domains.merge(segments)
         if self.groups is not None and self.population is not None and self.population.averages_deviation:
-            merged = Moments(merged.count, merged.mean, self._mean_deviation(segments, as_one).square() - self.eps)
+            self.population.deviation = self._mean_deviation(segments, as_one).detach()
         if self.external is None:
             return merged
         return merged + (self.external.merge(0) if as_one else self.external)

@@ -21,6 +21,8 @@ class Population:
         momentum: of the EMA, in torch's meaning; None: the cumulative average.
         averages_deviation: whether `sqrt(var + eps)` is averaged (Batch Renorm), and not the unbiased variance.
         eps: for that.
+        deviation: the mean of sqrt(var + eps) over the groups of each set of a step, where it is not that of the set
+            (micro-batches of Batch Renorm); None: it is.
         total_var: the variance of the average, that between steps included: the EMA of x² minus mean²; None: not kept.
     """
 
@@ -31,6 +33,7 @@ class Population:
     averages_deviation: bool = False
     eps: float = 0.0
     total_var: Tensor | None = None
+    deviation: Tensor | None = None
 
     def of_domain(self, domain: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and number of steps of one domain; of all, where they are shared."""
@@ -55,12 +58,14 @@ class Population:
         """
         sets = moments.mean.shape[0]
         if self.mean.ndim == 2 or sets == 1:
-            self._step(moments, counts)
+            self._step(moments, counts, self.deviation)
         else:
             for k in range(sets):
-                self._step(moments[k : k + 1], None if counts is None else counts[k : k + 1])
+                one = slice(k, k + 1)
+                deviation = None if self.deviation is None else self.deviation[one]
+                self._step(moments[one], None if counts is None else counts[one], deviation)
 
-    def _step(self, moments: Moments, counts: Sequence[float] | None) -> None:
+    def _step(self, moments: Moments, counts: Sequence[float] | None, deviation: Tensor | None) -> None:
         shape, dtype = moments.mean.shape, self.mean.dtype
         mean, var = self.mean.view(shape), self.var.view(shape)
         tracked = self.num_batches_tracked.view(-1, 1)
@@ -79,8 +84,8 @@ class Population:
             self.total_var.view(shape).lerp_((moments.var + between).to(dtype), step)
         mean.lerp_(moments.mean.to(dtype), step)
         if self.averages_deviation:
-            deviation, new = ((v.to(dtype) + self.eps).sqrt() for v in (var, moments.var))
-            moved = deviation.lerp(new, var_step).square() - self.eps
+            before, own = ((v.to(dtype) + self.eps).sqrt() for v in (var, moments.var))
+            moved = before.lerp(own if deviation is None else deviation.to(dtype), var_step).square() - self.eps
             var.copy_(moved if several else torch.where(count > 1, moved, var))
         elif several and len(counts) == 1:  # type: ignore[arg-type]
             var.lerp_((moments.var * (counts[0] / (counts[0] - 1))).to(dtype), var_step)  # type: ignore[index]

@@ -68,7 +68,8 @@ def recompute_population_statistics(
         samples_per_batch: B, where `batches` are of another size: tensors `(N, …)`, lists of samples, and tuples, lists
             and dicts of such are cut and joined. None: as they come.
         keep_groups: whether layers that split the batch in training (GhostBN, SeqNorm, GBGN, micro-batches of Batch
-            Renorm) normalize their groups, and not the whole batch of B.
+            Renorm) normalize their groups, and not the whole batch of B. The statistics are those of all samples then,
+            too.
         live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
         folder: for the others, into memory-mapped files there; None: into host memory.
         as_in_inference: layers to recompute with the rest of the model in eval mode: for batches of images alone. None:
@@ -122,16 +123,19 @@ def recompute_population_statistics(
 def _without_old_statistics(model: nn.Module, keep_groups: bool) -> Iterator[None]:
     """Within it, Batch Renorm is not corrected, and layers do not split the batch.
 
-    With `keep_groups` they do, and take a batch that is too small for it: the last one often is.
+    Groups of one sample stay, as they look at no batch. With `keep_groups` all do, and a batch may be smaller than
+    they: the last one often is.
     """
     layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
     before = [(layer, layer.sample_groups, layer.is_corrected) for layer in layers]
     try:
         for layer, groups, _ in before:
             layer.is_corrected = False
-            layer.sample_groups = copy.copy(groups) if keep_groups else None
+            is_of_samples = groups is not None and groups.size == 1
+            layer.sample_groups = copy.copy(groups) if keep_groups or is_of_samples else None
             if layer.sample_groups is not None:
                 layer.sample_groups.allow_smaller_batch = True
+                layer.sample_groups.allow_single_element = is_of_samples
         yield
     finally:
         for layer, groups, corrected in before:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import (
     LAYERS,
+    BatchGroupNorm,
     BatchRenorm,
     DomainBatchNorm,
     FrozenBatchNorm,
@@ -33,7 +34,7 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     (but for `BatchRenorm`, which has its own), mode, device and dtype are kept, and so are the dropout and activation
     that timm fuses into its `BatchNormAct2d`. Statistics of channels are merged to those of a BGN's pieces; each part
     of a channel has those of the channel. Those of `SeqNorm` are of group-normalized features: they begin anew, to be
-    trained or recomputed.
+    trained or recomputed, unless its GhostBN comes first.
     Frozen layers stay; hooks of users on the old layers do not.
 
     The way back: `"BatchNorm1d"`, `"BatchNorm2d"`, `"BatchNorm3d"` or `"SyncBatchNorm"` makes torch's own layers of
@@ -167,6 +168,8 @@ def _converted(layer: nn.Module, name: str, options: dict[str, Any]) -> nn.Modul
         of_groups = [getattr(norm, "channels_per_first_group", 0) > 0 for norm in (layer, new)]
         if layer.running_mean is not None and of_groups[0] == of_groups[1]:
             _keep_statistics(new, layer)
+        if layer.running_mean is not None:
+            new.track_running_stats = layer.track_running_stats
         if isinstance(layer, DomainBatchNorm):
             new.statistics, new.example_weight = layer.statistics, layer.example_weight
             new.copy_domain_config(layer)
@@ -196,7 +199,9 @@ def _torch_layer(layer: Any, kind: Any, options: dict[str, Any]) -> nn.Module:
     new = kind(layer.num_features, **given)
     if new.track_running_stats:
         for key, value in layer.named_buffers(recurse=False):
-            setattr(new, key, value.clone())
+            if key in new._buffers:
+                setattr(new, key, value.clone())
+        new.track_running_stats = layer.track_running_stats
     return new
 
 
@@ -247,10 +252,14 @@ def _keep_statistics(new: DomainBatchNorm, layer: Any) -> None:
         if (var := getattr(layer, key, None)) is not None:
             kept = Moments(torch.ones_like(mean[..., :1]), mean, var).repeat_channels(parts).merge_channels(width)
             state |= {"running_mean": kept.mean, key: kept.var}
-    new.running_mean, new.running_var = (v.to(mean.dtype) for v in (new.running_mean, new.running_var))
+    for key, buffer in dict(new.named_buffers(recurse=False)).items():
+        if buffer.is_floating_point():
+            setattr(new, key, buffer.to(mean.dtype))
     if layer.num_batches_tracked is not None:
         state["num_batches_tracked"] = layer.num_batches_tracked
     new.load_state_dict(state, strict=False)
+    if isinstance(layer, BatchGroupNorm) and isinstance(new, BatchGroupNorm) and layer.num_groups == new.num_groups:
+        new.feature_size = layer.feature_size
 
 
 def _take_over(new: nn.Module, layer: nn.Module, copy: bool) -> None:

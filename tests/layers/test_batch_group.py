@@ -136,8 +136,17 @@ def test_pieces_of_a_channel_and_more_work_at_any_size(num_groups, channels):
     for shape in ((4, 6), (8, 12)):
         x = random_input(2, channels, *shape)
         close(again(x), reference.infer(x, layer.weight, layer.bias))
-    with pytest.raises(ValueError, match=r"tensors have one feature size: expected \(4, 6\), got \(8, 6\)"):
+    with pytest.raises(ValueError, match=r"tensors of a list have one feature size: expected \(4, 6\)"):
         bgn(num_groups, channels, num_domains=2)([x[..., :4, :6], x[..., :8, :6]])
+
+
+def test_exact_statistics_and_conversions_know_the_size():
+    model = nn.Sequential(bgn(8))
+    x = random_input(2, C, 4, 6).detach()
+    dn.recompute_population_statistics(model, [x], method="exact", progress=False)
+    assert dn.convert_batchnorm(model, "BGN", num_groups=8)[0].feature_size == (4, 6)
+    with pytest.raises(ValueError, match="size"):
+        model.eval()(random_input(2, C, 8, 6))
 
 
 def test_an_empty_input_does_not_fix_the_size():

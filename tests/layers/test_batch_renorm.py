@@ -256,6 +256,13 @@ def test_micro_batches_of_several_domains(sgd):
             close((layer.running_var[k] + layer.eps).sqrt(), sigma)
 
 
+def test_micro_batches_and_the_average_of_squares():
+    layer = dn.BatchRenorm(C, samples_per_group=2, track_total_var=True, momentum=1.0, dtype=torch.float64)
+    x = random_input(8, C, 3).detach() * 3
+    layer(x)
+    close(layer.running_total_var, x.transpose(0, 1).flatten(1).var(1, correction=0))
+
+
 def test_a_micro_batch_larger_than_the_batch_is_refused():
     layer = renorm(samples_per_group=7)
     with pytest.raises(ValueError, match=r"7.*5|5.*7"):

@@ -441,3 +441,48 @@ def test_checkpoints_with_names_as_numbers_are_read():
         layer.domain_names = None
     model.load_state_dict(state)
     assert all(layer.domain_names == tuple(names) for layer in model)
+
+
+@pytest.mark.parametrize("affine", [True, 1, "shared"])
+def test_words_and_truths_of_an_affine(affine):
+    layer = dn.DomainBatchNorm(C, affine=affine)
+    assert layer.affine == "shared"
+    assert dn.FrozenBatchNorm.from_batch_norm(layer).affine == "shared"
+
+
+def test_layers_without_beta_are_frozen_and_thawed():
+    layer = moved(dn.DomainBatchNorm(C, bias=False))
+    x = images(4, C, 5, 5)
+    frozen = dn.freeze_batchnorm(nn.Sequential(copy.deepcopy(layer)))
+    assert frozen[0].bias is None
+    torch.testing.assert_close(frozen(x), layer.eval()(x))
+    assert frozen[0].to_batch_norm().bias is None
+
+
+def test_checkpoints_that_are_assigned_share_no_memory():
+    layer = dn.DomainBatchNorm(C, track_total_var=True)
+    layer.load_state_dict(nn.BatchNorm2d(C).state_dict(), assign=True)
+    assert layer.running_total_var.data_ptr() != layer.running_var.data_ptr()
+
+
+def test_statistics_that_are_not_tracked_any_more_stay_so():
+    layer = nn.BatchNorm2d(C)
+    layer.track_running_stats = False
+    ours = dn.convert_batchnorm(nn.Sequential(layer), "BN")
+    ours(images(4, C, 5, 5))
+    assert torch.equal(ours[0].running_mean, torch.zeros(C))
+    assert dn.convert_batchnorm(ours, "BatchNorm2d")[0].track_running_stats is False
+
+
+def test_update_bn_puts_back_the_momentum_of_a_frozen_layer():
+    model = nn.Sequential(dn.FrozenBatchNorm(C, momentum=1.0), nn.BatchNorm2d(C))
+    update_bn([images(4, C, 5, 5)], model)
+    assert model[0].momentum == 1.0
+
+
+def test_a_subclass_may_take_more_by_position():
+    class Mine(dn.DomainBatchNorm):
+        def __init__(self, channels, number):
+            super().__init__(channels, num_domains=number)
+
+    assert Mine(C, 3).num_domains == 3

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -468,6 +469,18 @@ def test_seq_norm_and_others_are_put_back_when_the_model_raises(make):
     assert model.norm1.sample_groups is groups and model.norm1.is_corrected
 
 
+def test_a_group_norm_stays_one():
+    """It is no split of the batch, and later layers are measured on what it makes."""
+    model = Stack(lambda: nn.GroupNorm(4, 8)).double()
+    x = images(40) * 3 + 1
+    seen = []
+    handle = model.norm2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(x)
+    handle.remove()
+    quiet(dn.convert_groupnorm(model), [x])
+    torch.testing.assert_close(model.norm2.running_var, elements(seen[0]).var(1))
+
+
 def test_seq_norm_of_a_whole_batch():
     """Each channel of the group-normalized features over all samples, whatever the groups of training."""
     layer = dn.SeqNorm(8, num_channel_groups=2, num_sample_groups=4).double()
@@ -500,6 +513,8 @@ def test_samples_of_any_form_in_other_batches():
         (lambda a, b: x[a:b], x),
         (lambda a, b: (x[a:b], labels[a:b]), (x, labels)),
         (lambda a, b: [x[a:b], x[a:b] + 1], [x, x + 1]),
+        (lambda a, b: [pictures[a:b], targets[a:b]], [pictures, targets]),
+        (lambda a, b: Pair(x[a:b], targets[a:b]), Pair(x, targets)),
         (lambda a, b: {"x": x[a:b], "y": pictures[a:b]}, {"x": x, "y": pictures}),
         (lambda a, b: (pictures[a:b], targets[a:b]), (pictures, targets)),
         (lambda a, b: pictures[a:b], pictures),
@@ -509,10 +524,21 @@ def test_samples_of_any_form_in_other_batches():
         assert [batch_size(batch) for batch in found] == [2, 2, 2, 1]
         assert same(found, [cut(0, 2), cut(2, 4), cut(4, 6), cut(6, 7)])
         assert same(list(regrouped(given, 9)), [whole])
+    pairs = [[pictures[a : a + 2], targets[a : a + 2]] for a in (0, 2, 4)]  # as many of a batch as there are parts
+    assert same(list(regrouped(pairs, 3)), [[pictures[:3], targets[:3]], [pictures[3:6], targets[3:6]]])
+    with pytest.raises(ValueError, match="a list of 2 tensors with 2 rows each may be as many samples, or inputs and"):
+        list(regrouped([[x[:2], x[:2]]], 1))
+    with pytest.raises(ValueError, match=r"samples of different sizes, \[\(1,\), \(2,\)\]"):
+        list(regrouped([x[:2], x[:2].repeat(1, 2)], 3))
     with pytest.raises(ValueError, match=r"samples_per_batch: expected tensors and lists of 3 samples, got str"):
         list(regrouped([(x[:3], "abc")], 2))
     with pytest.raises(ValueError, match="samples_per_batch takes a positive number, got 0"):
         quiet(nn.BatchNorm1d(1), [x], samples_per_batch=0)
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: list
 
 
 def same(a, b):
