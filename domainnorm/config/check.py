@@ -13,6 +13,7 @@ from .schema.norm import BATCH_NORMS
 
 # Choices of a normalization batch: refused where the model has no use for them, which nobody would notice.
 _OF_ONE_ARCHITECTURE = (
+    "DATASETS.VALIDATION",
     *("MODEL.MASK_ON", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM", "MODEL.ROI_HEADS.SHUFFLE"),
     *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .arrays import LabelledImages
+from .arrays import LabelledImages, held_out
 from .catalog import datasets_root
 
 FOLDERS = {  # of images, with one subfolder for each class
@@ -17,9 +17,14 @@ FOLDERS = {  # of images, with one subfolder for each class
 }
 SPLITS = ("train", "val", "trainval", "test")
 CIFAR = {f"cifar{classes}_{split}": (classes, split) for classes in (10, 100) for split in SPLITS}
-SVHN = {"svhn_train": "train_32x32.mat", "svhn_extra": "extra_32x32.mat", "svhn_test": "test_32x32.mat"}
+SVHN = {
+    "svhn_train": ["train_32x32.mat"],
+    "svhn_extra": ["extra_32x32.mat"],
+    "svhn_trainval": ["train_32x32.mat", "extra_32x32.mat"],
+    "svhn_test": ["test_32x32.mat"],
+}
 NAMES = (*CIFAR, *SVHN)
-VALIDATION = 5000  # images of CIFAR's training set that are held out, as many of each class
+VALIDATION = 0.1  # share of CIFAR's training set that is held out
 
 
 def archive_folder(name: str) -> Path:
@@ -31,23 +36,21 @@ def read_archive(name: str) -> LabelledImages:
     """CIFAR-10, CIFAR-100 (python or binary version, unpacked) or SVHN's cropped digits.
 
     CIFAR's 50 000 training images are `trainval`; 5000 of them, as many of each class, are `val`, the others `train`.
-    The split is the same everywhere.
+    The split is the same everywhere. `svhn_trainval` is `train` and `extra`.
 
     Raises:
         UserError: a file is missing, broken, or cannot be read without SciPy.
     """
     folder = archive_folder(name)
     if name in SVHN:
-        return _read_svhn(folder / SVHN[name])
+        parts = [_read_svhn(folder / file) for file in SVHN[name]]
+        images, labels = (np.concatenate(of) for of in zip(*((p.images, p.labels) for p in parts), strict=True))
+        return LabelledImages(images, labels, parts[0].class_names)
     classes, split = CIFAR[name]
     images, labels, names = _read_cifar(folder, classes, "test" if split == "test" else "train")
     if split in ("train", "val"):
-        held_out = np.zeros(len(labels), bool)
-        rng = np.random.default_rng(0)
-        for label in range(classes):
-            own = rng.permutation(np.flatnonzero(labels == label))
-            held_out[own[: round(len(own) * VALIDATION / 50_000)]] = True
-        chosen = held_out if split == "val" else ~held_out
+        validation = held_out(labels, VALIDATION)
+        chosen = validation if split == "val" else ~validation
         images, labels = images[chosen], labels[chosen]
     return LabelledImages(images, labels, names)
 

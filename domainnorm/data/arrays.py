@@ -25,6 +25,16 @@ class LabelledImages:
     class_names: list[str]
 
 
+def held_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Which images a validation set takes from a training set, bool (N,): `share` of each class, always the same."""
+    chosen = np.zeros(len(labels), bool)
+    rng = np.random.default_rng(0)
+    for label in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        chosen[own[: round(len(own) * share)]] = True
+    return chosen
+
+
 def read_npz(file: Path) -> LabelledImages:
     """`images` and `labels` of an archive that `np.savez` wrote; without `class_names` (strings) they are "0", "1", ….
 

@@ -88,6 +88,11 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
             content = _open(name, paths)
             self.class_names, self.images, labels = content.class_names, content.images, content.labels
         self.labels = torch.from_numpy(labels)
+        self.positions = np.arange(len(labels))
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """Leave the images out that are not `chosen`, bool (N,)."""
+        self.labels, self.positions = self.labels[chosen], self.positions[chosen]
 
     def relabel(self, class_names: list[str], renamed: Mapping[str, str]) -> None:
         """Make labels positions in `class_names`, which has all classes by their names after `renamed`. Once."""
@@ -99,12 +104,13 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        position = self.positions[index]
         if self.folder:
-            file_name = os.fsdecode(self.files[index])
+            file_name = os.fsdecode(self.files[position])
             pixels = read_image(self.path / file_name)
         else:
-            file_name = f"{self.path.name}[{index}]"
-            image = self.images[index]
+            file_name = f"{self.path.name}[{position}]"
+            image = self.images[position]
             # A copy: what is done to it must not change the data set.
             pixels = torch.from_numpy(np.stack([image] * 3) if image.ndim == 2 else image.transpose(2, 0, 1).copy())
         image = tv_tensors.Image(pixels)

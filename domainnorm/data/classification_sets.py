@@ -8,12 +8,16 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
+from ..config.node import images_per_forward
+from ..errors import UserError
+from .arrays import held_out
 from .class_sampler import ClassBatchSampler
 from .classification import ClassificationDataset, read_class_names, resolve_classes
 from .patches import COUNTS
 from .sampler import TrainingBatchSampler
 from .transforms import classifier_test_transforms, classifier_train_transforms
 
+VALIDATION = "@validation"
 _MINIBATCHES = 4  # the name of a random stream that a seed starts; see class_sampler.py
 
 EXAMPLES = "patches_train, or a folder with one subfolder for each class"
@@ -21,16 +25,38 @@ EXAMPLES = "patches_train, or a folder with one subfolder for each class"
 
 def training_set(cfg: CfgNode, name: str) -> ClassificationDataset:
     """Augmented images of data set `name`."""
-    return ClassificationDataset(name, classifier_train_transforms(cfg))
+    return _open(cfg, name, classifier_train_transforms(cfg))
 
 
 def evaluation_set(cfg: CfgNode, name: str) -> ClassificationDataset:
     """Images of data set `name`, square."""
-    return ClassificationDataset(name, classifier_test_transforms(cfg))
+    return _open(cfg, name, classifier_test_transforms(cfg))
+
+
+def _open(cfg: CfgNode, name: str, transforms: Any) -> ClassificationDataset:
+    """The part of a data set that a config means: `NAME@validation` is what its training set NAME holds out."""
+    whole = name.removesuffix(VALIDATION)
+    dataset = ClassificationDataset(whole, transforms)
+    if whole in cfg.DATASETS.TRAIN and cfg.DATASETS.VALIDATION:
+        validation = held_out(dataset.labels.numpy(), cfg.DATASETS.VALIDATION)
+        dataset.keep(validation if whole != name else ~validation)
+        dataset.name = name
+        if not len(dataset):
+            raise UserError(
+                f"data set {name}: DATASETS.VALIDATION {cfg.DATASETS.VALIDATION:g} leaves no image in it; "
+                "choose another share"
+            )
+    elif whole != name:
+        raise UserError(
+            f"data set {name}: is what DATASETS.VALIDATION, a share, holds out of one of DATASETS.TRAIN; got "
+            f"VALIDATION {cfg.DATASETS.VALIDATION:g} and TRAIN {cfg.DATASETS.TRAIN}"
+        )
+    return dataset
 
 
 def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     """The names of the classes of data set `name`; None if it is not on this machine."""
+    name = name.removesuffix(VALIDATION)
     if not must_exist and name not in COUNTS and not all(path.exists() for path in resolve_classes(name)):
         return None
     return read_class_names(name)
@@ -46,13 +72,13 @@ def batch_sampler(
 ) -> Sampler[list[tuple[int, int]]]:
     """Which images of `datasets`, one after the other, form the batches of this rank."""
     labels = np.concatenate([dataset.labels.numpy() for dataset in datasets])
-    size, parts = cfg.SOLVER.IMS_PER_BATCH // world_size, cfg.SOLVER.ACCUMULATE
+    size, parts = images_per_forward(cfg, world_size), cfg.SOLVER.ACCUMULATE
     place: dict[str, Any] = {"seed": cfg.SEED, "rank": rank, "world_size": world_size, "start": start}
     if cfg.DATALOADER.BATCHES == "iid":
-        return TrainingBatchSampler([(1, 1)] * len(labels), size, group=False, **place)
+        return TrainingBatchSampler([(1, 1)] * len(labels), size * parts, group=False, **place)
     return ClassBatchSampler(
         labels,
-        size // parts,
+        size,
         batches=cfg.DATALOADER.BATCHES,
         classes_per_batch=cfg.DATALOADER.CLASSES_PER_BATCH,
         with_replacement=cfg.DATALOADER.CLASSES_WITH_REPLACEMENT,
@@ -66,8 +92,8 @@ def minibatch_size(cfg: CfgNode, world_size: int) -> int:
     backbone, norms = cfg.MODEL.BACKBONE.NORM, cfg.MODEL.NORM
     synced = backbone == "SyncBN" or (backbone == "BGN" and norms.BGN.SYNC) or (backbone == "BRN" and norms.BRN.SYNC)
     group = (norms.SYNC_GROUP_SIZE or world_size) if synced else 1  # of processes that normalize together
-    ranks = max(world_size // group, 1)
-    return cfg.TEST.MINIBATCH_SIZE or max(cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * ranks), 1)
+    own = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * max(world_size // group, 1))
+    return cfg.TEST.MINIBATCH_SIZE or max(own, 1) + cfg.SOLVER.VIRTUAL_BATCH * group
 
 
 def minibatches(cfg: CfgNode, labels: np.ndarray, size: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from ..config.node import images_per_forward
 from ..errors import UserError
 from .coco import CocoDataset, resolve_dataset
 from .sampler import TrainingBatchSampler
@@ -64,7 +65,7 @@ def batch_sampler(
     """Which images of `datasets`, one after the other, form the batches of this rank."""
     return TrainingBatchSampler(
         [size for dataset in datasets for size in dataset.sizes],
-        cfg.SOLVER.IMS_PER_BATCH // world_size,
+        images_per_forward(cfg, world_size) * cfg.SOLVER.ACCUMULATE,
         seed=cfg.SEED,
         rank=rank,
         world_size=world_size,

@@ -23,7 +23,8 @@ def domain_of(cfg: CfgNode, name: str) -> int:
     # Not strict: either list may be empty.
     training = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.DOMAINS, strict=False))
     tested = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.TEST_DOMAINS, strict=False))
-    domain, names = (training | tested).get(name, ""), domain_names(cfg)
+    held_out = {f"{whole}@validation": domain for whole, domain in training.items()}
+    domain, names = (held_out | training | tested).get(name, ""), domain_names(cfg)
     return names.index(domain) if domain else -1
 
 

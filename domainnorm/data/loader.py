@@ -7,6 +7,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
+from ..config.node import images_per_forward
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
 from .classification_sets import minibatch_size, minibatches
@@ -19,7 +20,8 @@ Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
 def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
-    """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size`.
+    """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size` and, in each
+    of its `ACCUMULATE` parts, `VIRTUAL_BATCH` more.
 
     Images are float32 (3, H, W) in [0, 1], a detector's of different sizes; targets are those of `CocoDataset`, with
     masks if `MODEL.MASK_ON`, or of `ClassificationDataset`, as plain tensors; with `DATASETS.DOMAINS` they have
@@ -68,7 +70,7 @@ def _check_share(cfg: CfgNode, world_size: int) -> None:
 def _by_ratios(cfg: CfgNode, datasets: list[AnySet], **place: int) -> SetBatchSampler:
     return SetBatchSampler(
         [kind(cfg).wide_images(cfg, dataset) for dataset in datasets],
-        cfg.SOLVER.IMS_PER_BATCH // (place["world_size"] * cfg.SOLVER.ACCUMULATE),
+        images_per_forward(cfg, place["world_size"]),
         ratios=cfg.DATALOADER.RATIOS or [len(dataset) for dataset in datasets],
         domains=training_domains(cfg),
         composition=cfg.DATALOADER.COMPOSITION,

@@ -5,9 +5,11 @@ import copy
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..config import images_per_forward
 from ..distributed import world_size
 from ..errors import UserError
 from ..layers import DomainBatchNorm
+from ..statistics.virtual_batch import virtual_batch
 from ..surgery.convert import convert_groupnorm
 from .freeze import prefixes
 
@@ -28,7 +30,13 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
                 f"SOLVER.FREEZE_NORM_LAYERS: no BatchNorm has a name that begins with {beginning!r}; "
                 f"the model has {parts}"
             )
-    images = cfg.SOLVER.IMS_PER_BATCH // (world_size() * cfg.SOLVER.ACCUMULATE)
+    if cfg.SOLVER.VIRTUAL_BATCH:
+        try:
+            with virtual_batch(model, None):
+                pass
+        except ValueError as error:
+            raise UserError(f"SOLVER.VIRTUAL_BATCH {cfg.SOLVER.VIRTUAL_BATCH}: {error}") from error
+    images = images_per_forward(cfg, world_size())
     for name, layer in norms.items():
         groups = layer.sample_groups
         if groups is not None and not groups.allow_smaller_batch and not layer.frozen and groups.min_samples > images:

@@ -3,6 +3,7 @@
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..config import images_per_forward
 from ..distributed import world_size
 from ..layers import DomainBatchNorm
 from ..layers.positional import PositionalNorm
@@ -32,7 +33,7 @@ def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:
     ranks = world_size() if layer.sync else 1
     if layer.frozen:
         return "population statistics (frozen)"
-    images = cfg.SOLVER.IMS_PER_BATCH // (world_size() * cfg.SOLVER.ACCUMULATE)
+    images = images_per_forward(cfg, world_size())
     text = f"{images} images x height x width"
     if name.startswith("roi_heads."):
         head = cfg.MODEL.ROI_BOX_HEAD if ".box_" in name else cfg.MODEL.ROI_MASK_HEAD

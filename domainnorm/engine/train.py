@@ -13,16 +13,18 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import iteration_of, save_config
+from ..config import images_per_forward, iteration_of, save_config
 from ..data import test_loader, train_loader
 from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
 from ..evaluation import evaluate, recompute
 from ..evaluation.recompute import batch_size
+from ..layers import DomainBatchNorm
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
 from ..output import output_folder
 from ..statistics.merge import merge_population_statistics
+from ..statistics.virtual_batch import virtual_batch
 from .average import WeightAverage
 from .check import check_model
 from .checkpoint import read_training, restore_training, save_model, save_training
@@ -59,7 +61,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     amp = getattr(torch, solver.AMP.DTYPE)
     if solver.AMP.ENABLED and amp == torch.float16 and device.type == "cpu":
         raise UserError("SOLVER.AMP.DTYPE 'float16' needs CUDA, and MODEL.DEVICE is a CPU here: use bfloat16")
-    share = solver.IMS_PER_BATCH // (world_size() * solver.ACCUMULATE)  # images of one forward
+    size = images_per_forward(cfg, world_size())
 
     # What can be wrong with the input shows before anything is written, and not after days of training.
     setup_logging()
@@ -117,10 +119,10 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
         optimizer.zero_grad()
         losses: dict[str, float] = {}
         for k in range(solver.ACCUMULATE):
-            part = slice(k * share, (k + 1) * share)
+            part = slice(k * size, (k + 1) * size)
             with _only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype=amp, enabled=solver.AMP.ENABLED):
-                    output = network(images[part], targets[part])
+                    output = _losses(cfg, network, images[part], targets[part])
                 for name, value in _finite("loss", output, iteration, targets[part]).items():
                     losses[name] = losses.get(name, 0.0) + value / solver.ACCUMULATE
                 scaler.scale(sum(output.values()) / solver.ACCUMULATE).backward()
@@ -175,11 +177,22 @@ def _first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, star
     """One that counts for nothing. DDP sums gradients in another order after its first one, as the stopped run did."""
     with contextlib.closing(train_loader(cfg, rank=rank(), world_size=world_size(), start_iteration=start)) as batches:
         images, targets = to_device(next(batches), device)
-    share, amp = len(images) // cfg.SOLVER.ACCUMULATE, cfg.SOLVER.AMP
+    size, amp = images_per_forward(cfg, world_size()), cfg.SOLVER.AMP
     with torch.autocast(device.type, dtype=getattr(torch, amp.DTYPE), enabled=amp.ENABLED):
-        losses = network(images[:share], targets[:share])
-    sum(losses.values()).backward()
+        losses = _losses(cfg, network, images[:size], targets[:size])
+    torch.stack(list(losses.values())).sum().backward()
     network.zero_grad()
+
+
+def _losses(cfg: CfgNode, network: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Of one forward pass; its last `SOLVER.VIRTUAL_BATCH` images take part in the statistics alone."""
+    own = len(images) - cfg.SOLVER.VIRTUAL_BATCH
+    model = network.module if isinstance(network, DistributedDataParallel) else network
+    follow_batches = any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules())
+    virtual = own < len(images) and follow_batches
+    with virtual_batch(model, images[own:], targets[own:]) if virtual else contextlib.nullcontext():
+        losses: dict[str, Tensor] = network(images[:own], targets[:own])
+    return losses
 
 
 def _only_here(network: nn.Module) -> contextlib.AbstractContextManager[None]:

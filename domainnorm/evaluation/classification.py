@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from tqdm import tqdm
 
+from ..config import images_per_forward
 from ..data import train_loader
 from ..distributed import gather_objects, rank, world_size
 from ..modeling.classifier import Classifier
@@ -71,8 +72,10 @@ def training_predictions(cfg: CfgNode, model: nn.Module, device: torch.device) -
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE, 1
-    number = -(-cfg.TEST.TRAINING_IMAGES // cfg.SOLVER.IMS_PER_BATCH)
+    solver = cfg.SOLVER
+    images = world_size() * images_per_forward(cfg, world_size())
+    solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.VIRTUAL_BATCH = images, 1, 0
+    number = -(-cfg.TEST.TRAINING_IMAGES // images)
     set_statistics(model.train(), "auto").training = False  # of the whole: it predicts
     with closing(train_loader(cfg, rank=rank(), world_size=world_size())) as loader, whole_minibatches(model):
         return predict_classes(model, itertools.islice(loader, number), device)

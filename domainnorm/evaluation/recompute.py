@@ -30,7 +30,8 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     options = cfg.TEST.RECOMPUTE
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = batch_size(cfg), 1
+    solver = cfg.SOLVER
+    solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.VIRTUAL_BATCH = batch_size(cfg), 1, 0
     ranks = {"rank": rank(), "world_size": world_size()}
     loader = one_set_loader(cfg, options.DATASET, **ranks) if options.DATASET else train_loader(cfg, **ranks)
     device = get_device(cfg.MODEL.DEVICE)
@@ -51,7 +52,9 @@ def batch_size(cfg: CfgNode) -> int:
     Raises:
         UserError: the processes cannot share it equally.
     """
-    size = cfg.TEST.RECOMPUTE.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE
+    solver = cfg.SOLVER
+    of_training = solver.IMS_PER_BATCH // solver.ACCUMULATE + world_size() * solver.VIRTUAL_BATCH
+    size = cfg.TEST.RECOMPUTE.BATCH_SIZE or of_training
     if size % world_size():
         raise UserError(f"TEST.RECOMPUTE.BATCH_SIZE {size} cannot be shared equally by {world_size()} processes")
     return size

@@ -19,7 +19,7 @@ RECOMPUTED = "virtual batches do not work with activation checkpointing: the ext
 
 
 @contextmanager
-def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
+def virtual_batch(model: nn.Module, extra_images: Any, *more: Any) -> Iterator[None]:
     """Within it, `model(x)` normalizes by the minibatch statistics of `x` and `extra_images` together.
 
     Both go through the model in step. No gradient flows through the extra images, and none of their outputs is
@@ -27,8 +27,9 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
     block, and no buffer changes. Layers under population statistics, and frozen ones, stay so.
 
     Args:
-        model: with `DomainBatchNorm` layers; it is called as `model(extra_images)` beside each call of the block.
+        model: with `DomainBatchNorm` layers; `model(extra_images, *more)` is called beside each call of the block.
         extra_images: what the model takes.
+        *more: further arguments of that call, such as targets.
 
     Returns:
         A context manager.
@@ -65,9 +66,8 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
     def both(*args: Any, **kwargs: Any) -> Any:
         if is_recomputed():
             raise RuntimeError(RECOMPUTED)
-        return run_lockstep([partial(_as_extra, forward, extra_images), partial(forward, *args, **kwargs)], _exchange)[
-            1
-        ]
+        extra = partial(_without_gradient, forward, extra_images, *more)
+        return run_lockstep([extra, partial(forward, *args, **kwargs)], _exchange)[1]
 
     try:
         model.forward = both
@@ -84,8 +84,8 @@ def virtual_batch(model: nn.Module, extra_images: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _as_extra(forward: Callable[[Any], Any], images: Any) -> None:
-    forward(images)
+def _without_gradient(forward: Callable[..., Any], *args: Any) -> None:
+    forward(*args)
 
 
 def _join(name: str, layer: DomainBatchNorm, inputs: LayerInput) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import ConcatDataset
 
 import domainnorm as dn
@@ -107,6 +108,9 @@ def test_svhn(root):
     found = ClassificationDataset("svhn_train")
     assert found.labels[:11].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]  # 10 stands for the digit 0
     assert np.array_equal(found[3][0].numpy(), images[3].transpose(2, 0, 1))
+    savemat(root / "svhn/extra_32x32.mat", {"X": images.transpose(1, 2, 3, 0)[..., :3], "y": [[2], [10], [4]]})
+    both = ClassificationDataset("svhn_trainval")
+    assert both.labels[18:].tolist() == [9, 0, 2, 0, 4] and torch.equal(both[21][0], both[1][0])
     (root / "svhn/test_32x32.mat").write_bytes(b"nothing")
     with pytest.raises(dn.UserError, match=r"test_32x32.mat: is not as .*download it again"):
         read_archive("svhn_test")

@@ -497,3 +497,37 @@ def test_classes_must_be_those_of_training(name, tmp_path):
 )
 def test_keys_that_contradict_each_other(overrides, message):
     assert re.search(message, message_of(config, **overrides))
+
+
+# --- a validation set that is held out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_a_share_of_each_class_is_held_out(tmp_path, kind):
+    name = npz(tmp_path / "a.npz") if kind == "npz" else folder(tmp_path / "a")
+    validation = f"{name}@validation"
+    cfg = config(name, DATASETS__VALIDATION=0.2, DATASETS__TEST=[validation], SOLVER__IMS_PER_BATCH=1)
+    held = [target for _, targets in make_test_loader(cfg, validation, rank=0, world_size=1) for target in targets]
+    whole = ClassificationDataset(name)
+    trained = {
+        target["file_name"]
+        for _, targets in take(train_loader(cfg, rank=0, world_size=1), len(whole) - len(held))
+        for target in targets
+    }
+    assert len(held) == 6 and len(trained) == 24
+    assert trained.isdisjoint({target["file_name"] for target in held})
+    assert trained | {target["file_name"] for target in held} == {whole[i][1]["file_name"] for i in range(30)}
+    counts = torch.bincount(torch.stack([target["labels"] for target in held]))
+    assert counts.tolist() == [round(int(c) / 5) for c in torch.bincount(whole.labels)]
+    by_name = {whole[i][1]["file_name"]: int(whole.labels[i]) for i in range(30)}
+    assert all(by_name[target["file_name"]] == target["labels"] for target in held)
+
+
+def test_held_out_sets_that_are_none(name):
+    with pytest.raises(UserError, match=r"@validation: is what DATASETS\.VALIDATION, a share, .* got VALIDATION 0"):
+        make_test_loader(config(name), f"{name}@validation", rank=0, world_size=1)
+    cfg = config(name, DATASETS__VALIDATION=0.001)
+    with pytest.raises(UserError, match=r"VALIDATION 0\.001 leaves no image"):
+        make_test_loader(cfg, f"{name}@validation", rank=0, world_size=1)
+    with pytest.raises(UserError, match=r"DATASETS\.VALIDATION .* contradicts MODEL\.META_ARCHITECTURE"):
+        load_config(overrides=["DATASETS.VALIDATION", 0.2, "DATASETS.TRAIN", ["shapes_train"]])

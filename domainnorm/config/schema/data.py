@@ -1,6 +1,6 @@
 """Images, data sets, and the batches that are made of them."""
 
-from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Section
+from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Range, Section
 from .model import CLASSIFIER, DETECTORS
 
 
@@ -34,6 +34,12 @@ class Datasets(Section, key="DATASETS"):
     """
 
     TRAIN = Option([], "Training sets: names, or pairs of paths such as annotations.json:image_folder.")
+    VALIDATION = Option(
+        0.0,
+        "Share of each class of TRAIN that is held out: the data set NAME@validation for each NAME.",
+        Range(min=0, max=0.99),
+        used_by=CLASSIFIER,
+    )
     TEST = Option([], "Data sets to evaluate on, one by one.")
     DOMAINS = Option([], "Name of the domain of each of TRAIN; several may have the same; []: no domains.")
     TEST_DOMAINS = Option([], "Name of the domain of each of TEST, '' for unknown; []: that of the same set in TRAIN.")

@@ -18,6 +18,11 @@ class Solver(Section, key="SOLVER"):
 
     IMS_PER_BATCH = Option(16, "Number of images in one SGD step, over all processes.", POSITIVE)
     ACCUMULATE = Option(1, "Backward passes in one SGD step, each with normalization batches of its own.", POSITIVE)
+    VIRTUAL_BATCH = Option(
+        0,
+        "Further images of each forward pass, on each process, which count in the statistics of norms alone.",
+        NOT_NEGATIVE,
+    )
     OPTIMIZER = Option("SGD", "Optimizer, of torch.optim.", ("SGD", "AdamW", "Adam", "RMSprop"))
     BASE_LR = Option(0.01, "Learning rate after the warm-up.", POSITIVE)
     MOMENTUM = Option(0.9, "Momentum of SGD and RMSprop.", SHARE)
