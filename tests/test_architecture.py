@@ -25,7 +25,7 @@ ALLOWED = {
     "config": {"errors"},
     "distributed.collectives": set(),
     "distributed": {"errors", "autograd"},
-    "data": {"errors", "output", "distributed"},
+    "data": {"errors", "output", "config", "distributed"},
     "ops": {"distributed.collectives"},
     "layers": {"autograd", "distributed.collectives", "ops"},
     "statistics": {"autograd", "distributed", "ops", "layers"},

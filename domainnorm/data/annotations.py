@@ -1,16 +1,19 @@
-"""A COCO annotation file as checked records, one for each image."""
+"""The annotations of a data set as it is used: what is left out, by which rule, and how much of it."""
 
 import logging
-import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..distributed import rank
 from ..errors import UserError
-from .masks import segmentation_problem
-from .table import Table, read_json, sorted_categories
+from .boxes import are_relative, clip_boxes, under_a_pixel
+from .columns import Columns, read_columns
+from .files import shown
+from .masks import MISSING
 
 logger = logging.getLogger(__name__)
 
@@ -26,139 +29,206 @@ class ImageRecord:
     boxes: np.ndarray  # (n, 4) float32, XYXY, inside the image, of positive area
     labels: np.ndarray  # (n,) int64, positions in the list of categories
     annotation_ids: np.ndarray  # (n,) int64
-    # A list of n COCO segmentations, pickled: forked workers share bytes, but copy objects by counting references.
-    segmentations: bytes | None
+    rows: np.ndarray  # (n,) int64, where in the columns of the file the objects are
 
 
-def read_annotations(
-    file: Path, *, invalid_boxes: str = "error", masks: bool = False
-) -> tuple[list[dict[str, Any]], list[ImageRecord]]:
-    """The categories, sorted by id, and the record of each image, in the order of the file.
+class Annotations(Sequence[ImageRecord]):
+    """The images of a data set that are kept, and their objects: what it says of each image is an `ImageRecord`.
 
-    Crowd annotations are left out. A box up to a pixel beyond its image is clipped. What is further beyond or has no
-    area is an error, or with `invalid_boxes="skip"` clipped and, if no area is left, dropped; with `masks`, so is an
-    object whose segmentation cannot be decoded.
+    Crowds are left out: no model is trained on them, and evaluation alone knows them. A box up to a pixel beyond its
+    image is clipped. What is further beyond or has no area is an error, or with `invalid_boxes="skip"` clipped and, if
+    no area is left, dropped; with `masks`, so is an object whose segmentation cannot be used. What is left out or
+    changed is counted, and logged in one line.
+
+    Args:
+        columns: of the annotation file, with segmentations if `masks`.
+        keep_empty: whether to keep the images without an object.
+        invalid_boxes: "error" or "skip".
+        masks: whether masks are needed.
+        trained_at: the shorter sides and the largest longer side that images are resized to; objects that are under a
+            pixel at all of them are left out. None: they are kept.
+
+    Attributes:
+        boxes: of all objects of the file, within their image: XYXY, float32 (m, 4).
+        labels: of all objects: int64 (m,).
+        kept: which objects are used: bool (m,).
+        images: positions in the columns of the images that are kept.
 
     Raises:
-        UserError: missing or broken file or entry, id used twice, unknown image or category, invalid box.
+        UserError: what is invalid; objects of which none is left.
     """
-    data = read_json(file)
-    images = Table(file, data, "images")
-    objects = Table(file, data, "annotations")
-    categories = sorted_categories(Table(file, data, "categories"))
 
-    image_ids = images.unique_integers("id")
-    file_names = images.strings("file_name")
-    domains = images.strings("domain", default="")
-    sizes = _image_sizes(images)
-
-    ids = objects.unique_integers("id")
-    image_of = _positions(objects, "image_id", among=image_ids, entries="images")
-    category_ids = np.array([int(category["id"]) for category in categories])
-    labels = _positions(objects, "category_id", among=category_ids, entries="categories")
-    xywh = objects.quadruples("bbox")
-    crowd = objects.integers("iscrowd", default=0) != 0
-    boxes, beyond, empty = clip_boxes(xywh, sizes[image_of])
-    undecodable = np.zeros_like(crowd)
-
-    def refuse(row: int, what: str) -> None:
-        height, width = sizes[image_of[row]]
-        raise UserError(
-            f"annotation file {file}: annotation {ids[row]} (image {file_names[image_of[row]]}, {width} x {height} "
-            f"pixels): {what}; correct it, or set DATALOADER.INVALID_BOXES skip to clip or drop what is invalid"
-        )
-
-    invalid = np.flatnonzero(~crowd & (beyond | empty))
-    if len(invalid) and invalid_boxes == "error":
-        row = int(invalid[0])
-        what = "reaches outside the image" if beyond[row] else "has no area in the image"
-        others = f" ({len(invalid) - 1} more boxes are invalid)" if len(invalid) > 1 else ""
-        refuse(row, f"its box {xywh[row].tolist()} (x, y, width, height) {what}{others}")
-    if masks and len(objects.entries) and not any(entry.get("segmentation") for entry in objects.entries):
-        raise UserError(
-            f"annotation file {file}: none of its {len(objects.entries)} objects has a segmentation, which masks need; "
-            "name another data set, or set MODEL.MASK_ON False"
-        )
-    for row in np.flatnonzero(~crowd).tolist() if masks else ():
-        problem = segmentation_problem(objects.entries[row].get("segmentation"), _size(sizes[image_of[row]]))
-        undecodable[row] = bool(problem)
-        if problem and invalid_boxes == "error":
-            refuse(row, f"its segmentation {problem}")
-
-    kept = ~crowd & ~empty & ~undecodable
-    clipped, dropped = int((kept & beyond).sum()), int((~crowd & ~kept).sum())
-    if clipped or dropped:
-        logger.warning("%s: %d boxes clipped to their image, %d objects dropped as invalid", file, clipped, dropped)
-
-    rows_by_image = np.flatnonzero(kept)
-    rows_by_image = rows_by_image[np.argsort(image_of[rows_by_image], kind="stable")]
-    ends = np.cumsum(np.bincount(image_of[rows_by_image], minlength=len(image_ids)))
-    records = []
-    for image, end in enumerate(ends):
-        rows = rows_by_image[ends[image - 1] if image else 0 : end]
-        records.append(
-            ImageRecord(
-                image_id=int(image_ids[image]),
-                file_name=file_names[image],
-                domain=domains[image],
-                size=_size(sizes[image]),
-                boxes=boxes[rows],
-                labels=labels[rows],
-                annotation_ids=ids[rows],
-                segmentations=pickle.dumps([objects.entries[row]["segmentation"] for row in rows]) if masks else None,
+    def __init__(
+        self,
+        columns: Columns,
+        *,
+        keep_empty: bool = True,
+        invalid_boxes: str = "error",
+        masks: bool = False,
+        trained_at: tuple[Sequence[int], int] | None = None,
+    ) -> None:
+        self.columns = columns
+        self.labels = columns.labels
+        sizes, objects = columns.sizes[columns.images], ~columns.crowds
+        self.boxes, beyond, empty = clip_boxes(columns.xywh, sizes)
+        invalid = objects & (beyond | empty)
+        if invalid.any() and invalid_boxes == "error":
+            row = int(invalid.argmax())
+            what = "reaches outside the image" if beyond[row] else "has no area in the image"
+            others = f" ({invalid.sum() - 1} more boxes are invalid)" if invalid.sum() > 1 else ""
+            raise self._refusal(row, f"its box {columns.xywh[row].tolist()} (x, y, width, height) {what}{others}")
+        self.unusable = self._unusable_masks(invalid_boxes) if masks else {}
+        dropped = objects & empty
+        dropped[list(self.unusable)] |= objects[list(self.unusable)]
+        self.kept = objects & ~dropped
+        if are_relative(self.boxes[self.kept], sizes[self.kept]):
+            raise UserError(
+                f"{columns.source}: all its {self.kept.sum()} boxes lie between 0 and 1, as shares of the image; "
+                "expected COCO's x, y, width and height in pixels: multiply them by the images' width and height"
             )
+        counts = {
+            "boxes clipped to their image": int((self.kept & beyond).sum()),
+            "objects dropped as invalid": int(dropped.sum()),
+        }
+        if trained_at is None:
+            sides = self.boxes[self.kept, 2:] - self.boxes[self.kept, :2]
+            counts["boxes under a pixel"] = int((sides < 1).any(axis=1).sum())
+        else:
+            always, sometimes = (of & self.kept for of in under_a_pixel(self.boxes, sizes, *trained_at))
+            self.kept &= ~always
+            counts["objects left out as under a pixel at every size of INPUT.MIN_SIZE_TRAIN"] = int(always.sum())
+            counts["under a pixel at some"] = int((sometimes & ~always).sum())
+        if objects.any() and not self.kept.any():
+            raise UserError(
+                f"{columns.source}: none of its {objects.sum()} objects is left to use: {_listed(counts)}; correct the "
+                "boxes, which COCO has as x, y, width and height in pixels"
+            )
+        self._index(keep_empty)
+        counts["objects that are there twice (image, category and box)"] = self._duplicates()
+        counts["images that are listed twice"] = len(columns.file_names) - len(set(columns.file_names))
+        usual = {
+            "crowds left out of training": int(columns.crowds.sum()),
+            "crowds without a mask, whose box is taken": sum(bool(columns.crowds[row]) for row in self.unusable),
+            "images without an object left out": len(columns.image_ids) - len(self.images),
+        }
+        if rank() == 0 and any((counts | usual).values()):
+            logger.log(
+                logging.WARNING if any(counts.values()) else logging.INFO,
+                "%s: %d images, %d objects; %s",
+                columns.source,
+                len(self.images),
+                self.kept.sum(),
+                _listed(counts | usual),
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        image = int(self.images[index])
+        rows = self._rows[self._ends[image - 1] if image else 0 : self._ends[image]]
+        columns = self.columns
+        return ImageRecord(
+            image_id=int(columns.image_ids[image]),
+            file_name=columns.file_names[image],
+            domain=columns.domains[image],
+            size=columns.size(image),
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            annotation_ids=columns.ids[rows],
+            rows=rows,
         )
-    return categories, records
+
+    @property
+    def file_names(self) -> Sequence[str]:
+        """Of the images that are kept."""
+        return self.columns.file_names.at(self.images)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """What predictions are evaluated against, in COCO's format: the objects that are used, and the crowds.
+
+        Boxes that reached outside of their image are clipped; of less than a pixel, they are left as they are.
+        """
+        columns = self.columns
+        clipped = self.boxes.astype(np.float64)
+        clipped[:, 2:] -= clipped[:, :2]
+        changed = ~(np.abs(clipped - columns.xywh).max(axis=1, initial=0) <= 1)  # also where there is a NaN
+        boxes = np.where(changed[:, None], clipped, columns.xywh)
+        annotations = []
+        for row in np.flatnonzero(self.kept | columns.crowds).tolist():
+            image = int(columns.images[row])
+            entry = {
+                "id": int(columns.ids[row]),
+                "image_id": int(columns.image_ids[image]),
+                "category_id": columns.categories[columns.labels[row]]["id"],
+                "bbox": boxes[row].tolist(),
+            }
+            if columns.crowds[row]:
+                entry["iscrowd"] = 1
+            if not np.isnan(columns.areas[row]):
+                entry["area"] = float(columns.areas[row])
+            if columns.segmentations is not None and row not in self.unusable:
+                entry["segmentation"] = columns.segmentations.coco(row, columns.size(image))
+            annotations.append(entry)
+        images = [
+            {"id": id_, "file_name": name, "height": height, "width": width}
+            for id_, name, (height, width) in zip(
+                columns.image_ids.tolist(), columns.file_names, columns.sizes.tolist(), strict=True
+            )
+        ]
+        return {"images": images, "annotations": annotations, "categories": columns.categories}
+
+    def _index(self, keep_empty: bool) -> None:
+        """Which objects are in which image, and which images are kept."""
+        of_images, count = self.columns.images, len(self.columns.image_ids)
+        rows = np.flatnonzero(self.kept)
+        self._rows = rows[np.argsort(of_images[rows], kind="stable")]
+        numbers = np.bincount(of_images[rows], minlength=count)
+        self._ends = np.cumsum(numbers)
+        self.images = np.arange(count) if keep_empty else np.flatnonzero(numbers)
+
+    def _duplicates(self) -> int:
+        columns = self.columns
+        keys = [columns.images, columns.labels, *columns.xywh.view(np.uint64).T]
+        hashes = np.zeros(int(self.kept.sum()), dtype=np.uint64)
+        for key in keys:  # FNV's way: faster than sorting rows
+            hashes = (hashes ^ key[self.kept].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            hashes ^= hashes >> np.uint64(29)
+        return len(hashes) - len(np.unique(hashes))
+
+    def _unusable_masks(self, invalid_boxes: str) -> dict[int, str]:
+        """What is wrong with the segmentation of the objects, also crowds, whose segmentation is not usable."""
+        columns = self.columns
+        assert columns.segmentations is not None
+        found = columns.segmentations.unusable(columns.sizes[columns.images])
+        if found and len(found) == len(columns.ids) and set(found.values()) == {MISSING}:
+            raise UserError(
+                f"{columns.source}: none of its {len(found)} objects has a segmentation, which masks need; name "
+                "another data set, or set MODEL.MASK_ON False"
+            )
+        rows = sorted(row for row in found if not columns.crowds[row])
+        if rows and invalid_boxes == "error":
+            raise self._refusal(rows[0], f"its segmentation {found[rows[0]]}")
+        return found
+
+    def _refusal(self, row: int, what: str) -> UserError:
+        columns, image = self.columns, int(self.columns.images[row])
+        height, width = columns.size(image)
+        return UserError(
+            f"{columns.source}: annotation {columns.ids[row]} (image {shown(columns.file_names[image])}, {width} x "
+            f"{height} pixels): {what}; correct it, or set DATALOADER.INVALID_BOXES skip to clip or drop "
+            "what is invalid"
+        )
 
 
-def clip_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes (n, 4) inside images of (height, width) `sizes` (n, 2). One that is not finite has no area.
+def read_annotations(file: Path, *, masks: bool = False, **options: Any) -> Annotations:
+    """The `Annotations` of a file, with their `options`.
 
-    Returns:
-        XYXY float32 (n, 4); whether more than a pixel lay outside (n,); whether no area is left (n,).
+    Raises:
+        UserError: missing or broken file or entry, and what `Annotations` refuses.
     """
-    xywh = np.where(np.isfinite(xywh).all(axis=1, keepdims=True), xywh, 0)
-    lower, upper = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
-    limit: np.ndarray = sizes[:, ::-1].astype(np.float64)
-    beyond = np.any((lower < -1) | (upper > limit + 1), axis=1)
-    clipped = [np.clip(corner, np.zeros_like(limit), limit) for corner in (lower, upper)]
-    # float32 before the comparison: a sliver can round to no area
-    boxes: np.ndarray = np.concatenate(clipped, axis=1).astype(np.float32)
-    empty = np.any(boxes[:, 2:] <= boxes[:, :2], axis=1)
-    return boxes, beyond, empty
+    return Annotations(read_columns(file, masks=masks), masks=masks, **options)
 
 
-def _image_sizes(images: Table) -> np.ndarray:
-    """(height, width) of each image: int64 (n, 2)."""
-    sizes = np.stack([images.integers("height"), images.integers("width")], axis=1)
-    bad = (sizes < 1).any(axis=1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise UserError(
-            f"annotation file {images.file}: images[{row}] ({images.entries[row]['file_name']}) has width "
-            f"{sizes[row, 1]} and height {sizes[row, 0]}; expected positive numbers of pixels"
-        )
-    return sizes
-
-
-def _positions(table: Table, key: str, among: np.ndarray, entries: str) -> np.ndarray:
-    """Where in `among` each value of column `key` is; UserError if it is not there."""
-    values = table.integers(key)
-    if not len(values):
-        return values
-    found = np.full(len(values), -1)
-    if len(among):
-        order = np.argsort(among)
-        nearest = order[np.searchsorted(among, values, sorter=order).clip(max=len(among) - 1)]
-        found = np.where(among[nearest] == values, nearest, -1)
-    if (found < 0).any():
-        row = int((found < 0).argmax())
-        raise UserError(
-            f"annotation file {table.file}: annotation {table.entries[row]['id']} has {key} {values[row]}, "
-            f"which is not in its list of {entries}; correct the {key} or add the entry"
-        )
-    return found
-
-
-def _size(pair: np.ndarray) -> tuple[int, int]:
-    return int(pair[0]), int(pair[1])
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)

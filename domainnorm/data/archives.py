@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import UserError
 from .arrays import LabelledImages, held_out
 from .catalog import datasets_root
+from .files import open_file
 
 FOLDERS = {  # of images, with one subfolder for each class
     "imagenet_train": "imagenet/train",
@@ -146,7 +147,8 @@ def _read_svhn(file: Path) -> LabelledImages:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        with open_file(file) as stream:
+            return stream.read()
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; unpack the whole archive there") from None
     except OSError as error:

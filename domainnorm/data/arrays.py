@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from .files import open_file
 
 _IDX_UNSIGNED_BYTES = 0x08  # the type in an idx file's header
 _GZIP = b"\x1f\x8b"
@@ -45,7 +46,7 @@ def read_npz(file: Path) -> LabelledImages:
     """
     try:
         # A stream: NumPy leaves one that it opened itself open when the archive is broken.
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(f"{file}: is a single array; expected an archive of np.savez with images and labels")
@@ -79,7 +80,8 @@ def read_idx_pair(images: Path, labels: Path) -> LabelledImages:
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     """An array of unsigned bytes; the header: two zero bytes, type, number of dimensions, each as big-endian uint32."""
     try:
-        content = file.read_bytes()
+        with open_file(file) as stream:
+            content = stream.read()
         if content.startswith(_GZIP):
             content = gzip.decompress(content)
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import UserError
 from . import archives, patches
 from .arrays import LabelledImages, read_idx_pair, read_npz
 from .catalog import datasets_root
-from .image import read_image
+from .columns import Strings
+from .files import shown
+from .image import IntensityRange, read_image
 from .scene import CLASSES
 
 
@@ -63,9 +64,10 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
     Args:
         name: of a built-in set (`patches_train`, `patches_val`); of one below `$DETECTRON2_DATASETS` (`cifar10_train`,
             `cifar100_test`, `svhn_train`, `imagenet_val`, …: see `archives`); a folder with one subfolder of images for
-            each class; an archive `file.npz` as `read_npz` takes it; or MNIST's two files,
+            each class, without what is hidden; an archive `file.npz` as `read_npz` takes it; or MNIST's two files,
             `"images-idx3-ubyte:labels-idx1-ubyte"`, gzipped or not.
         transforms: of `torchvision.transforms.v2`, applied to the image.
+        max_intensity: of white in images of more than 8 bits; 0: as `IntensityRange` finds it.
 
     Attributes:
         class_names: of each label.
@@ -75,15 +77,15 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
         UserError: what is wrong with the name, a file or, from `dataset[i]`, an image.
     """
 
-    def __init__(self, name: str, transforms: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, name: str, transforms: Callable[[Any], Any] | None = None, max_intensity: float = 0.0) -> None:
         self.name = name
         self.transforms = transforms
         self.path, *others = paths = resolve_classes(name)
         self.folder = not others and self.path.is_dir() and name not in archives.NAMES
         if self.folder:
             self.class_names, files, labels = _read_folder(self.path)
-            # Bytes in one array: forked workers share them, but copy objects by counting references.
-            self.files = np.array([os.fsencode(os.path.relpath(file, self.path)) for file in files])
+            self.files = Strings(os.path.relpath(file, self.path) for file in files)
+            self.intensities = IntensityRange(self.path, self.files, max_intensity)
         else:
             content = _open(name, paths)
             self.class_names, self.images, labels = content.class_names, content.images, content.labels
@@ -106,8 +108,8 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         position = self.positions[index]
         if self.folder:
-            file_name = os.fsdecode(self.files[position])
-            pixels = read_image(self.path / file_name)
+            file_name = self.files[position]
+            pixels = read_image(self.path / file_name, white=self.intensities)
         else:
             file_name = f"{self.path.name}[{position}]"
             image = self.images[position]
@@ -135,23 +137,53 @@ def _open(name: str, paths: tuple[Path, ...]) -> LabelledImages:
 
 
 def _folder_classes(folder: Path) -> list[str]:
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise UserError(f"data set {folder}: has no subfolders; expected one for each class, with its images") from None
-    except OSError as error:
-        raise UserError(f"data set {folder}: cannot be read ({error.strerror}); check its permissions") from error
+    classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+    if not classes:
+        raise UserError(f"data set {shown(folder)}: has no subfolders; expected one for each class, with its images")
+    return classes
 
 
 def _read_folder(folder: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Names of the classes; file and label (int64) of each image, sorted by class and name."""
+    """Names of the classes; file and label (int64) of each image, sorted by class, folder and name."""
     classes = _folder_classes(folder)
-    found = ImageFolder(str(folder), allow_empty=True)
-    labels = np.array(found.targets, dtype=np.int64)
-    if empty := np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist():
+    files: list[str] = []
+    counts: list[int] = []
+    for name in classes:
+        own = sorted(_images(folder / name))
+        files += [os.path.join(*file) for file in own]
+        counts.append(len(own))
+    if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
         raise UserError(
-            f"data set {folder}: no images in {classes[empty[0]]}{more}; expected files that end in one of "
+            f"data set {shown(folder)}: no images in {shown(empty[0])}{more}; expected files that end in one of "
             f"{', '.join(IMG_EXTENSIONS)}: add some or remove the subfolder"
         )
-    return classes, [file for file, _ in found.samples], labels
+    return classes, files, np.repeat(np.arange(len(classes)), counts)
+
+
+def _images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+    """Folder and name of each image in a folder and in those within it.
+
+    Args:
+        above: what identifies the folders it is in: a link to one of them is not followed.
+    """
+    status = folder.stat()
+    own = (status.st_dev, status.st_ino)
+    for entry in _entries(folder) if own not in above else ():
+        if entry.is_dir():
+            yield from _images(Path(entry.path), (*above, own))
+        elif entry.name.lower().endswith(IMG_EXTENSIONS):
+            if not entry.is_file():
+                raise UserError(f"image {shown(entry.path)}: it is no file, or a link to none; remove it")
+            yield str(folder), entry.name
+
+
+def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+    """What is in a folder and not hidden: systems and editors leave there what ends as images do, and is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(
+            f"data set {shown(folder)}: cannot be read ({error.strerror}); check its permissions"
+        ) from error

@@ -36,7 +36,7 @@ def evaluation_set(cfg: CfgNode, name: str) -> ClassificationDataset:
 def _open(cfg: CfgNode, name: str, transforms: Any) -> ClassificationDataset:
     """The part of a data set that a config means: `NAME@validation` is what its training set NAME holds out."""
     whole = name.removesuffix(VALIDATION)
-    dataset = ClassificationDataset(whole, transforms)
+    dataset = ClassificationDataset(whole, transforms, cfg.INPUT.MAX_INTENSITY)
     if whole in cfg.DATASETS.TRAIN and cfg.DATASETS.VALIDATION:
         validation = held_out(dataset.labels.numpy(), cfg.DATASETS.VALIDATION)
         dataset.keep(validation if whole != name else ~validation)

@@ -1,9 +1,8 @@
 """A data set in COCO format, checked when it is opened."""
 
 import os
-import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..errors import UserError
-from .annotations import ImageRecord, read_annotations
+from .annotations import Annotations, ImageRecord, read_annotations
 from .catalog import resolve_dataset
-from .image import read_image
-from .masks import decode_segmentation
-from .table import read_json
+from .files import shown
+from .image import IntensityRange, read_image
 
 __all__ = ["CocoDataset", "resolve_dataset"]
 
@@ -34,10 +32,14 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         keep_empty: whether to keep the images without an object.
         invalid_boxes: "error", or "skip" to clip or drop the boxes outside their image or of no area.
         masks: whether to check and decode the segmentations.
+        trained_at: the shorter sides and the largest longer side that images are resized to: objects that are under a
+            pixel at all of them are left out. None: they are kept.
+        max_intensity: of white in images of more than 8 bits; 0: as `IntensityRange` finds it.
         transforms: of `torchvision.transforms.v2`, applied to image and target together.
 
     Attributes:
         annotation_file, image_folder: paths.
+        records: what is known of each image; see `Annotations`.
         categories: the file's, sorted by id; label k is the k-th.
         category_ids, class_names: of each label; after `relabel` the id is None if the set has no such category.
         image_ids, sizes: id and (height, width) of each image kept, in the order of the file.
@@ -53,20 +55,33 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         keep_empty: bool = True,
         invalid_boxes: str = "error",
         masks: bool = False,
+        trained_at: tuple[Sequence[int], int] | None = None,
+        max_intensity: float = 0.0,
         transforms: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.annotation_file, self.image_folder = resolve_dataset(name)
         self.masks = masks
         self.transforms = transforms
-        self.categories, records = read_annotations(self.annotation_file, invalid_boxes=invalid_boxes, masks=masks)
-        self.records = [record for record in records if keep_empty or len(record.boxes)]
+        self.records: Annotations = read_annotations(
+            self.annotation_file,
+            keep_empty=keep_empty,
+            invalid_boxes=invalid_boxes,
+            masks=masks,
+            trained_at=trained_at,
+        )
+        self.intensities = IntensityRange(self.image_folder, self.records.file_names, max_intensity)
         self._check_files()
-        self.category_ids: list[int | None] = [int(category["id"]) for category in self.categories]
+        self.categories = self.records.columns.categories
+        self.category_ids: list[int | None] = [category["id"] for category in self.categories]
         self.class_names: list[str] = [category["name"] for category in self.categories]
-        self.image_ids = [record.image_id for record in self.records]
-        self.sizes = [record.size for record in self.records]
+        self.image_ids: list[int] = self.records.columns.image_ids[self.records.images].tolist()
         self._merged: dict[int, int] = {}  # the id of a category whose name an earlier one has too -> the earlier one's
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image kept."""
+        return [(height, width) for height, width in self.records.columns.sizes[self.records.images].tolist()]
 
     def relabel(self, class_names: list[str], renamed: Mapping[str, str]) -> None:
         """Make labels positions in `class_names`, which has all categories by their names after `renamed`. Once.
@@ -78,78 +93,76 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
         for category in self.categories:
             name = renamed.get(category["name"], category["name"])
             labels.append(class_names.index(name))
-            self._merged[int(category["id"])] = ids.setdefault(name, int(category["id"]))
-        lookup = np.array(labels, dtype=np.int64)
-        self.records = [replace(record, labels=lookup[record.labels]) for record in self.records]
+            self._merged[category["id"]] = ids.setdefault(name, category["id"])
+        self.records.labels = np.array(labels, dtype=np.int64)[self.records.labels]
         self.category_ids = [ids.get(name) for name in class_names]
         self.class_names = class_names
 
     def ground_truth(self) -> dict[str, Any]:
-        """The contents of the annotation file to evaluate against: without the boxes that were dropped as invalid,
-        and with those that reached outside their image clipped; of categories as `relabel` left them.
+        """What predictions are evaluated against, in COCO's format: the objects that are used, and the crowds.
+
+        Boxes that reached outside of their image are clipped; categories are as `relabel` left them.
         """
-        data = read_json(self.annotation_file)
-        kept = {
-            int(id_): box
-            for record in self.records
-            for id_, box in zip(record.annotation_ids, record.boxes, strict=True)
-        }
-        annotations = []
-        for entry in data["annotations"]:
+        truth = self.records.ground_truth()
+        for entry in truth["annotations"]:
             entry["category_id"] = self._merged.get(entry["category_id"], entry["category_id"])
-            box = kept.get(int(entry["id"]))
-            if box is not None:
-                x0, y0, x1, y1 = box.tolist()
-                clipped = [x0, y0, x1 - x0, y1 - y0]
-                if max(abs(a - b) for a, b in zip(clipped, entry["bbox"], strict=True)) > 1:  # less is left as it is
-                    entry["bbox"] = clipped
-            if box is not None or entry.get("iscrowd", 0):
-                annotations.append(entry)
-        categories = [
-            entry for entry in data["categories"] if self._merged.get(entry["id"], entry["id"]) == entry["id"]
-        ]
-        return data | {"annotations": annotations, "categories": categories}
+        categories = [entry for entry in self.categories if self._merged.get(entry["id"], entry["id"]) == entry["id"]]
+        return truth | {"categories": categories}
 
     def __len__(self) -> int:
         return len(self.records)
 
     def _check_files(self) -> None:
         """A missing image shows now, not after days of training; one listing per folder, also over a network."""
-        files = [self.image_folder / record.file_name for record in self.records]
-        there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {f.parent for f in files}}
-        missing = [file for file in files if file.name not in there[file.parent]]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        there: dict[Path, dict[str, os.DirEntry[str]]] = {}
+        problem, number = "", 0
+        for name in self.records.file_names:
+            file = self.image_folder / name
+            if file.parent not in there:
+                there[file.parent] = _entries(file.parent)
+            entry = there[file.parent].get(file.name)
+            if entry is None or not entry.is_file():
+                number += 1
+                missing = "no such file" if entry is None else "it is no file"
+                problem = problem or f"image {shown(file)}: {missing}"
+        if problem:
+            more = f" (and {number - 1} more)" if number > 1 else ""
             raise UserError(
-                f"image {missing[0]}: no such file{more}; check the image folder and the file_name in "
-                f"{self.annotation_file}"
+                f"{problem}{more}; check the image folder and the file_name in {shown(self.annotation_file)}"
             )
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         record = self.records[index]
-        image = tv_tensors.Image(read_image(self.image_folder / record.file_name, record.size))
+        pixels = read_image(self.image_folder / record.file_name, record.size, self.intensities)
         target: dict[str, Any] = {
             "image_id": record.image_id,
             "file_name": record.file_name,
             "domain": record.domain,
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(record.boxes.copy()), format="XYXY", canvas_size=record.size
-            ),
-            "labels": torch.from_numpy(record.labels.copy()),
+            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes), format="XYXY", canvas_size=record.size),
+            "labels": torch.from_numpy(record.labels),
         }
         if self.masks:
             target["masks"] = tv_tensors.Mask(torch.from_numpy(self._masks(record)))
+        image = tv_tensors.Image(pixels)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def _masks(self, record: ImageRecord) -> np.ndarray:
         masks = np.zeros((len(record.boxes), *record.size), dtype=np.uint8)
-        segmentations = pickle.loads(record.segmentations) if record.segmentations else []
-        for mask, segmentation, annotation_id in zip(masks, segmentations, record.annotation_ids, strict=True):
-            try:
-                mask[:] = decode_segmentation(segmentation, record.size)
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"annotation file {self.annotation_file}: annotation {annotation_id} (image {record.file_name}): "
-                    f"its segmentation cannot be decoded ({error}); correct or remove it"
-                ) from error
+        segmentations = self.records.columns.segmentations
+        assert segmentations is not None
+        for mask, row in zip(masks, record.rows.tolist(), strict=True):
+            mask[:] = segmentations.mask(row, record.size)
         return masks
+
+
+def _entries(folder: Path) -> dict[str, "os.DirEntry[str]"]:
+    """What is in a folder, by name; nothing if it is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry for entry in entries}
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a zero byte
+        return {}
+    except OSError as error:
+        raise UserError(
+            f"image folder {shown(folder)}: cannot be read ({error.strerror}); check its permissions"
+        ) from error

@@ -8,8 +8,8 @@ from fvcore.common.config import CfgNode
 from ..config.node import images_per_forward
 from ..errors import UserError
 from .coco import CocoDataset, resolve_dataset
+from .columns import read_columns
 from .sampler import TrainingBatchSampler
-from .table import read_categories
 from .transforms import test_transforms, train_transforms
 
 EXAMPLES = 'shapes_train or "annotations.json:images"'
@@ -23,6 +23,8 @@ def training_set(cfg: CfgNode, name: str) -> CocoDataset:
         keep_empty=not options.FILTER_EMPTY_ANNOTATIONS,
         invalid_boxes=options.INVALID_BOXES,
         masks=cfg.MODEL.MASK_ON,
+        trained_at=(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN),
+        max_intensity=cfg.INPUT.MAX_INTENSITY,
         transforms=train_transforms(cfg),
     )
     if not len(dataset):
@@ -39,8 +41,11 @@ def evaluation_set(cfg: CfgNode, name: str) -> CocoDataset:
         name,
         invalid_boxes=cfg.DATALOADER.INVALID_BOXES,
         masks=cfg.MODEL.MASK_ON,  # a mistake shows now, and not when mask AP is computed
+        max_intensity=cfg.INPUT.MAX_INTENSITY,
         transforms=test_transforms(cfg),
     )
+    if not len(dataset):
+        raise UserError(f"data set {dataset.name} ({dataset.annotation_file}): has no image to evaluate on; give one")
     dataset.masks = False  # checked, but not decoded
     return dataset
 
@@ -50,7 +55,7 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     file, _ = resolve_dataset(name)
     if not must_exist and not file.is_file():
         return None
-    return [category["name"] for category in read_categories(file)]
+    return [category["name"] for category in read_columns(file).categories]
 
 
 def wide_images(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:

@@ -11,7 +11,7 @@ def train_transforms(cfg: CfgNode) -> v2.Transform:
     """Resize to a drawn shorter side, flip with probability `INPUT.RANDOM_FLIP`, drop objects under a pixel, [0, 1]."""
     return v2.Compose(
         [
-            v2.RandomShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), max_size=cfg.INPUT.MAX_SIZE_TRAIN),
+            ShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), max_size=cfg.INPUT.MAX_SIZE_TRAIN),
             v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP),
             # A box on the border leaves the image by a rounding error when resized: without the clamp it
             # would be taken for an invalid one and removed.
@@ -20,6 +20,28 @@ def train_transforms(cfg: CfgNode) -> v2.Transform:
             v2.ToDtype(torch.float32, scale=True),
         ]
     )
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """torchvision's, but that no side becomes 0."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        return params | {"size": tuple(max(side, 1) for side in params["size"])}
+
+
+class NotTooNarrow(v2.Transform):
+    """Cuts the ends off images that are longer than 16 times their shorter side: resized, they would fill the memory.
+
+    The centre, which is cropped next, is far from there.
+    """
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        height, width = image.shape[-2:]
+        longest = 16 * min(height, width)
+        if max(height, width) <= longest:
+            return image
+        return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def test_transforms(cfg: CfgNode) -> v2.Transform:
@@ -70,7 +92,7 @@ class Cutout(v2.Transform):
 def classifier_test_transforms(cfg: CfgNode) -> v2.Transform:
     """To `INPUT.CROP_SIZE` square, [0, 1]: the centre at ImageNet's 224 of 256, or the whole image."""
     side = cfg.INPUT.CROP_SIZE
-    centre = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    centre = [NotTooNarrow(), v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
     return v2.Compose(
         [
             *(centre if cfg.INPUT.CROP == "random_resized" else [v2.Resize((side, side))]),

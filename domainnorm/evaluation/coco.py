@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from ..data.annotations import clip_boxes
-from ..data.masks import check_compressed, segmentation_problem
+from ..data.boxes import clip_boxes
+from ..data.columns import Columns, columns_of
+from ..data.masks import rle_of_polygons
 from ..distributed import gather_objects, rank
 from ..errors import UserError
-from .precision import SHAPES, area_of, precision_of_category
+from .precision import MAX_DETECTIONS, SHAPES, area_of, precision_of_category
 
 
 @torch.no_grad()
@@ -39,34 +40,47 @@ def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[st
 
 
 def evaluate_coco(
-    predictions: list[dict[str, Any]], ground_truth: dict[str, Any], iou_type: str = "bbox"
+    predictions: list[dict[str, Any]],
+    ground_truth: dict[str, Any],
+    iou_type: str = "bbox",
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float]:
     """AP of `predictions` (in COCO's results format) against all of `ground_truth`, in percent.
 
     Args:
-        ground_truth: the contents of a COCO annotation file, as `CocoDataset.ground_truth` returns them.
+        ground_truth: the contents of a COCO annotation file, as `CocoDataset.ground_truth` returns them. Fields are
+            checked as those of a file are.
         iou_type: "bbox" or "segm", of boxes or masks.
+        max_detections: how many of each category count in an image, the best ones. COCO's definition has 100, and fewer
+            are never taken: what finds all of 200 objects would not have an AP of 100.
 
     Returns:
         AP (mean over IoU 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects; nan where the ground
         truth has no such object.
 
     Raises:
-        UserError: predictions of an image that the ground truth does not have; "segm", and the predictions have no
-            masks, or an object of the ground truth has none, or one that cannot be decoded.
+        UserError: a field of the ground truth is not what COCO has there; predictions of an image that it does not
+            have; "segm", and the predictions have no masks, or an object of the ground truth has none, or one that
+            cannot be decoded.
     """
     if iou_type == "segm" and any("segmentation" not in prediction for prediction in predictions):
         raise UserError("the model predicts no masks: set MODEL.MASK_ON False to evaluate its boxes")
-    images = ground_truth["images"]
-    unknown = {prediction["image_id"] for prediction in predictions} - {image["id"] for image in images}
+    columns = columns_of(ground_truth, "the ground truth", masks=iou_type == "segm")
+    unknown = {prediction["image_id"] for prediction in predictions} - set(columns.image_ids.tolist())
     if unknown:
         raise UserError(f"there are predictions of image {min(unknown)}, which the ground truth does not have")
-    objects, found = _by_category(_objects(ground_truth, iou_type)), _by_category(predictions)
-    category_ids = sorted({category["id"] for category in ground_truth["categories"]})
+    images = [
+        {"id": id_, "height": height, "width": width}
+        for id_, (height, width) in zip(columns.image_ids.tolist(), columns.sizes.tolist(), strict=True)
+    ]
+    objects, found = _by_category(_objects(columns, iou_type)), _by_category(predictions)
+    category_ids = [category["id"] for category in columns.categories]
+    count = max(max_detections, MAX_DETECTIONS)
     precision = np.full((10, 101, len(category_ids), 4), -1.0)
     for k, id_ in enumerate(category_ids):  # one at a time, they need a fraction of the memory
         if id_ in objects:
-            precision[:, :, k] = precision_of_category(images, objects[id_], found.get(id_, []), iou_type)
+            precision[:, :, k] = precision_of_category(images, objects[id_], found.get(id_, []), iou_type, count)
     return {
         "AP": _average(precision[..., 0]),
         "AP50": _average(precision[0, ..., 0]),
@@ -99,42 +113,50 @@ def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequen
     return results
 
 
-def _objects(data: dict[str, Any], iou_type: str) -> Iterator[dict[str, Any]]:
+def _objects(columns: Columns, iou_type: str) -> Iterator[dict[str, Any]]:
     """What is evaluated of each object, with what hand-made files leave out, and for "segm" masks as RLE."""
-    sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]} if iou_type == "segm" else {}
-    for number, entry in enumerate(data["annotations"], start=1):
-        shape = _rle(entry, sizes[entry["image_id"]]) if iou_type == "segm" else entry["bbox"]
+    if not np.isfinite(columns.xywh).all():
+        row = int(np.flatnonzero(~np.isfinite(columns.xywh).all(axis=1))[0])
+        raise UserError(
+            f"annotation {columns.ids[row]} of the ground truth: its box is {columns.xywh[row].tolist()}; expected "
+            "finite numbers: correct it, or take CocoDataset.ground_truth(), which leaves out what is not used"
+        )
+    shapes: Sequence[Any] = columns.xywh.tolist() if iou_type == "bbox" else _rles(columns)
+    image_ids, category_ids = columns.image_ids.tolist(), [category["id"] for category in columns.categories]
+    areas = zip(columns.areas.tolist(), np.isnan(columns.areas).tolist(), shapes, strict=True)
+    for row, (area, unknown, shape) in enumerate(areas):
         yield {
-            "id": number,  # from 1: an object with id 0 would be taken for one that was never matched
-            "image_id": entry["image_id"],
-            "category_id": entry["category_id"],
-            "iscrowd": entry.get("iscrowd", 0),
-            "area": entry["area"] if "area" in entry else area_of(shape),
+            "id": row + 1,  # from 1: an object with id 0 would be taken for one that was never matched
+            "image_id": image_ids[columns.images[row]],
+            "category_id": category_ids[columns.labels[row]],
+            "iscrowd": int(columns.crowds[row]),
+            "area": area_of(shape) if unknown else area,
             SHAPES[iou_type]: shape,
         }
 
 
-def _rle(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The mask of an object of the ground truth. A crowd without one has its box: files may leave it out there."""
-    segmentation = entry.get("segmentation")
-    problem = segmentation_problem(segmentation, size)
-    if problem and entry.get("iscrowd", 0):
-        boxes, _, _ = clip_boxes(np.array([entry["bbox"]], dtype=np.float64), np.array([size]))
-        x0, y0, x1, y1 = boxes[0].tolist()
-        segmentation, problem = [[x0, y0, x1, y0, x1, y1, x0, y1]], ""
-    if not problem and isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
-        try:
-            check_compressed(segmentation["counts"], size)
-            return segmentation
-        except ValueError as error:
-            problem = f"cannot be decoded ({error})"
-    if problem:
-        raise UserError(
-            f"annotation {entry['id']} of the ground truth (image {entry['image_id']}): its segmentation {problem}; "
-            "correct it, or set MODEL.MASK_ON False to evaluate boxes only"
-        )
-    rles = coco_mask.frPyObjects(segmentation, *size)
-    return coco_mask.merge(rles) if isinstance(segmentation, list) else rles
+def _rles(columns: Columns) -> list[dict[str, Any]]:
+    """The masks of the ground truth. A crowd without one has its box: files may leave it out there."""
+    assert columns.segmentations is not None
+    problems = columns.segmentations.unusable(columns.sizes[columns.images])
+    for row, problem in sorted(problems.items()):
+        if not columns.crowds[row]:
+            image = columns.image_ids[columns.images[row]]
+            raise UserError(
+                f"annotation {columns.ids[row]} of the ground truth (image {image}): its segmentation {problem}; "
+                "correct it, or set MODEL.MASK_ON False to evaluate boxes only"
+            )
+    sizes = [columns.size(image) for image in columns.images.tolist()]
+    return [
+        _rle_of_box(columns.xywh[row], size) if row in problems else columns.segmentations.rle(row, size)
+        for row, size in enumerate(sizes)
+    ]
+
+
+def _rle_of_box(xywh: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    boxes, _, _ = clip_boxes(xywh[None], np.array([size]))
+    x0, y0, x1, y1 = boxes[0].tolist()
+    return rle_of_polygons([[x0, y0, x1, y0, x1, y1, x0, y1]], size)
 
 
 def _by_category(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

@@ -7,13 +7,18 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 
+MAX_DETECTIONS = 100  # in an image, by COCO's definition of AP
 SHAPES = {"bbox": "bbox", "segm": "segmentation"}  # of each kind of IoU the key of what overlaps
 
 logger = logging.getLogger(__name__)
 
 
 def precision_of_category(
-    images: list[dict[str, Any]], objects: list[dict[str, Any]], predictions: list[dict[str, Any]], iou_type: str
+    images: list[dict[str, Any]],
+    objects: list[dict[str, Any]],
+    predictions: list[dict[str, Any]],
+    iou_type: str,
+    max_detections: int = MAX_DETECTIONS,
 ) -> np.ndarray:
     """What AP is the mean of; no category depends on another's.
 
@@ -23,8 +28,8 @@ def precision_of_category(
         predictions: in COCO's results format.
 
     Returns:
-        (10 IoU thresholds, 101 recalls, 4 ranges of area: all, small, medium and large), of the 100 best predictions
-        in each image; -1 where there is nothing to find.
+        (10 IoU thresholds, 101 recalls, 4 ranges of area: all, small, medium and large), of the `max_detections`
+        best predictions in each image; -1 where there is nothing to find.
     """
     shape = SHAPES[iou_type]
     kept = ("image_id", "category_id", "score", shape)
@@ -40,6 +45,7 @@ def precision_of_category(
     truth, found = (COCO(shared | {"annotations": entries}) for entries in (objects, results))
     # One worker: more cost more than they gain, an image has few masks of a category.
     evaluation = COCOeval_faster(truth, found, iou_type, print_function=logger.debug, rle_iou_max_workers=1)
+    evaluation.params.maxDets = [max_detections]
     ranges = evaluation.params.areaRng
     sizes = [sum(not one["iscrowd"] and low <= one["area"] <= high for one in objects) for low, high in ranges]
     evaluation.params.recThrs = np.append(evaluation.params.recThrs, [2 / max(size, 1) for size in sizes])

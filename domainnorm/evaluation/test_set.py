@@ -1,5 +1,6 @@
 """A data set of the config to evaluate on, and what a model scores there."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .classification import accuracy, predict_classes, whole_minibatches
 from .coco import evaluate_coco
 from .coco import predict as predict_boxes
 from .in_domain import in_domain
+from .precision import MAX_DETECTIONS
+
+logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, float]]  # of each kind ("bbox", "segm" or "classification") its metrics
 
@@ -34,7 +38,6 @@ class TestSet:
         self.device = get_device(cfg.MODEL.DEVICE)
         self.loader = test_loader(cfg, name, rank=rank(), world_size=world_size())
         self.classes = cfg.MODEL.META_ARCHITECTURE == "Classifier"
-        self.truth = {} if self.classes or rank() else self.loader.dataset.ground_truth()
         self.predictions: list[dict[str, Any]] = []  # those scored last
         index = self.loader.domain
         self.domain = domain_names(cfg)[index] if index is not None and index >= 0 else ""
@@ -54,7 +57,10 @@ class TestSet:
         if rank() == 0 and folder is not None:
             name = "classification_results.json" if self.classes else "coco_instances_results.json"
             write_json(folder / name, self.predictions)
-        return gather_objects(_score(self.cfg, self.predictions, self.truth) if rank() == 0 else {})[0]
+        return gather_objects(self._score() if rank() == 0 else {})[0]
+
+    def _score(self) -> Scores:
+        return _score(self.cfg, self.predictions, {} if self.classes else self.loader.dataset.ground_truth())
 
     def _classes(self, model: nn.Module) -> list[dict[str, Any]]:
         """Predictions of a classifier: under minibatch statistics, of minibatches."""
@@ -85,13 +91,15 @@ def _append(truth: dict[str, Any], predictions: list[dict[str, Any]], test: Test
     dataset = test.loader.dataset
     labels = {id_: label for label, id_ in enumerate(dataset.category_ids, start=1) if id_ is not None}
     truth["categories"] = [{"id": k, "name": name} for k, name in enumerate(dataset.class_names, start=1)]
+    own = dataset.ground_truth()
     first = len(truth["images"])
-    ids = {image["id"]: first + k for k, image in enumerate(test.truth["images"])}
-    truth["images"] += [image | {"id": ids[image["id"]]} for image in test.truth["images"]]
-    for source, target in ((test.truth["annotations"], truth["annotations"]), (test.predictions, predictions)):
+    ids = {image["id"]: first + k for k, image in enumerate(own["images"])}
+    truth["images"] += [image | {"id": ids[image["id"]]} for image in own["images"]]
+    for source, target in ((own["annotations"], truth["annotations"]), (test.predictions, predictions)):
+        number = len(target)
         target += [
-            entry | {"image_id": ids[entry["image_id"]], "category_id": labels[entry["category_id"]]}
-            for entry in source
+            entry | {"id": number + k, "image_id": ids[entry["image_id"]], "category_id": labels[entry["category_id"]]}
+            for k, entry in enumerate(source)
             if entry["category_id"] in labels
         ]
 
@@ -99,4 +107,10 @@ def _append(truth: dict[str, Any], predictions: list[dict[str, Any]], test: Test
 def _score(cfg: CfgNode, predictions: list[dict[str, Any]], truth: dict[str, Any]) -> Scores:
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         return {"classification": accuracy(predictions)}
-    return {kind: evaluate_coco(predictions, truth, kind) for kind in ("bbox", "segm")[: 1 + cfg.MODEL.MASK_ON]}
+    count = cfg.TEST.DETECTIONS_PER_IMAGE
+    if count > MAX_DETECTIONS:
+        logger.info("AP counts the %d best detections of an image (COCO's 100 are fewer than a model gives)", count)
+    return {
+        kind: evaluate_coco(predictions, truth, kind, max_detections=count)
+        for kind in ("bbox", "segm")[: 1 + cfg.MODEL.MASK_ON]
+    }

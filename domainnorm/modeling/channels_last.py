@@ -1,5 +1,7 @@
 """The memory format of a detector on a CPU: channels last, in which its convolutions are faster."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -18,7 +20,18 @@ def runs_last(training: bool) -> bool:
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's, whose batches are channels_last where `runs_last`; so is then all that is computed of them."""
+    """torchvision's, whose batches are channels_last where `runs_last`; so is then all that is computed of them.
+
+    An image that is so narrow that a side would become 0 keeps one pixel there.
+    """
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        """An image `(3, H, W)` in the size of inference; in training as it is."""
+        short, long = sorted(image.shape[-2:])
+        if not self.training and short * self.max_size < long:  # the longer side is what limits it
+            size = [max(self.max_size * side // long, 1) for side in image.shape[-2:]]
+            return nn.functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
+        return super().resize(image, target)
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Images `(3, H, W)` -> `(N, 3, H', W')`, padded by zeros to multiples of `size_divisible`."""

@@ -20,6 +20,7 @@ from domainnorm.data.transforms import train_transforms
 
 HEIGHT, WIDTH = 20, 30
 ORIENTATION = 0x0112
+SQUARE = [[1, 1, 5, 1, 5, 5, 1, 5]]
 
 
 def contents(annotations=(), **more):
@@ -188,9 +189,12 @@ def test_undecodable_segmentation(make, segmentation):
 
 @pytest.mark.parametrize("counts", ["", "zzz", "0", "P9\\`3", "ééé"])
 def test_broken_compressed_rle(make, counts):
-    dataset = CocoDataset(make(contents([{"segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}])), masks=True)
-    message = error_of(dataset.__getitem__, 0)
-    assert "annotation 10 (image a.png)" in message and "cannot be decoded" in message
+    """It shows before training, and not when the image comes."""
+    name = make(contents([{"segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}, {"segmentation": SQUARE}]))
+    message = error_of(CocoDataset, name, masks=True)
+    assert "annotation 10 (image a.png" in message and "cannot be decoded" in message
+    dataset = CocoDataset(name, masks=True, invalid_boxes="skip")
+    assert len(dataset[0][1]["masks"]) == len(dataset.ground_truth()["annotations"]) == 1
 
 
 # transforms

@@ -15,8 +15,8 @@ from PIL import Image
 from domainnorm.config import UserError, load_config
 from domainnorm.data import CocoDataset, num_classes, train_loader
 from domainnorm.data import test_loader as make_test_loader
+from domainnorm.data.detection_sets import class_names
 from domainnorm.data.sampler import TrainingBatchSampler, evaluation_indices
-from domainnorm.data.table import read_categories
 
 CATEGORIES = ({"id": 2, "name": "cat"}, {"id": 9, "name": "dog"})
 
@@ -324,15 +324,17 @@ def test_number_of_classes(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "info", [{}, {"info": {"categories": "two"}}, {"info": '"categories": [{"id": 1}]'}, {"info": {"categories": [3]}}]
+    "info",
+    [{}, {"info": {"categories": "two"}}, {"info": '"categories": [{"id": 1}]'}, {"é": {"categories": [3]}}],
 )
 @pytest.mark.parametrize("last", [True, False])
 def test_categories_are_found_wherever_they_stand(tmp_path, info, last):
-    parts = [info, {"images": [{"file_name": "é.png"}]}, {"categories": list(CATEGORIES)}]
+    parts = [info, {"images": [], "annotations": []}, {"categories": list(CATEGORIES)}]
     contents = {key: value for part in (parts if last else reversed(parts)) for key, value in part.items()}
     (tmp_path / "a.json").write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
-    assert read_categories(tmp_path / "a.json") == list(CATEGORIES)
+    name = f"{tmp_path / 'a.json'}:{tmp_path}"
+    assert class_names(name) == [category["name"] for category in CATEGORIES]
     for broken in ("", '{"categories": [', "[]"):
         (tmp_path / "a.json").write_text(broken)
         with pytest.raises(UserError, match=r"a\.json"):
-            read_categories(tmp_path / "a.json")
+            class_names(name)

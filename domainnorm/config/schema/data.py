@@ -14,6 +14,11 @@ class Input(Section, key="INPUT"):
     MIN_SIZE_TEST = Option(800, "Shorter side in inference.", POSITIVE, used_by=DETECTORS)
     MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", used_by=DETECTORS)
     RANDOM_FLIP = Option(0.5, "Probability of a horizontal flip in training.", SHARE)
+    MAX_INTENSITY = Option(
+        0.0,
+        "Intensity of white in images of more than 8 bits; 0: 65535, of floats 1, 255 or 65535 by a sample of the set.",
+        NOT_NEGATIVE,
+    )
     CUTOUT = Option(
         0, "Side of the square that is cut out in training, in pixels; 0: none.", NOT_NEGATIVE, used_by=CLASSIFIER
     )

@@ -44,7 +44,12 @@ class Test(Section, key="TEST"):
     )
     EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", NOT_NEGATIVE)
     IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", POSITIVE)
-    DETECTIONS_PER_IMAGE = Option(100, "Largest number of detections, over all classes.", POSITIVE, used_by=DETECTORS)
+    DETECTIONS_PER_IMAGE = Option(
+        100,
+        "Largest number of detections, over all classes; AP counts up to as many of a class, or 100 if that is more.",
+        POSITIVE,
+        used_by=DETECTORS,
+    )
 
 
 class Recompute(Section, key="TEST.RECOMPUTE"):
