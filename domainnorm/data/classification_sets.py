@@ -1,6 +1,7 @@
 """The data sets of a classifier as a config wants them, and the batches it trains on."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,19 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     if not must_exist and name not in COUNTS and not all(path.exists() for path in resolve_classes(name)):
         return None
     return read_class_names(name)
+
+
+def shared_images(dataset: ClassificationDataset, name: str) -> int:
+    """How many images of `dataset` are images of data set `name` too; what is held out of it is not."""
+    own, others = ([os.path.realpath(path) for path in resolve_classes(of)] for of in (dataset.name, name))
+    if dataset.name.endswith(VALIDATION):
+        return 0
+    if own == others and dataset.name.rpartition("_")[2] == name.rpartition("_")[2]:  # archives have several sets
+        return len(dataset)
+    if not dataset.folder or not os.path.isdir(others[0]):
+        return 0
+    files = (os.path.normpath(os.path.join(own[0], file)) for file in dataset.files)
+    return sum(file.startswith(os.path.join(others[0], "")) for file in files)
 
 
 def wide_images(cfg: CfgNode, dataset: ClassificationDataset) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The data sets of a detector as a config wants them, and the batches it trains on."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -56,6 +58,20 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     if not must_exist and not file.is_file():
         return None
     return [category["name"] for category in read_columns(file).categories]
+
+
+def shared_images(dataset: CocoDataset, name: str) -> int:
+    """How many images of `dataset` are images of data set `name` too; 0 if that is not on this machine."""
+    file, folder = resolve_dataset(name)
+    if not file.is_file():
+        return 0
+    others = _paths(folder, read_columns(file).file_names)
+    return sum(path in others for path in _paths(dataset.image_folder, dataset.records.file_names))
+
+
+def _paths(folder: Path, names: Iterable[str]) -> set[str]:
+    root = os.path.realpath(folder)
+    return {os.path.normpath(os.path.join(root, name)) for name in names}
 
 
 def wide_images(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:

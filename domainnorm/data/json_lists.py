@@ -124,8 +124,8 @@ class _Text:
         while True:
             try:
                 value, end = self.scan(self.text, self.at)
-                # A number may go on in what is not read yet.
-                if end < len(self.text) or not self._more():
+                # A number may go on in what is not read yet, after "1e-" too.
+                if end + 2 < len(self.text) or not self._more():
                     self.at = end
                     return value
             except StopIteration as error:
@@ -183,11 +183,9 @@ class _Text:
 
     def _more(self) -> bool:
         """Drop what was parsed and read on; False at the end of the file."""
-        self.line, self.column = self._place(self.at)
-        self.text, self.at = self.text[self.at :], 0
         before = self.stream.tell() - len(self.ahead) - len(self.decoder.getstate()[0])
         # At least as much as is there already: a long value is parsed anew a few times only.
-        piece = self.ahead + self._read(max(PIECE, len(self.text)))
+        piece = self.ahead + self._read(max(PIECE, len(self.text) - self.at))
         self.ahead = b""
         try:
             text = self.decoder.decode(piece, final=not piece)
@@ -195,9 +193,12 @@ class _Text:
             encoding = error.encoding.upper()
             where = before + error.start
             raise UserError(f"{self.name}: not valid JSON: not {encoding} text at byte {where}") from error
-        self.text += text
+        if not piece:
+            return False
+        self.line, self.column = self._place(self.at)
+        self.text, self.at = self.text[self.at :] + text, 0
         if time.monotonic() > self.told + PROGRESS:
             self.told = time.monotonic()
             done, size = self.stream.tell(), max(self.size, 1)
             logger.info("%s: %.0f%% of %.0f MB read", self.name, 100 * done / size, size / 1e6)
-        return bool(piece)
+        return True

@@ -1,5 +1,6 @@
 """Batches for training and evaluation, on this rank."""
 
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -8,12 +9,16 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..config.node import images_per_forward
+from ..distributed import rank as own_rank
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
 from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
 from .sampler import evaluation_indices
 from .set_sampler import SetBatchSampler
+
+logger = logging.getLogger(__name__)
+_told: set[tuple[str, str]] = set()  # of which test and training sets it was told whether they share images
 
 Sample = tuple[torch.Tensor, dict[str, Any]]
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
@@ -128,10 +133,22 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
     """
     dataset = kind(cfg).evaluation_set(cfg, name)
     label_other_set(cfg, dataset, "DATASETS.TEST")
+    _tell_shared_images(cfg, dataset)
     indices, size = evaluation_indices(len(dataset), rank, world_size), cfg.TEST.IMS_PER_BATCH
     batches = [indices[i : i + size] for i in range(0, len(indices), size)]
     domain = domain_of(cfg, name) if cfg.DATASETS.DOMAINS else None
     return EvaluationLoader(dataset, batches, cfg.DATALOADER.NUM_WORKERS, domain)
+
+
+def _tell_shared_images(cfg: CfgNode, dataset: AnySet) -> None:
+    """Once in a process: a score on images that the model is trained on is another thing than one on new images."""
+    for name in cfg.DATASETS.TRAIN:
+        if own_rank() == 0 and (dataset.name, name) not in _told:
+            _told.add((dataset.name, name))
+            if shared := kind(cfg).shared_images(dataset, name):
+                logger.warning(
+                    "%s: %d of its %d images are also in the training set %s", dataset.name, shared, len(dataset), name
+                )
 
 
 def minibatch_loader(cfg: CfgNode, loader: EvaluationLoader, *, rank: int, world_size: int) -> EvaluationLoader:

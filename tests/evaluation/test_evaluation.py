@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from ranks import run_ranks
@@ -255,3 +256,42 @@ def test_a_detector_sees_one_image_at_a_time(data_set, tmp_path):
         file = tmp_path / str(batch) / "inference" / "minibatch" / "coco_instances_results.json"
         texts.append(file.read_text())
     assert texts[0] == texts[1] and len(texts[0]) > 1000
+
+
+@pytest.mark.parametrize(("count", "kept", "ap"), [(200, 100, 50), (200, 200, 100), (80, 50, 100)])
+def test_as_many_detections_count_as_a_model_may_give(count, kept, ap):
+    """Of 200 objects in one image a perfect detector finds all; 100 at least count, as COCO says."""
+    boxes = [[12 * (k % 20), 12 * (k // 20), 10, 10] for k in range(count)]
+    truth = {
+        "images": [{"id": 1, "height": 300, "width": 300}],
+        "annotations": [{"id": k, "image_id": 1, "category_id": 1, "bbox": box} for k, box in enumerate(boxes)],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    found = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 1 - k / 999} for k, box in enumerate(boxes)]
+    assert evaluate_coco(found, truth, max_detections=kept)["AP50"] == pytest.approx(ap, abs=1)
+
+
+def test_the_number_of_detections_of_the_config_counts(tmp_path, caplog):
+    """Through the config, where a model finds 144 objects in one image."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "0.png")
+    boxes = [[5.0 * (k % 12), 5.0 * (k // 12), 4.0, 4.0] for k in range(144)]
+    data = {
+        "images": [{"id": 1, "file_name": "0.png", "height": 64, "width": 64}],
+        "annotations": [{"id": k, "image_id": 1, "category_id": 1, "bbox": box} for k, box in enumerate(boxes)],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(data))
+
+    class Oracle(torch.nn.Module):
+        def forward(self, images):
+            found = torch.tensor(boxes)
+            found[:, 2:] += found[:, :2]
+            return [{"boxes": found, "labels": torch.zeros(144, dtype=torch.int64), "scores": torch.ones(144)}]
+
+    name = f"{tmp_path / 'a.json'}:{tmp_path / 'images'}"
+    for count, low, high in ((100, 60, 75), (144, 99.99, 100.01)):
+        cfg = tiny.config(name, tmp_path / "out", DATASETS__TEST=[name], TEST__DETECTIONS_PER_IMAGE=count)
+        with caplog.at_level("INFO", logger="domainnorm"):
+            assert low < evaluate(cfg, Oracle())["population"]["bbox"]["AP"] < high
+    assert "AP counts the 144 best detections of an image" in caplog.text
