@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import UserError
+from .paths import user_path
 
 
 def output_folder(path: str | Path) -> Path:
-    """`path`, made if need be.
+    """`path` (with `~` expanded), made if need be.
 
     Raises:
         UserError: it cannot be made or written to.
     """
-    folder = Path(path)
+    folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

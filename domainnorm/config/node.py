@@ -1,6 +1,6 @@
 """Options within a tree: fvcore's `CfgNode`, or what a YAML file holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -29,12 +29,15 @@ def get_value(cfg: CfgNode, key: str) -> Any:
 
 def flatten(tree: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
     """The value of every option by its key, as it is written in `tree`."""
-    values: dict[str, Any] = {}
+    return dict(walk(tree, section))
+
+
+def walk(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """The pairs of `flatten`, also where a key comes twice: in a section, and written with dots."""
     for name, value in tree.items():
         key = f"{section}{name}"
         is_section = isinstance(value, dict) and value and key not in OPTIONS and key not in RENAMED
-        values |= flatten(value, f"{key}.") if is_section else {key: value}
-    return values
+        yield from walk(value, f"{key}.") if is_section else ((key, value),)
 
 
 def images_per_forward(cfg: CfgNode, processes: int) -> int:

@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from ..errors import UserError
+from ..paths import user_path
 from . import archives, patches
 from .arrays import LabelledImages, read_idx_pair, read_npz
 from .catalog import datasets_root
@@ -37,8 +38,8 @@ def resolve_classes(name: str) -> tuple[Path, ...]:
     if name in archives.FOLDERS:
         return (datasets_root() / archives.FOLDERS[name],)
     images, _, labels = str(name).rpartition(":")
-    whole = not images or not labels or Path(name).expanduser().exists()
-    return tuple(Path(path).expanduser() for path in ((name,) if whole else (images, labels)))
+    whole = not images or not labels or user_path(name).exists()
+    return tuple(user_path(path) for path in ((name,) if whole else (images, labels)))
 
 
 def read_class_names(name: str) -> list[str]:

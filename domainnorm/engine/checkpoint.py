@@ -20,6 +20,7 @@ from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError
 from ..modeling.weights import load_weights, read_checkpoint
 from ..output import replace_file
+from ..paths import user_path
 from ..statistics.choose import preserve_state
 from ..statistics.merge import merge_population_statistics
 from .average import WeightAverage
@@ -37,7 +38,7 @@ _FREE_KEYS = (
 
 def save_checkpoint(folder: str | Path, name: str, state: dict[str, Any]) -> Path:
     """Write `state` to `folder/name`, then the name to `folder/last_checkpoint`; each whole or not at all."""
-    file = Path(folder) / name
+    file = user_path(folder) / name
     with replace_file(file, "wb") as stream:
         torch.save(state, stream)
     with replace_file(file.with_name("last_checkpoint")) as stream:
@@ -47,7 +48,7 @@ def save_checkpoint(folder: str | Path, name: str, state: dict[str, Any]) -> Pat
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The file that `folder/last_checkpoint` names; None where there is none yet."""
-    pointer = Path(folder) / "last_checkpoint"
+    pointer = user_path(folder) / "last_checkpoint"
     if not pointer.is_file():
         return None
     return pointer.with_name(pointer.read_text(encoding="utf-8").strip())
@@ -86,7 +87,7 @@ def save_training(
 def save_model(cfg: CfgNode, name: str, model: nn.Module) -> None:
     """Save the weights alone, for evaluation and fine-tuning. Rank 0 writes."""
     if rank() == 0:
-        with replace_file(Path(cfg.OUTPUT_DIR) / name, "wb") as stream:
+        with replace_file(user_path(cfg.OUTPUT_DIR) / name, "wb") as stream:
             torch.save({"model": model.state_dict()}, stream)
     barrier()
 

@@ -192,8 +192,6 @@ def _roi_align(head: CfgNode) -> RoIAlign:
 
 def _anchors(cfg: CfgNode, octave_scales: int) -> AnchorGenerator:
     options = cfg.MODEL.ANCHOR_GENERATOR
-    if len(options.SIZES) != NUM_LEVELS:
-        raise UserError(f"MODEL.ANCHOR_GENERATOR.SIZES takes {NUM_LEVELS} sizes, one a level, got {options.SIZES}")
     sizes = [[size * 2 ** (i / 3) for i in range(octave_scales)] for size in options.SIZES]
     ratios = (tuple(options.ASPECT_RATIOS),) * NUM_LEVELS
     if options.ROUNDED:

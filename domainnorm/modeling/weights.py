@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..paths import user_path
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
@@ -19,10 +20,11 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a broken or truncated one, or one that holds more than weights (says what).
     """
-    if not Path(file).is_file():
+    path = user_path(file)
+    if not path.is_file():
         raise UserError(f"checkpoint {file}: no such file")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"checkpoint {file}: permission denied") from error
     except pickle.UnpicklingError as error:

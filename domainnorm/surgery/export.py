@@ -17,6 +17,7 @@ from torch.export import Dim
 from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..output import replace_file
+from ..paths import user_path
 from ..statistics.choose import set_statistics
 from .domains import keep_domain, with_domains
 from .fuse import fuse
@@ -84,7 +85,7 @@ def export_model(
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), dn.DomainBatchNorm(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> exported = dn.export_model(model, "model.pt2", size=(32, 32))  # doctest: +SKIP
     """
-    file = Path(file)
+    file = user_path(file)
     if format not in FORMATS:
         raise UserError(f"format takes one of {list(FORMATS)}, got {format!r}")
     if format == "onnx":
