@@ -34,7 +34,7 @@ def test_the_home_folder(home):
     assert user_path("a~b") == Path("a~b") and user_path("") == Path()
 
 
-@pytest.mark.parametrize("path", ["a\0b", "~\0", "x" * 300, "y/" * 3000, "\ud800", "~nobody-at-all", "~nobody/x"])
+@pytest.mark.parametrize("path", ["a\0b", "~\0", "x" * 300, "y/" * 3000, "\ud800", "~nobody-at-all"])
 def test_what_can_be_no_path(path):
     with pytest.raises(dn.UserError, match=r"^path ") as error:
         user_path(path)
