@@ -40,8 +40,8 @@ ITERATIONS, ITERATIONS_OR_0 = Range(above=0, max=2**31 - 1), Range(min=0, max=2*
 IMAGES, IMAGES_OR_0 = Range(above=0, max=2**20), Range(min=0, max=2**20)
 OBJECTS = Range(above=0, max=10**6)
 PIXELS, PIXELS_OR_0 = Range(above=0, max=2**16), Range(min=0, max=2**16)
-CHANNELS, CLASSES_OR_0 = Range(above=0, max=2**14), Range(min=0, max=10**5)
-BINS, BINS_OR_0 = Range(above=0, max=256), Range(min=0, max=256)
+CHANNELS, CLASSES_OR_0 = Range(above=0, max=2**13), Range(min=0, max=10**5)
+BINS = Range(above=0, max=64)
 LAYERS, LAYERS_OR_0 = Range(above=0, max=100), Range(min=0, max=100)
 
 

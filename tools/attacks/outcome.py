@@ -1,5 +1,8 @@
 """What became of the attacks: how many went well, how many were refused in one line, and each that did neither."""
 
+import json
+import os
+import signal
 import time
 import traceback
 from collections import Counter
@@ -24,6 +27,47 @@ def refusal(error: Exception | None, start: float) -> str | None:
     return message
 
 
+def in_child(attempt: Callable[[], str | None]) -> str | None:
+    """What `attempt` returns, in a process of its own.
+
+    Raises:
+        AssertionError: it raised, took longer than `MAX_SECONDS`, or the process died.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(MAX_SECONDS)
+            try:
+                answer = [attempt(), None]
+            except Exception as error:
+                answer = [None, _described(error)]
+            os.write(writer, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    if not text:
+        number = os.waitstatus_to_exitcode(status)
+        raise AssertionError("took too long" if number == -signal.SIGALRM else f"the process died: {number}")
+    returned, failure = json.loads(text)
+    assert failure is None, failure
+    return returned
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, AssertionError):
+        return str(error)[:1000]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"[:1000]
+
+
 class Outcomes:
     """Counts by kind, and the failures.
 
@@ -43,9 +87,7 @@ class Outcomes:
             counts["refused" if attempt() else "went_well"] += 1
         except Exception as error:
             counts["failed"] += 1
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
-            self.failures.append({"kind": kind, "seed": self.seed, "number": number, "error": text[:500]})
+            self.failures.append({"kind": kind, "seed": self.seed, "number": number, "error": _described(error)})
 
     def line(self) -> str:
         """All counts in one line."""

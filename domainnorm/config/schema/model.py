@@ -2,7 +2,6 @@
 
 from ..option import (
     BINS,
-    BINS_OR_0,
     CHANNELS,
     CLASSES_OR_0,
     LAYERS,
@@ -136,7 +135,7 @@ class RoIBoxHead(Section, key="MODEL.ROI_BOX_HEAD", used_by=RCNN):
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
     POOLER_RESOLUTION = Option(7, "Height and width of the features of a RoI.", BINS)
     POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
-    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, BINS_OR_0)
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, max=16))
     SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, Range(min=0, max=100))
 
 
@@ -148,7 +147,7 @@ class RoIMaskHead(Section, key="MODEL.ROI_MASK_HEAD", used_by=RCNN):
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
     POOLER_RESOLUTION = Option(14, "Height and width of the features of a RoI; a mask has twice that.", BINS)
     POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
-    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, BINS_OR_0)
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, max=16))
 
 
 class Classifier(Section, key="MODEL.CLASSIFIER", used_by=CLASSIFIER):
