@@ -1,3 +1,4 @@
+import os
 import platform
 import shutil
 import zlib
@@ -8,6 +9,10 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/ops/native/*.{kind}"))
+# such as address,undefined: kernels that stop at the first access out of bounds (docs/reliability.md)
+SANITIZE = (
+    [f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-g"] if (kinds := os.environ.get("DOMAINNORM_SANITIZE")) else []
+)
 KINDS = {"default": []}  # of processors, and what a compiler must know of them
 if platform.machine() in ("x86_64", "AMD64"):
     KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
@@ -48,7 +53,16 @@ setup(
             [str(path.relative_to(HERE)) for path in KERNELS if path.suffix == ".cpp"],
             depends=[str(path.relative_to(HERE)) for path in KERNELS],
             define_macros=[("SOURCE", str(zlib.crc32(b"".join(path.read_bytes() for path in KERNELS))))],
-            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi", *options],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fno-math-errno",
+                "-fopenmp-simd",
+                "-Wno-psabi",
+                *options,
+                *SANITIZE,
+            ],
+            extra_link_args=SANITIZE,
             optional=True,  # without a compiler, operations of torch do the same, slower
         )
         for kind, options in KINDS.items()

@@ -30,7 +30,7 @@ def test_damaged_files(tmp_path_factory, random):
 @settings(max_examples=60, **SETTINGS)
 @given(randoms)
 def test_what_loads_is_built(random):
-    configs.build(configs.build_options(random))
+    configs.build(configs.tiny_options(random))
 
 
 def folder(factory):

@@ -13,7 +13,7 @@ import domainnorm as dn
 from domainnorm.data import CocoDataset
 
 from .outcome import Outcomes, refusal
-from .tiny import write_images
+from .tiny import write_boxes
 
 VALUES = (
     *(None, True, False, 0, 1, -1, 2, 0.5, 1.0, -0.0, 1e-9, 1e300, float("nan"), float("inf"), 2**31, 2**63, -(2**63)),
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
     outcomes = Outcomes(args.seed)
-    file, _, images = write_images(folder / "data", 3).rpartition(":")
+    file, _, images = write_boxes(folder / "data", 3).rpartition(":")
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     for number in range(args.number):
         one = random.Random(f"{args.seed} {number}")

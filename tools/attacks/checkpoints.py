@@ -18,7 +18,7 @@ import domainnorm as dn
 from domainnorm.engine.optim import build_optimizer
 
 from .outcome import Outcomes, in_child, refusal
-from .tiny import MODELS, words, write_images
+from .tiny import MODELS, words, write_data
 
 ITERATIONS = 2  # of the training whose checkpoint is damaged
 OTHERS = (None, True, 0, -1, 1.5, 2**40, "", "x", b"x", [], {}, [0], {"a": 1}, torch.tensor(0.0), torch.zeros(0))
@@ -109,7 +109,7 @@ def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
     torch.set_num_threads(1)  # or the processes begin with threads that they do not have
     outcomes = Outcomes(args.seed)
     options = MODELS[args.model] | {
-        "DATASETS.TRAIN": [write_images(folder / "data")],
+        "DATASETS.TRAIN": [write_data(args.model, folder / "data")],
         "OUTPUT_DIR": str(folder / "run"),
         "SOLVER.MAX_ITER": ITERATIONS,
         "SOLVER.OPTIMIZER": "AdamW",

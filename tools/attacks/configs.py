@@ -1,16 +1,18 @@
 """Configs of random values, and YAML text that was damaged: a config loads, and equals itself once saved; or one line.
 
-Of those that load, --build models are built, too.
+Beside these, --build tiny models are built of random options, and --train of them are trained and evaluated.
 """
 
 import argparse
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 import yaml
 
 import domainnorm as dn
@@ -18,8 +20,8 @@ from domainnorm.config import save_config
 from domainnorm.config.option import Option, Range
 from domainnorm.config.schema import OPTIONS, RENAMED
 
-from .outcome import Outcomes, refusal
-from .tiny import MODELS, words
+from .outcome import Outcomes, in_child, refusal
+from .tiny import MODELS, words, write_data
 
 TEXTS = (
     *("", " ", "None", "null", "~", "true", "yes", "3", "-1", "0x1F", "010", "1:30", "1e400", "nan", ".inf", "1_0"),
@@ -127,13 +129,19 @@ def damaged(random: Random, text: str) -> str:
     return text[:begin] + inserted + text[random.choice((begin, end)) :]
 
 
-def build_options(random: Random) -> list[Any]:
-    """Overrides of a tiny model, with some options of its kind at random."""
+# What makes a tiny model what it is.
+FIXED = (
+    *("MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "SOLVER.MAX_ITER"),
+    *("DATASETS.TRAIN", "DATASETS.TEST", "DATALOADER.NUM_WORKERS"),
+)
+
+
+def tiny_options(random: Random, changes: int = 3) -> dict[str, Any]:
+    """The options of a tiny model, some of those that it uses at random."""
     architecture = random.choice(list(MODELS))
     usable = [key for key, option in OPTIONS.items() if not option.used_by or architecture in option.used_by]
-    usable = [key for key in usable if key not in ("MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS")]
-    chosen = {key: fitting(random, OPTIONS[key], largest=64) for key in random.sample(usable, 3)}
-    return words(MODELS[architecture] | chosen)
+    chosen = random.sample([key for key in usable if key not in FIXED], changes)
+    return MODELS[architecture] | {key: fitting(random, OPTIONS[key], largest=64) for key in chosen}
 
 
 def load(source: bytes | list[Any], folder: Path) -> str | None:
@@ -157,18 +165,32 @@ def load(source: bytes | list[Any], folder: Path) -> str | None:
     return refusal(None, start)
 
 
-def build(source: list[Any]) -> str | None:
-    """Build the model of a config; None, or the line with which it, or the config, was refused."""
+def build(options: dict[str, Any]) -> str | None:
+    """Build a model; None, or the line with which it, or the config, was refused."""
     start = time.perf_counter()
     try:
-        dn.build_model(dn.load_config(None, source))
+        dn.build_model(dn.load_config(None, words(options)))
     except dn.UserError as error:
         return refusal(error, start)
     return None
 
 
+def train(options: dict[str, Any], folder: Path) -> str | None:
+    """Train a model for two steps and evaluate it; None, or the line with which it was refused."""
+    start = time.perf_counter()
+    model = options.get("MODEL.META_ARCHITECTURE", "RetinaNet")
+    data_set = [write_data(model, folder / "data")]
+    own = {"DATASETS.TRAIN": data_set, "DATASETS.TEST": data_set, "OUTPUT_DIR": str(folder / "run")}
+    try:
+        dn.train(dn.load_config(None, words(options | own)))
+    except dn.UserError as error:
+        return refusal(error, start)
+    return refusal(None, start)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--build", type=int, default=100, help="models")
+    parser.add_argument("--train", type=int, default=20, help="models")
 
 
 def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
@@ -176,8 +198,12 @@ def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
     for number in range(args.number):
         one = random.Random(f"{args.seed} {number}")
         source = document(one) if number % 2 else overrides(one)
-        outcomes.count(number, "files" if number % 2 else "overrides", lambda source=source: load(source, folder))
+        outcomes.count(number, "files" if number % 2 else "overrides", partial(load, source, folder))
     for number in range(args.build):
-        source = build_options(random.Random(f"{args.seed} build {number}"))
-        outcomes.count(number, "models", lambda source=source: build(source))
+        options = tiny_options(random.Random(f"{args.seed} build {number}"))
+        outcomes.count(number, "models", partial(build, options))
+    torch.set_num_threads(1)  # or the processes begin with threads that they do not have
+    for number in range(args.train):
+        options = tiny_options(random.Random(f"{args.seed} train {number}"))
+        outcomes.count(number, "trainings", partial(in_child, partial(train, options, folder / f"{number}")))
     return outcomes

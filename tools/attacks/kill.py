@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .outcome import Outcomes
-from .tiny import MODELS, write_images
+from .tiny import MODELS, write_data
 
 TRAIN = Path(__file__).parents[1] / "train_net.py"
 PATIENCE = 120  # seconds after which a process that should have ended counts as hanging
@@ -35,7 +35,7 @@ def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
     """Runs until `args.number` processes, or groups of them, were killed."""
     random, outcomes = Random(args.seed), Outcomes(args.seed)
     options = MODELS[args.model] | {
-        "DATASETS.TRAIN": [write_images(folder / "data", 16)],
+        "DATASETS.TRAIN": [write_data(args.model, folder / "data", 16)],
         "SOLVER.MAX_ITER": args.iterations,
         "SOLVER.CHECKPOINT_PERIOD": 2,
     }

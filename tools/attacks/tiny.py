@@ -9,8 +9,20 @@ from PIL import Image
 IMAGE = 64  # pixels
 
 
-def write_images(folder: Path, count: int = 8) -> str:
-    """`count` images, each a square on grey; returns the name of the data set."""
+def write_data(model: str, folder: Path, count: int = 8) -> str:
+    """A data set of `count` images for one of `MODELS`; returns its name."""
+    return (_write_classes if model == "Classifier" else write_boxes)(folder, count)
+
+
+def _write_classes(folder: Path, count: int) -> str:
+    for i in range(count):
+        (folder / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 36), (250 * (i % 2), 9 * i, 90)).save(folder / f"{i % 2}" / f"{i}.png")
+    return str(folder)
+
+
+def write_boxes(folder: Path, count: int = 8) -> str:
+    """`count` images, each a square on grey, in COCO's format; returns the name of the data set."""
     images, annotations = [], []
     (folder / "images").mkdir(parents=True)
     for i in range(count):
