@@ -1,5 +1,6 @@
 """What must hold between the options of a config."""
 
+import re
 from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
@@ -35,6 +36,9 @@ def check(cfg: CfgNode) -> None:
     """
     for key, option in OPTIONS.items():
         option.check(get_value(cfg, key))
+    for key in _TIMES:
+        if (when := get_value(cfg, key)) > 1 and when != int(when):
+            raise UserError(f"{key} takes an iteration, a whole number, or a share below 1, got {when:g}")
     for section in (_architecture, _heads, _norms, _data_sets, _batches, _solver, _evaluation):
         for *keys, remedy in section(cfg):
             first, second = (f"{key} {_text(get_value(cfg, key))}" for key in keys)
@@ -54,6 +58,9 @@ def _architecture(cfg: CfgNode) -> _Contradictions:
     name, architecture, key = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE"
     if architecture != "Classifier" and name not in BACKBONES:
         raise not_among("MODEL.BACKBONE.NAME takes one of", name, BACKBONES)
+    own = name.startswith(("cifar_", "simplenet"))  # whose depth and width are in their names
+    if own and any(len(number) > 4 for number in re.findall(r"\d+", name)):
+        raise UserError(f"MODEL.BACKBONE.NAME takes depths and widths up to 9999, got {quote(name)}")
     if architecture == "Classifier" and cfg.MODEL.BACKBONE.FREEZE_AT and _chosen(cfg, "MODEL.BACKBONE.FREEZE_AT"):
         yield "MODEL.BACKBONE.FREEZE_AT", key, "all of its layers are trained; leave FREEZE_AT out"
     for chosen in _chosen(cfg, *_OF_ONE_ARCHITECTURE):
@@ -145,9 +152,6 @@ def _batches(cfg: CfgNode) -> _Contradictions:
 
 def _solver(cfg: CfgNode) -> _Contradictions:
     solver = cfg.SOLVER
-    for key in _TIMES:
-        if (when := get_value(cfg, key)) > 1 and when != int(when):
-            raise UserError(f"{key} takes an iteration, a whole number, or a share below 1, got {when:g}")
     if solver.OPTIMIZER == "SGD" and solver.NESTEROV and not solver.MOMENTUM:
         yield "SOLVER.NESTEROV", "SOLVER.MOMENTUM", "there is no momentum to be Nesterov's; set the first to False"
     if solver.WEIGHT_DECAY_NORM_TARGET and not solver.WEIGHT_DECAY_NORM:
