@@ -48,7 +48,7 @@ def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
         output = folder / f"run{run}"
         for _ in range(min(random.randint(1, KILLS), args.number - killed)):
             # Most of the time goes into imports: from there on, as often as in the work itself.
-            wait = random.uniform(0.3 * seconds, 1.1 * seconds)
+            wait = random.uniform(0.3 * seconds, seconds)
             alone = random.random() < 0.5
             outcomes.count(killed, "kills", partial(_kill, output, options, args.processes, wait, alone, random))
             killed += 1

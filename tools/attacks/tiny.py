@@ -47,6 +47,7 @@ _ALL = {
     "SOLVER.IMS_PER_BATCH": 4,
     "SOLVER.MAX_ITER": 2,
     "SOLVER.WARMUP_ITERS": 0,
+    "TEST.RECOMPUTE.NUM_SAMPLES": 8,
 }
 _DETECTOR = _ALL | {
     "MODEL.BACKBONE.NAME": "mobilenet_v3_small",
