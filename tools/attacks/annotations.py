@@ -57,9 +57,9 @@ def _change(random: Random, content: Any) -> None:
         elif way == 1 and isinstance(node, list):
             node.append(copy.deepcopy(node[key]))
         elif way == 2 and isinstance(node, dict):
-            node[random.choice((*keys, "x"))] = node[key]
+            node[random.choice((*keys, "x"))] = copy.deepcopy(node[key])
         else:
-            node[key] = random.choice(VALUES)
+            node[key] = copy.deepcopy(random.choice(VALUES))
         return
 
 
