@@ -37,11 +37,6 @@ def flatten(tree: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
     return values
 
 
-def images_per_forward(cfg: CfgNode, processes: int) -> int:
-    """Images in one forward pass of training on one of `processes`: those that are learned from, then virtual ones."""
-    return cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * processes) + cfg.SOLVER.VIRTUAL_BATCH
-
-
 def iteration_of(cfg: CfgNode, when: float) -> int:
     """The iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
     return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)

@@ -7,12 +7,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from ..config.node import images_per_forward
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
 from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
-from .sampler import evaluation_indices
+from .sampler import evaluation_indices, images_per_forward
 from .set_sampler import SetBatchSampler
 
 Sample = tuple[torch.Tensor, dict[str, Any]]

@@ -5,7 +5,7 @@ import copy
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import images_per_forward
+from ..data.sampler import images_per_forward
 from ..distributed import world_size
 from ..errors import UserError
 from ..layers import DomainBatchNorm

@@ -3,7 +3,7 @@
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import images_per_forward
+from ..data.sampler import images_per_forward
 from ..distributed import world_size
 from ..layers import DomainBatchNorm
 from ..layers.positional import PositionalNorm

@@ -13,8 +13,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import images_per_forward, iteration_of, save_config
+from ..config import iteration_of, save_config
 from ..data import test_loader, train_loader
+from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, to_device, world_size
 from ..errors import UserError
 from ..evaluation import evaluate, recompute

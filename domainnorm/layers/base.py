@@ -28,6 +28,7 @@ class PopulationStatistics(nn.BatchNorm2d):
     _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
     _max_positional = 1
     num_domains: int
+    _affine: str | None
     population_statistics: str
     track_total_var: bool
     running_total_var: Tensor | None
@@ -59,7 +60,8 @@ class PopulationStatistics(nn.BatchNorm2d):
 
     def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
         """Buffers of `width` means and variances a domain, or None."""
-        domains = (self.num_domains,) if self.population_statistics == "per_domain" and self.num_domains > 1 else ()
+        domains = self._domain_shape(self.population_statistics)
+        self._num_statistics = width
         tracks = self.track_running_stats
         self.register_buffer("running_mean", torch.zeros(*domains, width, **factory) if tracks else None)
         self.register_buffer("running_var", torch.ones(*domains, width, **factory) if tracks else None)
@@ -67,6 +69,41 @@ class PopulationStatistics(nn.BatchNorm2d):
         self.register_buffer("num_batches_tracked", count if tracks else None)
         total = torch.ones(*domains, width, **factory) if tracks and self.track_total_var else None
         self.register_buffer("running_total_var", total)
+
+    def _domain_shape(self, choice: str | None) -> tuple[int, ...]:
+        """What stands before the channels in the shape of tensors that are, or are not, `"per_domain"`."""
+        return (self.num_domains,) if choice == "per_domain" and self.num_domains > 1 else ()
+
+    def check_tensors(self, x: Tensor) -> None:
+        """Refuse parameters and buffers that do not fit this layer and `x`: C++ would not notice.
+
+        Raises:
+            RuntimeError: as torch, another shape, device or kind of numbers.
+        """
+        affine, statistics = self._domain_shape(self._affine), self._domain_shape(self.population_statistics)
+        of_channels, of_statistics = (*affine, self.num_features), (*statistics, self._num_statistics)
+        for name, value, shape in (
+            ("weight", self.weight, of_channels),
+            ("bias", self.bias, of_channels),
+            ("running_mean", self.running_mean, of_statistics),
+            ("running_var", self.running_var, of_statistics),
+            ("running_total_var", self.running_total_var, of_statistics),
+            ("num_batches_tracked", self.num_batches_tracked, statistics),
+        ):
+            if value is None:
+                continue
+            if value.shape != shape:
+                raise RuntimeError(f"{type(self).__name__}: expected {name} of shape {shape}, got {tuple(value.shape)}")
+            if value.device != x.device:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected the input and {name} on the same device, got {x.device} and "
+                    f"{value.device}"
+                )
+            if name != "num_batches_tracked" and (not value.is_floating_point() or value.layout != torch.strided):
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected {name} as dense floating-point numbers, got {value.dtype}, "
+                    f"{value.layout}"
+                )
 
     @property
     def frozen(self) -> bool:

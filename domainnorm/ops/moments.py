@@ -185,3 +185,8 @@ class _MergeRanks(Function):
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The type of the moments of `x`: float64 for float64, else float32, also under autocast."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def is_in_memory(x: Tensor) -> bool:
+    """Whether the numbers at the address of `x` are its own: not where their sign is changed, or they are 0, lazily."""
+    return not (x.is_neg() or x._is_zerotensor())
