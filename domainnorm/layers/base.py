@@ -81,6 +81,8 @@ class PopulationStatistics(nn.BatchNorm2d):
             RuntimeError: as torch, another shape, device or kind of numbers.
         """
         affine, statistics = self._domain_shape(self._affine), self._domain_shape(self.population_statistics)
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        dtypes = (x.dtype, torch.float32) if half else (x.dtype,)  # as torch's kernels on all devices together
         of_channels, of_statistics = (*affine, self.num_features), (*statistics, self._num_statistics)
         for name, value, shape in (
             ("weight", self.weight, of_channels),
@@ -99,10 +101,10 @@ class PopulationStatistics(nn.BatchNorm2d):
                     f"{type(self).__name__}: expected the input and {name} on the same device, got {x.device} and "
                     f"{value.device}"
                 )
-            if name != "num_batches_tracked" and (not value.is_floating_point() or value.layout != torch.strided):
+            if name != "num_batches_tracked" and (value.dtype not in dtypes or value.layout != torch.strided):
                 raise RuntimeError(
-                    f"{type(self).__name__}: expected {name} as dense floating-point numbers, got {value.dtype}, "
-                    f"{value.layout}"
+                    f"{type(self).__name__}: expected {name}, for an input of {x.dtype}, as dense "
+                    f"{' or '.join(map(str, dtypes))}, got {value.dtype}, {value.layout}"
                 )
 
     @property

@@ -111,6 +111,8 @@ def _refused_by_torch(problem: Normalization, forced: bool) -> str:
             return "an input has fewer than two values a channel"
         if not torch_mixes(x, values):
             return "torch's kernel does not mix these dtypes"
+        if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16) and {v.dtype for v in values} != {torch.float32}:
+            return "torch's kernel takes moments of half precision"
         if is_mistaken_by_torch(x):
             return "torch's kernel mistakes its memory format"
         if not forced and not _prefers_torch(x):
