@@ -20,8 +20,8 @@ from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError
 from ..modeling.weights import load_weights, read_checkpoint
 from ..output import replace_file
-from ..statistics.choose import preserve_state
 from ..statistics.merge import merge_population_statistics
+from ..statistics.preserve import preserve_state
 from .average import WeightAverage
 
 # What a resumed run may choose anew: nothing here changes the weights that training arrives at.

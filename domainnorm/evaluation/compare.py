@@ -14,8 +14,9 @@ from ..data import test_loader
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
-from ..statistics.choose import preserve_state, set_statistics
+from ..statistics.choose import set_statistics
 from ..statistics.merge import merge_population_statistics
+from ..statistics.preserve import preserve_state
 from .classification import accuracy, training_predictions
 from .recompute import recompute
 from .test_set import TestSet, overall_scores

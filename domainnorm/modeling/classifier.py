@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import num_classes
 from ..errors import UserError
 from ..layers import DomainBatchNorm
-from ..statistics.choose import preserve_state
+from ..statistics.preserve import preserve_state
 from ..surgery.convert import convert_batchnorm
 from ..surgery.domains import use_domains_of
 from ..surgery.replace import replace_layers
