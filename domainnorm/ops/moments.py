@@ -195,6 +195,12 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or, if it is that, float64: for sums, scores and losses."""
+    dtype = accumulate_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)  # torch 2.11 compiles a .to() without effect to no gradient
+
+
 def is_in_memory(x: Tensor) -> bool:
     """Whether the numbers at the address of `x` are its own: not where their sign is changed, or they are 0, lazily."""
     return torch.compiler.is_compiling() or not (x.is_neg() or x._is_zerotensor())
