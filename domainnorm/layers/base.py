@@ -80,32 +80,39 @@ class PopulationStatistics(nn.BatchNorm2d):
         Raises:
             RuntimeError: as torch, another shape, device or kind of numbers.
         """
-        affine, statistics = self._domain_shape(self._affine), self._domain_shape(self.population_statistics)
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        dtypes = (x.dtype, torch.float32) if half else (x.dtype,)  # as torch's kernels on all devices together
-        of_channels, of_statistics = (*affine, self.num_features), (*statistics, self._num_statistics)
-        for name, value, shape in (
-            ("weight", self.weight, of_channels),
-            ("bias", self.bias, of_channels),
-            ("running_mean", self.running_mean, of_statistics),
-            ("running_var", self.running_var, of_statistics),
-            ("running_total_var", self.running_total_var, of_statistics),
-            ("num_batches_tracked", self.num_batches_tracked, statistics),
-        ):
+        domains = (self.num_domains,) if self.num_domains > 1 else ()
+        of_statistics = domains if self.population_statistics == "per_domain" else ()
+        of_channels = (*domains, self.num_features) if self._affine == "per_domain" else (self.num_features,)
+        width, device, dtype = (*of_statistics, self._num_statistics), x.device, x.dtype
+        for name, value in (*self._parameters.items(), *self._buffers.items()):
             if value is None:
                 continue
-            if value.shape != shape:
-                raise RuntimeError(f"{type(self).__name__}: expected {name} of shape {shape}, got {tuple(value.shape)}")
-            if value.device != x.device:
-                raise RuntimeError(
-                    f"{type(self).__name__}: expected the input and {name} on the same device, got {x.device} and "
-                    f"{value.device}"
-                )
-            if name != "num_batches_tracked" and (value.dtype not in dtypes or value.layout != torch.strided):
-                raise RuntimeError(
-                    f"{type(self).__name__}: expected {name}, for an input of {x.dtype}, as dense "
-                    f"{' or '.join(map(str, dtypes))}, got {value.dtype}, {value.layout}"
-                )
+            if name in ("weight", "bias"):
+                shape = of_channels
+            elif name in ("running_mean", "running_var", "running_total_var"):
+                shape = width
+            elif name == "num_batches_tracked":
+                shape = of_statistics
+            else:
+                continue
+            fits = value.dtype == dtype or name == "num_batches_tracked"
+            if value.shape != shape or value.device != device or not fits or value.layout != torch.strided:
+                self._refuse(x, name, value, shape)
+
+    def _refuse(self, x: Tensor, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        """Unless it is float32 beside a half-precision input, or the number of steps."""
+        what = f"{type(self).__name__}: expected {name}"
+        if value.shape != shape:
+            raise RuntimeError(f"{what} of shape {shape}, got {tuple(value.shape)}")
+        if value.device != x.device:
+            raise RuntimeError(f"{what} and the input on the same device, got {value.device} and {x.device}")
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        dtypes = (x.dtype, torch.float32) if half else (x.dtype,)  # as torch's kernels on all devices together
+        if name != "num_batches_tracked" and (value.dtype not in dtypes or value.layout != torch.strided):
+            raise RuntimeError(
+                f"{what}, for an input of {x.dtype}, as dense {' or '.join(map(str, dtypes))}, got {value.dtype}, "
+                f"{value.layout}"
+            )
 
     @property
     def frozen(self) -> bool:
