@@ -15,7 +15,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:].numel() == self.num_groups:
+        if self.num_groups == self.num_channels and x.shape[2:].numel() == 1:
             x = x - x  # what rounding leaves of a number less itself would be divided by sqrt(eps)
         return _in_float32(torch.group_norm, x, self.num_groups, self.weight, self.bias, self.eps)
 
