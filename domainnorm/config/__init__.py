@@ -4,10 +4,11 @@ from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
 from .node import flatten, images_per_forward, iteration_of
-from .schema import RENAMED
+from .schema import OPTIONS, RENAMED
 from .schema.evaluation import STATISTICS
 
 __all__ = [
+    "OPTIONS",
     "RENAMED",
     "STATISTICS",
     "UserError",
