@@ -80,7 +80,7 @@ def run(cfg: CfgNode, resume: bool, eval_only: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after a mistake in what the user gave."""
+    """The exit code: 0, 2 after a mistake in what the user gave, 130 and 143 after Ctrl-C and SIGTERM."""
     try:
         args = parse(argv)
         cfg = load_config(args.config_file, args.opts)
@@ -94,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist_url=args.dist_url,
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with tolerant_streams():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # before there is anything to save
+        return 130
     return 0

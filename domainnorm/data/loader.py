@@ -8,6 +8,8 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..config.node import images_per_forward
+from ..distributed import rank, this_rank, timeout
+from ..distributed.watch import VARIABLE
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
 from .classification_sets import minibatch_size, minibatches
@@ -149,6 +151,7 @@ def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
+        timeout=timeout() if num_workers else 0,
         collate_fn=_collate,
         # Its own generator: by default a loader draws from the global one, and a resumed run would draw twice.
         generator=torch.Generator(),
@@ -162,6 +165,13 @@ def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+    except RuntimeError as error:
+        if "DataLoader timed out" not in str(error):
+            raise
+        for worker in iterator._workers:  # type: ignore[attr-defined]
+            worker.kill()  # the loader would wait for one that hangs
+        seconds = f"{timeout():g} s ({VARIABLE})"
+        raise UserError(f"{this_rank(rank())}: the processes that load its data gave nothing for {seconds}") from error
     finally:
         del iterator  # its last reference, even while a traceback holds this frame: the workers end here
 

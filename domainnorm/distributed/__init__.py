@@ -11,6 +11,7 @@ from .collectives import (
     world_size,
 )
 from .launch import get_device, launch, to_device
+from .watch import set_progress, this_rank, timeout
 
 __all__ = [
     "ALL_GATHER",
@@ -24,6 +25,9 @@ __all__ = [
     "get_device",
     "launch",
     "rank",
+    "set_progress",
+    "this_rank",
+    "timeout",
     "to_device",
     "world_size",
 ]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import images_per_forward, iteration_of, save_config
 from ..data import train_loader
-from ..distributed import get_device, rank, to_device, world_size
+from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
 from ..evaluation import evaluate, recompute
 from ..layers import DomainBatchNorm
@@ -136,9 +136,11 @@ def _train(cfg: CfgNode, resume: bool, run_folder: RunFolder, stop: StopSignals)
                 freeze_norm(cfg, average.average.module)
             logger.info("from iteration %d on, %s", iteration, describe_normalization(cfg, model))
         began = time.perf_counter()
+        set_progress(3 * iteration)
         with signals_blocked() if iteration == start else contextlib.nullcontext():  # it starts the worker processes
             images, targets = to_device(next(batches), device)
         data_seconds = time.perf_counter() - began
+        set_progress(3 * iteration + 1)
 
         rate = learning_rate(cfg, iteration)
         for group in optimizer.param_groups:
@@ -150,6 +152,7 @@ def _train(cfg: CfgNode, resume: bool, run_folder: RunFolder, stop: StopSignals)
             with _only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype=amp, enabled=solver.AMP.ENABLED):
                     output = _losses(cfg, network, images[part], targets[part])
+                set_progress(3 * iteration + 2)
                 for name, value in _finite("loss", output, iteration, targets[part]).items():
                     losses[name] = losses.get(name, 0.0) + value / solver.ACCUMULATE
                 scaler.scale(sum(output.values()) / solver.ACCUMULATE).backward()
@@ -163,6 +166,7 @@ def _train(cfg: CfgNode, resume: bool, run_folder: RunFolder, stop: StopSignals)
             average.update(model, iteration)
 
         done = iteration + 1
+        set_progress(None)
         log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
         last, signal_number = done == solver.MAX_ITER, stop.number(device)
         if last and cfg.TEST.RECOMPUTE.IN_CHECKPOINT:

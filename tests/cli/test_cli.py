@@ -121,7 +121,8 @@ def test_two_processes_and_a_loss_that_is_not_finite(config_file, data_set, tmp_
     assert done.stdout.count("statistics ") == 1  # one table, not one a rank
     assert "population" in json.loads((tmp_path / "out" / "results.json").read_text())
 
-    done = tool("--config-file", config_file, "--num-gpus", 2, "SOLVER.BASE_LR", 1e30, "SOLVER.CHECKPOINT_PERIOD", 9)
+    other = ["SOLVER.BASE_LR", 1e30, "SOLVER.CHECKPOINT_PERIOD", 9, "OUTPUT_DIR", tmp_path / "other"]
+    done = tool("--config-file", config_file, "--num-gpus", 2, *other)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: the loss is not finite at iteration")
