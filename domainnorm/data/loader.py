@@ -168,12 +168,13 @@ def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
     except RuntimeError as error:
         if "DataLoader timed out" not in str(error):
             raise
-        for worker in iterator._workers:  # type: ignore[attr-defined]
-            worker.kill()  # the loader would wait for one that hangs
         seconds = f"{timeout():g} s ({VARIABLE})"
         raise UserError(f"{this_rank(rank())}: the processes that load its data gave nothing for {seconds}") from error
     finally:
+        workers = getattr(iterator, "_workers", [])
         del iterator  # its last reference, even while a traceback holds this frame: the workers end here
+        for worker in workers:
+            worker.kill()  # but for one that hangs
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:

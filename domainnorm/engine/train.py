@@ -70,11 +70,14 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
 
         >>> model = dn.train(dn.load_config("quickstart.yaml"))  # doctest: +SKIP
     """
-    with tolerant_streams(), logged_end(), RunFolder(cfg.OUTPUT_DIR) as run_folder, StopSignals() as stop:
-        return _train(cfg, resume, run_folder, stop)
+    with contextlib.ExitStack() as stack:
+        for context in (tolerant_streams(), logged_end()):
+            stack.enter_context(context)
+        return _train(cfg, resume, stack)
 
 
-def _train(cfg: CfgNode, resume: bool, run_folder: RunFolder, stop: StopSignals) -> nn.Module:
+def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module:
+    run_folder, stop = stack.enter_context(RunFolder(cfg.OUTPUT_DIR)), stack.enter_context(StopSignals())
     solver = cfg.SOLVER
     device = get_device(cfg.MODEL.DEVICE)
     amp = getattr(torch, solver.AMP.DTYPE)
@@ -89,7 +92,7 @@ def _train(cfg: CfgNode, resume: bool, run_folder: RunFolder, stop: StopSignals)
     checkpoint = read_training(cfg, file) if file else None
     start = checkpoint["iteration"] if checkpoint else 0
     ranks = {"rank": rank(), "world_size": world_size()}
-    batches = train_loader(cfg, **ranks, start_iteration=start)
+    batches = stack.enter_context(contextlib.closing(train_loader(cfg, **ranks, start_iteration=start)))
     check_test_sets(cfg)
     seed_generators(cfg.SEED)  # the same weights on every rank
     model = build_model(cfg).train()
@@ -185,7 +188,7 @@ def _train(cfg: CfgNode, resume: bool, run_folder: RunFolder, stop: StopSignals)
                 _score(cfg, model, average, done, log)
 
     stop.later = False
-    del batches  # ends its worker processes
+    batches.close()  # ends its worker processes
     merge_population_statistics(model)  # what is returned is what was saved, on every rank
     if average:
         model = average.model(cfg, model)
