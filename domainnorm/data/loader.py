@@ -1,6 +1,8 @@
 """Batches for training and evaluation, on this rank."""
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -151,7 +153,6 @@ def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        timeout=timeout() if num_workers else 0,
         collate_fn=_collate,
         # Its own generator: by default a loader draws from the global one, and a resumed run would draw twice.
         generator=torch.Generator(),
@@ -161,20 +162,50 @@ def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader
 def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
     iterator = iter(loader)
     try:
-        for batch in iterator:
+        while True:
+            with _answering(getattr(iterator, "_workers", [])):
+                batch = next(iterator, None)
             if isinstance(batch, UserError):
                 raise batch
+            if batch is None:
+                return
             yield batch
-    except RuntimeError as error:
-        if "DataLoader timed out" not in str(error):
-            raise
-        seconds = f"{timeout():g} s ({VARIABLE})"
-        raise UserError(f"{this_rank(rank())}: the processes that load its data gave nothing for {seconds}") from error
     finally:
         workers = getattr(iterator, "_workers", [])
         del iterator  # its last reference, even while a traceback holds this frame: the workers end here
         for worker in workers:
             worker.kill()  # but for one that hangs
+
+
+@contextmanager
+def _answering(workers: Sequence[Any]) -> Iterator[None]:
+    """Ends the processes that load data where they take too long: the one that stopped may hold a lock of the others.
+
+    (The loader's own `timeout` does not help where it waits for a process to hand over a batch that is ready.)
+    """
+    seconds, late = timeout(), threading.Event()
+
+    def end() -> None:
+        late.set()
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if workers:
+        timer.start()
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if not late.is_set():
+            raise
+        for worker in workers:
+            with suppress(RuntimeError):  # torch raises that one has died when the signal comes: let it come here
+                worker.join()
+        gave = f"gave nothing for {seconds:g} s ({VARIABLE})"
+        raise UserError(f"{this_rank(rank())}: the processes that load its data {gave}") from error
+    finally:
+        timer.cancel()
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:

@@ -78,9 +78,8 @@ def run_ranks(work: Callable[..., None], args: Sequence[Any], ranks: Sequence[in
         torch.multiprocessing.ProcessRaisedException: with the traceback of the first other error.
     """
     context = multiprocessing.get_context("spawn")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of what one line says, else each rank prints pages
     started: list[_Rank] = []
-    with _signals_taken(started) as received:
+    with _signals_taken(started) as received, _quiet_children():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until a rank is ready for it
         try:
             for local, rank in enumerate(ranks):
@@ -164,6 +163,20 @@ def _raise_first(ranks: list[_Rank], received: list[int]) -> None:
     for rank in ranks:
         if rank.code:
             raise UserError(f"{rank} ended with exit code {rank.code}")
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Of what one line says, started processes do not print pages: torch's C++, and what counts leaked semaphores."""
+    values = {"TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: value for name, value in values.items() if not before[name]})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
 
 
 @contextmanager

@@ -45,7 +45,8 @@ def setup_logging(folder: str | Path | None = None) -> None:
         for handler in list(logger.handlers):  # of an earlier run in this process
             if isinstance(handler, (_Console, _File)):
                 logger.removeHandler(handler)
-                handler.close()
+                with suppress(OSError):  # what it could not write has been told then
+                    handler.close()
         for handler in handlers:
             logger.addHandler(handler)
 
