@@ -41,6 +41,7 @@ from .log import TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 from .stop import StopSignals, signals_blocked
 from .streams import tolerant_streams
+from .try_smallest import try_smallest
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
     if isinstance(model, ChannelsLast):
         model.weights_last = device.type == "cpu" and world_size() == 1
     check_model(cfg, model)
+    try_smallest(cfg, model)
     optimizer = build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler(device.type, enabled=solver.AMP.ENABLED and amp == torch.float16)
     frozen_at = iteration_of(cfg, solver.FREEZE_NORM_AT) if solver.FREEZE_NORM_AT else solver.MAX_ITER

@@ -381,3 +381,39 @@ def test_signals_of_real_processes(data_set, tmp_path):
         done = int(re.search(r"stopped at (\d+); go on with --resume", line)[1])
         assert read_checkpoint(last_checkpoint(tmp_path / "out"))["iteration"] == done
         assert "Traceback" not in "".join(seen)
+
+
+# --- what is wrong shows before the first step ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"SOLVER__IMS_PER_BATCH": 1}, r"INPUT\.MIN_SIZE_TRAIN 64: .* SOLVER\.IMS_PER_BATCH 1 over"),
+        ({"SOLVER__ACCUMULATE": 4}, r"INPUT\.MIN_SIZE_TRAIN 64: .* SOLVER\.ACCUMULATE 4"),
+        (
+            {"SOLVER__IMS_PER_BATCH": 1, "MODEL__BACKBONE__NORM": "GN"},
+            r"coarsest features are 1 x 1: MODEL\.RETINANET\.NORM 'BN' has one value",
+        ),
+        ({"MODEL__RETINANET__NUM_CLASSES": 1}, r"MODEL\.RETINANET\.NUM_CLASSES 1 contradicts"),
+        (
+            {"MODEL__NORM_DOMAINS": "dataset", "DATASETS__DOMAINS": ["a"], "DATASETS__TEST_DOMAINS": [""]},
+            r"DATASETS\.TEST_DOMAINS",
+        ),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_written(data_set, tmp_path, choices, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny.config(data_set, tmp_path / "out", DATASETS__TEST=[data_set], **choices))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_only_the_test_set_has(data_set, tmp_path):
+    content = json.loads(Path(data_set.split(":")[0]).read_text())
+    content["categories"].append({"id": 9, "name": "other"})
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    test_set = f"{tmp_path / 'test.json'}:{data_set.split(':')[1]}"
+    with pytest.raises(UserError, match=r"categories|NUM_CLASSES"):
+        cfg = tiny.config(data_set, tmp_path / "out", DATASETS__TEST=[test_set], MODEL__RETINANET__NUM_CLASSES=2)
+        train(cfg)
+    assert not (tmp_path / "out").exists()
