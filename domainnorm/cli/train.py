@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from ..config import load_config
 from ..distributed import get_device, launch
 from ..engine import train
-from ..engine.checkpoint import last_checkpoint
+from ..engine.checkpoint import last_checkpoint, other_choices
 from ..engine.environment import describe_run
 from ..engine.folder import RunFolder
 from ..engine.log import logged_end, setup_logging
@@ -68,6 +68,8 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
         setup_logging(folder.open())
         for line in describe_run(cfg, get_device(cfg.MODEL.DEVICE), file or cfg.MODEL.WEIGHTS):
             logger.info("%s", line)
+        if others := other_choices(cfg, file or cfg.MODEL.WEIGHTS):
+            logger.warning("%s", others)
         evaluate(cfg, model)
 
 

@@ -134,7 +134,8 @@ def remove_older(folder: str | Path, iteration: int, keep: int) -> None:
 def save_model(cfg: CfgNode, name: str, model: nn.Module) -> None:
     """Save the weights alone, for evaluation and fine-tuning. Rank 0 writes."""
     if rank() == 0:
-        write_checkpoint({"model": model.state_dict()}, Path(cfg.OUTPUT_DIR) / name)
+        content = {"model": model.state_dict(), "config": cfg.dump()}
+        write_checkpoint(content, Path(cfg.OUTPUT_DIR) / name)
     barrier()
 
 
@@ -176,6 +177,21 @@ def read_training(cfg: CfgNode, file: Path) -> dict[str, Any]:
     if solver.AVERAGE_WEIGHTS and "average" not in checkpoint:
         raise UserError(f"cannot resume {file}: it holds no averaged weights; set SOLVER.AVERAGE_WEIGHTS ''")
     return checkpoint
+
+
+def other_choices(cfg: CfgNode, file: str | Path) -> str:
+    """What the model in `file` was trained with and `cfg` has otherwise, as one line; "" where there is nothing."""
+    if not Path(file).is_file() or "config" not in (content := read_checkpoint(file)):
+        return ""
+    then, now = _config_in(content["config"], Path(file)), flatten(cfg)
+    free = ("MODEL.WEIGHTS", "MODEL.DEVICE")
+    keys = [key for key in now if key.startswith("MODEL.") and key not in free and not key.endswith("_TEST")]
+    changed = [
+        f"{key} {_SHORT.repr(then[key])} (here: {_SHORT.repr(now[key])})"
+        for key in keys
+        if key in then and then[key] != now[key]
+    ]
+    return f"{file} was trained with another model: {', '.join(changed[:5])}" if changed else ""
 
 
 def restore_training(
