@@ -30,7 +30,7 @@ ALLOWED = {
     "layers": {"autograd", "distributed.collectives", "ops"},
     "statistics": {"autograd", "distributed", "ops", "layers"},
     "surgery": {"errors", "output", "distributed", "ops", "layers", "statistics"},
-    "modeling": {"errors", "config", "distributed", "data", "ops", "layers", "statistics", "surgery"},
+    "modeling": {"errors", "output", "config", "distributed", "data", "ops", "layers", "statistics", "surgery"},
     "evaluation": {
         *("errors", "output", "config", "distributed", "data"),
         *("ops", "layers", "statistics", "surgery", "modeling"),

@@ -4,7 +4,17 @@ from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
 from .node import flatten, iteration_of
-from .schema import RENAMED
+from .schema import OPTIONS, RENAMED
 from .schema.evaluation import STATISTICS
 
-__all__ = ["RENAMED", "STATISTICS", "UserError", "explain", "flatten", "iteration_of", "load_config", "save_config"]
+__all__ = [
+    "OPTIONS",
+    "RENAMED",
+    "STATISTICS",
+    "UserError",
+    "explain",
+    "flatten",
+    "iteration_of",
+    "load_config",
+    "save_config",
+]

@@ -56,6 +56,13 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     return total
 
 
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The largest `x` of all ranks, in place. Not differentiable."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
 def gather_objects(value: Any, group: Group = None) -> list[Any]:
     """The (picklable) `value` of every rank, in rank order, on every rank."""
     if world_size(group) == 1:

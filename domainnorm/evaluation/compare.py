@@ -1,5 +1,6 @@
 """One model, evaluated with several statistics, side by side."""
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from .classification import accuracy, training_predictions
 from .recompute import recompute
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
@@ -82,7 +85,9 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
             scores = {"classification": accuracy(training_predictions(cfg, model, device))}
         results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
-        print(format_table(results))
+        table = format_table(results)
+        print(table, flush=True)
+        logger.info("results\n%s", table, extra={"file_only": True})  # the console has it
     if len(tests) == 1:
         results = {name: next(iter(result.values())) for name, result in results.items()}
     if rank() == 0:
