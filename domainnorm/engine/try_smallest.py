@@ -4,9 +4,9 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data.sampler import images_per_forward
 from ..data import domain_names
 from ..data.classes import kind
+from ..data.sampler import images_per_forward
 from ..distributed import get_device, world_size
 from ..errors import UserError
 from ..layers import DomainBatchNorm
