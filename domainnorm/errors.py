@@ -19,7 +19,7 @@ class UserError(ValueError):
         domainnorm.errors.UserError: overrides: unknown key SOLVER.BSE_LR; the nearest known key is SOLVER.BASE_LR
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: object = "") -> None:
         line = one_line(message)
         if len(line) > MAX_MESSAGE:
             line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
@@ -37,9 +37,9 @@ def quote(value: object) -> str:
     return cut(one_line(_Quote().repr(value)))
 
 
-def cut(text: str) -> str:
+def cut(text: str, most: int = MAX_QUOTED) -> str:
     """`text`, or the beginning of it."""
-    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 1]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 class _Quote(reprlib.Repr):
@@ -51,3 +51,21 @@ class _Quote(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         """Python refuses to write thousands of digits."""
         return repr(x) if x.bit_length() <= 512 else f"a number of about {int(x.bit_length() * 0.30103)} digits"
+
+
+class Stopped(SystemExit):
+    """A run ends because Ctrl-C or SIGTERM asked it to, with the exit code that a shell gives that: 130 or 143.
+
+    What it raises once all that is worth keeping is saved; a program that does not catch it ends without a traceback.
+
+    Args:
+        number: of the signal.
+
+    Example::
+
+        >>> dn.errors.Stopped(2).code
+        130
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)

@@ -40,11 +40,6 @@ def walk(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]
         yield from walk(value, f"{key}.") if is_section else ((key, value),)
 
 
-def images_per_forward(cfg: CfgNode, processes: int) -> int:
-    """Images in one forward pass of training on one of `processes`: those that are learned from, then virtual ones."""
-    return cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * processes) + cfg.SOLVER.VIRTUAL_BATCH
-
-
 def iteration_of(cfg: CfgNode, when: float) -> int:
     """The iteration that an option gives as such or, below 1, as a share of `SOLVER.MAX_ITER`."""
     return round(when * cfg.SOLVER.MAX_ITER) if when < 1 else int(when)

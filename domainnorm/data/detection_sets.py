@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from ..config.node import images_per_forward
 from ..errors import UserError
 from .coco import CocoDataset, resolve_dataset
-from .sampler import TrainingBatchSampler
+from .sampler import TrainingBatchSampler, images_per_forward
 from .table import read_categories
 from .transforms import test_transforms, train_transforms
 

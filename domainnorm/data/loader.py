@@ -1,18 +1,21 @@
 """Batches for training and evaluation, on this rank."""
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from ..config.node import images_per_forward
+from ..distributed import rank, this_rank, timeout
+from ..distributed.watch import VARIABLE
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
 from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
-from .sampler import evaluation_indices
+from .sampler import evaluation_indices, images_per_forward
 from .set_sampler import SetBatchSampler
 
 Sample = tuple[torch.Tensor, dict[str, Any]]
@@ -158,12 +161,50 @@ def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader
 def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
     iterator = iter(loader)
     try:
-        for batch in iterator:
+        while True:
+            with _answering(getattr(iterator, "_workers", [])):
+                batch = next(iterator, None)
             if isinstance(batch, UserError):
                 raise batch
+            if batch is None:
+                return
             yield batch
     finally:
+        workers = getattr(iterator, "_workers", [])
         del iterator  # its last reference, even while a traceback holds this frame: the workers end here
+        for worker in workers:
+            worker.kill()  # but for one that hangs
+
+
+@contextmanager
+def _answering(workers: Sequence[Any]) -> Iterator[None]:
+    """Ends the processes that load data where they take too long: the one that stopped may hold a lock of the others.
+
+    (The loader's own `timeout` does not help where it waits for a process to hand over a batch that is ready.)
+    """
+    seconds, late = timeout(), threading.Event()
+
+    def end() -> None:
+        late.set()
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if workers:
+        timer.start()
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if not late.is_set():
+            raise
+        for worker in workers:
+            with suppress(RuntimeError):  # torch raises that one has died when the signal comes: let it come here
+                worker.join()
+        gave = f"gave nothing for {seconds:g} s ({VARIABLE})"
+        raise UserError(f"{this_rank(rank())}: the processes that load its data {gave}") from error
+    finally:
+        timer.cancel()
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:

@@ -1,22 +1,20 @@
 """A config -> a model."""
 
-import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
 
 from ..data import domain_names, num_classes
 from ..distributed import get_device
 from ..errors import UserError
 from ..layers import BatchGroupNorm
 from ..surgery.domains import name_domains
+from .anchors import AnchorGenerator, ExactAnchorGenerator
 from .backbone import build_backbone
 from .channels_last import Transform
 from .classifier import build_classifier
-from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
+from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, RPNHead, box_head, mask_head
 from .norm import fix_weights, own_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
 from .roi_align import RoIAlign
@@ -204,20 +202,3 @@ def _anchors(cfg: CfgNode, octave_scales: int) -> AnchorGenerator:
     if options.ROUNDED:
         return AnchorGenerator(tuple(tuple(map(int, own)) for own in sizes), ratios)
     return ExactAnchorGenerator(tuple(map(tuple, sizes)), ratios)
-
-
-class ExactAnchorGenerator(AnchorGenerator):
-    """torchvision's, without rounding the sides to whole pixels: detectron2's anchors."""
-
-    def generate_anchors(
-        self,
-        scales: list[float],
-        aspect_ratios: list[float],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Boxes `(len(aspect_ratios) · len(scales), 4)` around 0, ratio by ratio."""
-        sizes = torch.as_tensor(scales, dtype=dtype, device=device)
-        roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
-        widths, heights = (sizes / roots).flatten(), (sizes * roots).flatten()
-        return torch.stack([-widths, -heights, widths, heights], 1) / 2

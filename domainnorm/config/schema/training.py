@@ -53,7 +53,12 @@ class Solver(Section, key="SOLVER"):
     AVERAGE_WEIGHTS = Option("", "Evaluate an average of the weights, with recomputed statistics.", ("", "EMA", "SWA"))
     AVERAGE_WEIGHTS_FROM = Option(0.0, "When the average begins.", ITERATIONS_OR_0)
     AVERAGE_WEIGHTS_DECAY = Option(0.999, "Decay of EMA at each iteration.", BELOW_ONE)
-    CHECKPOINT_PERIOD = Option(5000, "Number of iterations from one checkpoint to the next.", ITERATIONS)
+    CHECKPOINT_PERIOD = Option(
+        0, "Number of iterations from one checkpoint to the next; 0: MAX_ITER / 10, at most 5000.", ITERATIONS_OR_0
+    )
+    CHECKPOINT_KEEP = Option(
+        5, "Number of the last checkpoints that stay, beside model_final and model_best; 0: all.", ITERATIONS_OR_0
+    )
 
 
 class AMP(Section, key="SOLVER.AMP"):
