@@ -1,3 +1,4 @@
+import os
 import platform
 import shutil
 import zlib
@@ -8,6 +9,10 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/ops/native/*.{kind}"))
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi"]
+SANITIZE = []  # as docs/reliability.md says
+if kinds := os.environ.get("DOMAINNORM_SANITIZE"):
+    SANITIZE = [f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-g"]
 KINDS = {"default": []}  # of processors, and what a compiler must know of them
 if platform.machine() in ("x86_64", "AMD64"):
     KINDS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
@@ -48,7 +53,8 @@ setup(
             [str(path.relative_to(HERE)) for path in KERNELS if path.suffix == ".cpp"],
             depends=[str(path.relative_to(HERE)) for path in KERNELS],
             define_macros=[("SOURCE", str(zlib.crc32(b"".join(path.read_bytes() for path in KERNELS))))],
-            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi", *options],
+            extra_compile_args=[*FLAGS, *options, *SANITIZE],
+            extra_link_args=SANITIZE,
             optional=True,  # without a compiler, operations of torch do the same, slower
         )
         for kind, options in KINDS.items()

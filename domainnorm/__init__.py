@@ -52,25 +52,15 @@ if TYPE_CHECKING:
     from .statistics.virtual_batch import virtual_batch as virtual_batch
     from .surgery.convert import convert_batchnorm as convert_batchnorm
     from .surgery.convert import convert_groupnorm as convert_groupnorm
-    from .surgery.domains import (
-        add_domain as add_domain,
-    )
-    from .surgery.domains import (
-        keep_domain as keep_domain,
-    )
-    from .surgery.domains import (
-        merge_domains as merge_domains,
-    )
-    from .surgery.domains import (
-        name_domains as name_domains,
-    )
-    from .surgery.domains import (
-        use_domain as use_domain,
-    )
+    from .surgery.domains import name_domains as name_domains
+    from .surgery.domains import use_domain as use_domain
     from .surgery.export import export_model as export_model
     from .surgery.freeze import freeze_batchnorm as freeze_batchnorm
     from .surgery.fuse import fuse as fuse
     from .surgery.nearest import nearest_domain as nearest_domain
+    from .surgery.resize_domains import add_domain as add_domain
+    from .surgery.resize_domains import keep_domain as keep_domain
+    from .surgery.resize_domains import merge_domains as merge_domains
 
 _MODULES = {  # of the public names, separated by spaces
     "config": "load_config",
@@ -89,11 +79,12 @@ _MODULES = {  # of the public names, separated by spaces
     "statistics.recompute": "recompute_population_statistics",
     "statistics.virtual_batch": "virtual_batch",
     "surgery.convert": "convert_batchnorm convert_groupnorm",
-    "surgery.domains": "add_domain keep_domain merge_domains name_domains use_domain",
+    "surgery.domains": "name_domains use_domain",
     "surgery.export": "export_model",
     "surgery.freeze": "freeze_batchnorm",
     "surgery.fuse": "fuse",
     "surgery.nearest": "nearest_domain",
+    "surgery.resize_domains": "add_domain keep_domain merge_domains",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted([*_HOMES, "__version__"])

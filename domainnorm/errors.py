@@ -1,10 +1,16 @@
-"""What a user did wrong, told apart from what we did wrong."""
+"""What a user did wrong, told apart from what we did wrong, and how it is told: in one line."""
+
+import reprlib
+
+MAX_QUOTED = 80  # characters of a value in a message
+MAX_MESSAGE = 1200  # characters, whatever is in it
 
 
 class UserError(ValueError):
     """A mistake in what the user gave (config, data, checkpoint), told in one line that says what to do.
 
-    The command line prints it and exits with code 2.
+    The command line prints it and exits with code 2. Line breaks of the message become spaces, other characters that
+    cannot be printed are escaped, and the middle of a very long message is left out.
 
     Example::
 
@@ -12,3 +18,54 @@ class UserError(ValueError):
         Traceback (most recent call last):
         domainnorm.errors.UserError: overrides: unknown key SOLVER.BSE_LR; the nearest known key is SOLVER.BASE_LR
     """
+
+    def __init__(self, message: object = "") -> None:
+        line = one_line(message)
+        if len(line) > MAX_MESSAGE:
+            line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
+        super().__init__(line)
+
+
+def one_line(text: object) -> str:
+    """`text` without line breaks, and with escapes for what cannot be printed."""
+    line = " ".join(part.strip() for part in str(text).splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def quote(value: object) -> str:
+    """`value` as a message shows it: its `repr`, or the beginning of that, however large the value is."""
+    return cut(one_line(_Quote().repr(value)))
+
+
+def cut(text: str, most: int = MAX_QUOTED) -> str:
+    """`text`, or the beginning of it."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+class _Quote(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 4 * MAX_QUOTED, MAX_QUOTED
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = MAX_QUOTED // 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write thousands of digits."""
+        return repr(x) if x.bit_length() <= 512 else f"a number of about {int(x.bit_length() * 0.30103)} digits"
+
+
+class Stopped(SystemExit):
+    """A run ends because Ctrl-C or SIGTERM asked it to, with the exit code that a shell gives that: 130 or 143.
+
+    What it raises once all that is worth keeping is saved; a program that does not catch it ends without a traceback.
+
+    Args:
+        number: of the signal.
+
+    Example::
+
+        >>> dn.errors.Stopped(2).code
+        130
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)

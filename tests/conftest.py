@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Before torch: two threads in each of several test processes slow each other down many times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +39,11 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOMAINNORM_DATA", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Ctrl-C is what it is in a terminal, also where a shell runs the tests in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

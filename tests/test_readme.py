@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from domainnorm.config import load_config
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,3 +28,18 @@ def test_the_paths_it_names_exist():
     assert len(paths) > 4
     for path in paths:
         assert (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_each_training_it_shows_has_a_folder_of_its_own():
+    """A second one in the same folder is refused."""
+    folders = []
+    for command in re.findall(r"train_net\.py ((?:.*\\\n)*.*)", README):
+        if (
+            "--eval-only" not in command
+            and "--resume" not in command
+            and (file := re.search(r"configs/\S+yaml", command))
+        ):
+            own = re.search(r"OUTPUT_DIR (\S+)", command)
+            folders.append(own[1] if own else load_config(ROOT / file[0]).OUTPUT_DIR)
+    assert len(folders) > 5
+    assert len(folders) == len(set(folders)), folders

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..config import load_config
+from ..engine.checkpoint import other_choices
 from ..errors import UserError
 from ..modeling import build_model
 from ..modeling.weights import load_weights, read_weights
@@ -44,6 +45,8 @@ def export(args: argparse.Namespace) -> Exported:
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to export")
     model = build_model(cfg)
+    if others := other_choices(cfg, cfg.MODEL.WEIGHTS):
+        print(f"warning: {others}", file=sys.stderr)
     options = {}
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         options["size"] = (cfg.INPUT.CROP_SIZE, cfg.INPUT.CROP_SIZE)

@@ -6,22 +6,29 @@ Under torchrun (`torchrun … tools/train_net.py …`), or with --num-machines o
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
 from ..config import load_config
-from ..distributed import launch
+from ..distributed import get_device, launch
 from ..engine import train
-from ..engine.checkpoint import last_checkpoint
-from ..engine.log import setup_logging
+from ..engine.checkpoint import last_checkpoint, other_choices
+from ..engine.environment import describe_run
+from ..engine.folder import RunFolder
+from ..engine.log import logged_end, setup_logging
+from ..engine.stop import StopSignals
+from ..engine.streams import tolerant_streams
 from ..errors import UserError
 from ..evaluation import evaluate
 from ..modeling import build_model
-from ..modeling.weights import load_weights, read_checkpoint
-from ..output import output_folder
+from ..modeling.checkpoint_file import read_checkpoint, state_dict_of
+from ..modeling.weights import load_weights
 from . import Parser
+
+logger = logging.getLogger(__name__)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,12 +59,18 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
         raise UserError("--eval-only: MODEL.WEIGHTS is empty; give a checkpoint file, or --resume for the last one")
     if not cfg.DATASETS.TEST:
         raise UserError("--eval-only: DATASETS.TEST is empty; name a data set to evaluate on")
-    setup_logging()
-    model = build_model(cfg)
-    if file is not None:
-        load_weights(model, read_checkpoint(file)["model"], file)
-    setup_logging(output_folder(cfg.OUTPUT_DIR))
-    evaluate(cfg, model)
+    with tolerant_streams(), logged_end(), RunFolder(cfg.OUTPUT_DIR) as folder, StopSignals():
+        setup_logging()
+        folder.claim(new=False)
+        model = build_model(cfg)
+        if file is not None:
+            load_weights(model, state_dict_of(read_checkpoint(file), file), file)
+        setup_logging(folder.open())
+        for line in describe_run(cfg, get_device(cfg.MODEL.DEVICE), file or cfg.MODEL.WEIGHTS):
+            logger.info("%s", line)
+        if others := other_choices(cfg, file or cfg.MODEL.WEIGHTS):
+            logger.warning("%s", others)
+        evaluate(cfg, model)
 
 
 def run(cfg: CfgNode, resume: bool, eval_only: bool) -> None:
@@ -69,7 +82,7 @@ def run(cfg: CfgNode, resume: bool, eval_only: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after a mistake in what the user gave."""
+    """The exit code: 0, 2 after a mistake in what the user gave, 130 and 143 after Ctrl-C and SIGTERM."""
     try:
         args = parse(argv)
         cfg = load_config(args.config_file, args.opts)
@@ -83,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist_url=args.dist_url,
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with tolerant_streams():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # before there is anything to save
+        return 130
     return 0

@@ -3,17 +3,17 @@
 from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
-from .node import flatten, images_per_forward, iteration_of
-from .schema import RENAMED
+from .node import flatten, iteration_of
+from .schema import OPTIONS, RENAMED
 from .schema.evaluation import STATISTICS
 
 __all__ = [
+    "OPTIONS",
     "RENAMED",
     "STATISTICS",
     "UserError",
     "explain",
     "flatten",
-    "images_per_forward",
     "iteration_of",
     "load_config",
     "save_config",

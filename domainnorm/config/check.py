@@ -1,10 +1,11 @@
 """What must hold between the options of a config."""
 
+import re
 from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
-from ..errors import UserError
+from ..errors import UserError, quote
 from .node import get_value, iteration_of
 from .option import not_among
 from .schema import OPTIONS
@@ -17,6 +18,12 @@ _OF_ONE_ARCHITECTURE = (
     *("MODEL.MASK_ON", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM", "MODEL.ROI_HEADS.SHUFFLE"),
     *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"),
 )
+# Iterations or, below 1, shares of MAX_ITER.
+_TIMES = (
+    *(f"MODEL.NORM.BRN.{name}" for name in ("BN_UNTIL", "R_MAX_AT", "D_MAX_AT")),
+    *("SOLVER.FREEZE_NORM_AT", "SOLVER.AVERAGE_WEIGHTS_FROM"),
+)
+_MIN_EPS = 1e-12  # far less is 0 in float32
 _OF_DOMAINS = ("SGD_STATISTICS", "POPULATION_STATISTICS", "AFFINE")
 _Contradictions = Iterator[tuple[str, str, str]]  # two keys, and what to do
 
@@ -29,6 +36,9 @@ def check(cfg: CfgNode) -> None:
     """
     for key, option in OPTIONS.items():
         option.check(get_value(cfg, key))
+    for key in _TIMES:
+        if (when := get_value(cfg, key)) > 1 and when != int(when):
+            raise UserError(f"{key} takes an iteration, a whole number, or a share below 1, got {when:g}")
     for section in (_architecture, _heads, _norms, _data_sets, _batches, _solver, _evaluation):
         for *keys, remedy in section(cfg):
             first, second = (f"{key} {_text(get_value(cfg, key))}" for key in keys)
@@ -36,7 +46,7 @@ def check(cfg: CfgNode) -> None:
 
 
 def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else repr(value)
+    return f"{value:g}" if isinstance(value, float) else quote(value)
 
 
 def _chosen(cfg: CfgNode, *keys: str) -> list[str]:
@@ -48,6 +58,9 @@ def _architecture(cfg: CfgNode) -> _Contradictions:
     name, architecture, key = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE"
     if architecture != "Classifier" and name not in BACKBONES:
         raise not_among("MODEL.BACKBONE.NAME takes one of", name, BACKBONES)
+    own = name.startswith(("cifar_", "simplenet"))  # whose depth and width are in their names
+    if own and any(len(number) > 4 for number in re.findall(r"\d+", name)):
+        raise UserError(f"MODEL.BACKBONE.NAME takes depths and widths up to 9999, got {quote(name)}")
     if architecture == "Classifier" and cfg.MODEL.BACKBONE.FREEZE_AT and _chosen(cfg, "MODEL.BACKBONE.FREEZE_AT"):
         yield "MODEL.BACKBONE.FREEZE_AT", key, "all of its layers are trained; leave FREEZE_AT out"
     for chosen in _chosen(cfg, *_OF_ONE_ARCHITECTURE):
@@ -64,7 +77,7 @@ def _heads(cfg: CfgNode) -> _Contradictions:
         yield "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_BOX_HEAD.NUM_CONV", remedy
     for key in ("MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RPN.IOU_THRESHOLDS"):
         if get_value(cfg, key) != sorted(get_value(cfg, key)):
-            raise UserError(f"{key} takes two increasing numbers, got {get_value(cfg, key)}")
+            raise UserError(f"{key} takes two increasing numbers, got {quote(get_value(cfg, key))}")
 
 
 def _norms(cfg: CfgNode) -> _Contradictions:
@@ -73,6 +86,8 @@ def _norms(cfg: CfgNode) -> _Contradictions:
         for key in _chosen(cfg, *(f"MODEL.RETINANET.{name}" for name in _OF_DOMAINS)):
             remedy = f"it is an option of {' and '.join(BATCH_NORMS)}; set NORM to one of them or leave it out"
             yield key, "MODEL.RETINANET.NORM", remedy
+    if 0 < model.NORM.EPS < _MIN_EPS:
+        raise UserError(f"MODEL.NORM.EPS takes 0 or a number from {_MIN_EPS:g} on, got {model.NORM.EPS:g}")
     if model.NORM_DOMAINS and not cfg.DATASETS.DOMAINS:
         yield domains, "DATASETS.DOMAINS", "name the domain of each of DATASETS.TRAIN"
     if model.NORM_DOMAINS and model.ROI_HEADS.SHUFFLE and (model.ROI_BOX_HEAD.NORM or model.ROI_MASK_HEAD.NORM):
@@ -102,7 +117,7 @@ def _data_sets(cfg: CfgNode) -> _Contradictions:
             yield key, other, f"it takes one for each of these {len(get_value(cfg, other))}, or []"
     for domain in sets.DOMAINS:
         if not domain.strip() or "\n" in domain:
-            raise UserError(f"DATASETS.DOMAINS takes names of one line, got {domain!r}")
+            raise UserError(f"DATASETS.DOMAINS takes names of one line, got {quote(domain)}")
     if sets.TEST_DOMAINS and not sets.DOMAINS:
         yield "DATASETS.TEST_DOMAINS", "DATASETS.DOMAINS", "name the domains of DATASETS.TRAIN, or leave it out"
     for domain in filter(None, sets.TEST_DOMAINS):
@@ -111,9 +126,9 @@ def _data_sets(cfg: CfgNode) -> _Contradictions:
     renamed = [[name.strip() for name in entry.split("=")] for entry in sets.RENAME]
     for entry, names in zip(sets.RENAME, renamed, strict=True):
         if len(names) != 2 or not all(names):
-            raise UserError(f"DATASETS.RENAME takes entries such as 'old=new', got {entry!r}")
+            raise UserError(f"DATASETS.RENAME takes entries such as 'old=new', got {quote(entry)}")
         if sum(other[0] == names[0] for other in renamed) > 1:
-            raise UserError(f"DATASETS.RENAME has several new names for {names[0]!r}: {sets.RENAME}")
+            raise UserError(f"DATASETS.RENAME has several new names for {quote(names[0])}: {quote(sets.RENAME)}")
     for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
         if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:
             remedy = "the shorter side cannot be longer than the longer one"
@@ -137,13 +152,15 @@ def _batches(cfg: CfgNode) -> _Contradictions:
 
 def _solver(cfg: CfgNode) -> _Contradictions:
     solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD" and solver.NESTEROV and not solver.MOMENTUM:
+        yield "SOLVER.NESTEROV", "SOLVER.MOMENTUM", "there is no momentum to be Nesterov's; set the first to False"
     if solver.WEIGHT_DECAY_NORM_TARGET and not solver.WEIGHT_DECAY_NORM:
         remedy = "nothing decays to it; set that too, or leave it out"
         yield "SOLVER.WEIGHT_DECAY_NORM_TARGET", "SOLVER.WEIGHT_DECAY_NORM", remedy
     if solver.LR_SCHEDULER != "steps" and solver.STEPS:
         yield "SOLVER.STEPS", "SOLVER.LR_SCHEDULER", "leave STEPS empty or set LR_SCHEDULER to 'steps'"
     if sorted(set(solver.STEPS)) != solver.STEPS:
-        raise UserError(f"SOLVER.STEPS takes increasing iterations, got {solver.STEPS}")
+        raise UserError(f"SOLVER.STEPS takes increasing iterations, got {quote(solver.STEPS)}")
     if solver.IMS_PER_BATCH % solver.ACCUMULATE:
         yield "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE", "the second must divide the first"
     for name in ("LAYERS", "RECOMPUTE", "AFFINE", "WARMUP_ITERS") if not solver.FREEZE_NORM_AT else ():
@@ -168,4 +185,4 @@ def _evaluation(cfg: CfgNode) -> _Contradictions:
         yield "TEST.EXAMPLE_WEIGHT_DATASET", "TEST.EXAMPLE_WEIGHTS", remedy
     if validation and validation in cfg.DATASETS.TEST:
         remedy = "what is chosen on a data set cannot be tested on it; name another one"
-        raise UserError(f"TEST.EXAMPLE_WEIGHT_DATASET {validation!r} is one of DATASETS.TEST: {remedy}")
+        raise UserError(f"TEST.EXAMPLE_WEIGHT_DATASET {quote(validation)} is one of DATASETS.TEST: {remedy}")

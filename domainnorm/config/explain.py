@@ -3,7 +3,7 @@
 import inspect
 import textwrap
 
-from ..errors import UserError
+from ..errors import UserError, cut
 from .option import Option, nearest_to
 from .schema import OPTIONS, RENAMED, SECTIONS
 
@@ -22,7 +22,7 @@ def explain(key: str = "") -> str:
         return _explain_option(OPTIONS[key])
     found = [option for name, option in OPTIONS.items() if not key or name.startswith(f"{key}.")]
     if not found:
-        raise UserError(f"unknown key {key}; the nearest known key is {nearest_to(key, [*OPTIONS, *SECTIONS])}")
+        raise UserError(f"unknown key {cut(key)}; the nearest known key is {nearest_to(key, [*OPTIONS, *SECTIONS])}")
     comment = [_comment(key), ""] if key and key in SECTIONS else []
     return "\n".join([*comment, *(f"{option.key}: {option.default!r}  # {option.doc}" for option in found)])
 

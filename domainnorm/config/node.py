@@ -1,6 +1,6 @@
 """Options within a tree: fvcore's `CfgNode`, or what a YAML file holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -29,17 +29,15 @@ def get_value(cfg: CfgNode, key: str) -> Any:
 
 def flatten(tree: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
     """The value of every option by its key, as it is written in `tree`."""
-    values: dict[str, Any] = {}
+    return dict(walk(tree, section))
+
+
+def walk(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """The pairs of `flatten`, also where a key comes twice: in a section, and written with dots."""
     for name, value in tree.items():
         key = f"{section}{name}"
         is_section = isinstance(value, dict) and value and key not in OPTIONS and key not in RENAMED
-        values |= flatten(value, f"{key}.") if is_section else {key: value}
-    return values
-
-
-def images_per_forward(cfg: CfgNode, processes: int) -> int:
-    """Images in one forward pass of training on one of `processes`: those that are learned from, then virtual ones."""
-    return cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * processes) + cfg.SOLVER.VIRTUAL_BATCH
+        yield from walk(value, f"{key}.") if is_section else ((key, value),)
 
 
 def iteration_of(cfg: CfgNode, when: float) -> int:

@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ..errors import UserError
+from ..errors import UserError, cut, quote
+
+MAX_CHOICES = 20  # in a message
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,28 @@ class Range:
         return self.min <= value <= self.max and self.above < value < math.inf
 
     def __str__(self) -> str:
-        upper = f" to {self.max:g}" if self.max < math.inf else ""
+        upper = f" to {_short(self.max)}" if self.max < math.inf else ""
         if self.above > -math.inf:
-            return f"above {self.above:g}{upper and f', up{upper}'}"
-        return f"from {self.min:g}{upper or ' on'}"
+            return f"above {_short(self.above)}{upper and f', up{upper}'}"
+        return f"from {_short(self.min)}{upper or ' on'}"
 
 
-POSITIVE, NOT_NEGATIVE, SHARE = Range(above=0), Range(min=0), Range(min=0, max=1)
+def _short(number: float) -> str:
+    """Whole numbers in full, others to six digits."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
+SHARE, BELOW_ONE = Range(min=0, max=1), Range(min=0, max=0.999999)
+# Whole numbers, of which there is at least one, or possibly none. The largest is far above what anybody needs and far
+# below where a product of two of them, as int64, or the memory of an empty layer ends.
+ITERATIONS, ITERATIONS_OR_0 = Range(above=0, max=2**31 - 1), Range(min=0, max=2**31 - 1)
+IMAGES, IMAGES_OR_0 = Range(above=0, max=2**20), Range(min=0, max=2**20)
+OBJECTS = Range(above=0, max=10**6)
+PIXELS, PIXELS_OR_0 = Range(above=0, max=2**16), Range(min=0, max=2**16)
+CHANNELS, CLASSES_OR_0 = Range(above=0, max=2**13), Range(min=0, max=10**5)
+BINS = Range(above=0, max=64)
+LAYERS, LAYERS_OR_0 = Range(above=0, max=100), Range(min=0, max=100)
+INTENSITY = Range(min=0, max=1e30)
 
 
 @dataclass(frozen=True)
@@ -74,12 +91,12 @@ class Option:
         """
         elements = value if self.is_list else [value]
         if self.length not in (None, len(elements)):
-            raise UserError(f"{self.key} takes {self.length} numbers, got {value!r}")
+            raise UserError(f"{self.key} takes {self.length} numbers, got {quote(value)}")
         if len(elements) < self.min_length:
             raise UserError(f"{self.key} takes at least one, got []")
         wrong = [element for element in elements if self.allowed is not None and element not in self.allowed]
         if wrong and isinstance(self.allowed, Range):
-            raise UserError(f"{self.key} takes a number {self.allowed}, got {value!r}")
+            raise UserError(f"{self.key} takes a number {self.allowed}, got {quote(value)}")
         if wrong:
             raise not_among(f"{self.key} takes {'any' if self.is_list else 'one'} of", wrong[0], self.allowed)
 
@@ -87,12 +104,13 @@ class Option:
 def not_among(takes: str, value: Any, choices: Any) -> UserError:
     """The error for a value that is none of `choices`, with the nearest of them."""
     nearest = nearest_to(str(value), [str(choice) for choice in choices])
-    return UserError(f"{takes} {list(choices)}, got {value!r}; nearest: {nearest!r}")
+    first = ", ".join(map(quote, list(choices)[:MAX_CHOICES])) + ", …" * (len(choices) > MAX_CHOICES)
+    return UserError(f"{takes} [{first}], got {quote(value)}; nearest: {quote(nearest)}")
 
 
 def nearest_to(name: str, names: Any) -> str:
     """The one of `names` that is spelled most like `name`."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(cut(name), names, n=1, cutoff=0.0)[0]
 
 
 class Section:

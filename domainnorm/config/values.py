@@ -1,12 +1,13 @@
 """Values of options from YAML, the command line and Python, in the types of the options."""
 
 import ast
+import math
+import warnings
 from typing import Any
 
-import yaml
-
-from ..errors import UserError
+from ..errors import UserError, quote
 from .option import Option
+from .yaml_text import read_yaml
 
 
 def convert(option: Option, value: Any, source: str) -> Any:
@@ -29,7 +30,7 @@ def convert(option: Option, value: Any, source: str) -> Any:
     except TypeError:
         example = option.default or [option.type()] if option.is_list else repr(option.default)
         takes = f"a list such as {example}" if option.is_list else f"{option.type.__name__} (such as {example})"
-        got = f"{value!r} ({type(found).__name__}){_advice(option, found)}"
+        got = f"{quote(value)} ({type(found).__name__}){_advice(option, found)}"
         raise UserError(f"{source}: {option.key} takes {takes}, got {got}") from None
 
 
@@ -45,15 +46,17 @@ def _read(option: Option, text: str) -> Any:
     if found is not text or not text.lstrip().startswith(("[", "{")):
         return found
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return read_yaml(text)
+    except ValueError:
         raise TypeError from None
 
 
 def _literal(text: str) -> Any:
     """The Python literal that `text` is, else `text` itself."""
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash that means nothing
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
@@ -62,10 +65,17 @@ def _element(option: Option, value: Any) -> Any:
     """`value` in the type of `option` or, of a list, of its elements; TypeError where that would be a guess."""
     if option.type is float:
         value = _literal(value) if isinstance(value, str) else value  # 1e-4 is a string in YAML 1.1
-        value = float(value) if type(value) is int else value
+        value = _float(value) if type(value) is int else value
     if type(value) is not option.type:
         raise TypeError
     return value
+
+
+def _float(number: int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _advice(option: Option, found: Any) -> str:

@@ -12,7 +12,6 @@ from ..distributed import rank
 from ..errors import UserError
 from .boxes import are_relative, clip_boxes, under_a_pixel
 from .columns import Columns, read_columns
-from .files import shown
 from .masks import MISSING
 
 logger = logging.getLogger(__name__)
@@ -215,7 +214,7 @@ class Annotations(Sequence[ImageRecord]):
         columns, image = self.columns, int(self.columns.images[row])
         height, width = columns.size(image)
         return UserError(
-            f"{columns.source}: annotation {columns.ids[row]} (image {shown(columns.file_names[image])}, {width} x "
+            f"{columns.source}: annotation {columns.ids[row]} (image {columns.file_names[image]}, {width} x "
             f"{height} pixels): {what}; correct it, or set DATALOADER.INVALID_BOXES skip to clip or drop "
             "what is invalid"
         )

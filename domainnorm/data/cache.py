@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
+from ..paths import user_path
 
 
 def cache_root() -> Path:
     """Where the sets are kept: `$DOMAINNORM_DATA`, else `~/.cache/domainnorm`."""
-    return Path(os.environ.get("DOMAINNORM_DATA") or "~/.cache/domainnorm").expanduser()
+    return user_path(os.environ.get("DOMAINNORM_DATA") or "~/.cache/domainnorm")
 
 
 def cached(name: str, target: Path, write: Callable[[Path], None]) -> Path:

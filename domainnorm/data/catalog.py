@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
+from ..paths import user_path
 from .shapes import SHAPES, shapes_dataset
 
 # Under $DETECTRON2_DATASETS, laid out as detectron2 expects it.
@@ -20,7 +21,7 @@ COCO = {
 
 def datasets_root() -> Path:
     """The folder that holds `coco/`: `$DETECTRON2_DATASETS`, else `datasets`."""
-    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+    return user_path(os.environ.get("DETECTRON2_DATASETS") or "datasets")
 
 
 def resolve_dataset(name: str) -> tuple[Path, Path]:
@@ -39,7 +40,7 @@ def resolve_dataset(name: str) -> tuple[Path, Path]:
         return datasets_root() / annotation_file, datasets_root() / image_folder
     file, _, folder = str(name).rpartition(":")
     if file and folder:
-        return Path(file).expanduser(), Path(folder).expanduser()
+        return user_path(file), user_path(folder)
     nearest = difflib.get_close_matches(str(name), [*SHAPES, *COCO], n=3, cutoff=0.0)
     raise UserError(
         f"unknown data set {name!r}: the nearest known names are {', '.join(nearest)}; "

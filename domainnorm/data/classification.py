@@ -13,11 +13,11 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import UserError
+from ..paths import user_path
 from . import archives, patches
 from .arrays import LabelledImages, read_idx_pair, read_npz
 from .catalog import datasets_root
 from .columns import Strings
-from .files import shown
 from .image import IntensityRange, read_image
 from .scene import CLASSES
 
@@ -38,8 +38,8 @@ def resolve_classes(name: str) -> tuple[Path, ...]:
     if name in archives.FOLDERS:
         return (datasets_root() / archives.FOLDERS[name],)
     images, _, labels = str(name).rpartition(":")
-    whole = not images or not labels or Path(name).expanduser().exists()
-    return tuple(Path(path).expanduser() for path in ((name,) if whole else (images, labels)))
+    whole = not images or not labels or user_path(name).exists()
+    return tuple(user_path(path) for path in ((name,) if whole else (images, labels)))
 
 
 def read_class_names(name: str) -> list[str]:
@@ -139,7 +139,7 @@ def _open(name: str, paths: tuple[Path, ...]) -> LabelledImages:
 def _folder_classes(folder: Path) -> list[str]:
     classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
     if not classes:
-        raise UserError(f"data set {shown(folder)}: has no subfolders; expected one for each class, with its images")
+        raise UserError(f"data set {folder}: has no subfolders; expected one for each class, with its images")
     return classes
 
 
@@ -155,7 +155,7 @@ def _read_folder(folder: Path) -> tuple[list[str], list[str], np.ndarray]:
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
         raise UserError(
-            f"data set {shown(folder)}: no images in {shown(empty[0])}{more}; expected files that end in one of "
+            f"data set {folder}: no images in {empty[0]}{more}; expected files that end in one of "
             f"{', '.join(IMG_EXTENSIONS)}: add some or remove the subfolder"
         )
     return classes, files, np.repeat(np.arange(len(classes)), counts)
@@ -174,7 +174,7 @@ def _images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[t
             yield from _images(Path(entry.path), (*above, own))
         elif entry.name.lower().endswith(IMG_EXTENSIONS):
             if not entry.is_file():
-                raise UserError(f"image {shown(entry.path)}: it is no file, or a link to none; remove it")
+                raise UserError(f"image {entry.path}: it is no file, or a link to none; remove it")
             yield str(folder), entry.name
 
 
@@ -184,6 +184,4 @@ def _entries(folder: Path) -> "list[os.DirEntry[str]]":
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(
-            f"data set {shown(folder)}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise UserError(f"data set {folder}: cannot be read ({error.strerror}); check its permissions") from error

@@ -9,13 +9,12 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
-from ..config.node import images_per_forward
 from ..errors import UserError
 from .arrays import held_out
 from .class_sampler import ClassBatchSampler
 from .classification import ClassificationDataset, read_class_names, resolve_classes
 from .patches import COUNTS
-from .sampler import TrainingBatchSampler
+from .sampler import TrainingBatchSampler, images_per_forward
 from .transforms import classifier_test_transforms, classifier_train_transforms
 
 VALIDATION = "@validation"

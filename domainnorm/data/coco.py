@@ -13,7 +13,6 @@ from torchvision import tv_tensors
 from ..errors import UserError
 from .annotations import Annotations, ImageRecord, read_annotations
 from .catalog import resolve_dataset
-from .files import shown
 from .image import IntensityRange, read_image
 
 __all__ = ["CocoDataset", "resolve_dataset"]
@@ -124,12 +123,10 @@ class CocoDataset(Dataset[tuple[Any, dict[str, Any]]]):
             if entry is None or not entry.is_file():
                 number += 1
                 missing = "no such file" if entry is None else "it is no file"
-                problem = problem or f"image {shown(file)}: {missing}"
+                problem = problem or f"image {file}: {missing}"
         if problem:
             more = f" (and {number - 1} more)" if number > 1 else ""
-            raise UserError(
-                f"{problem}{more}; check the image folder and the file_name in {shown(self.annotation_file)}"
-            )
+            raise UserError(f"{problem}{more}; check the image folder and the file_name in {self.annotation_file}")
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         record = self.records[index]
@@ -163,6 +160,4 @@ def _entries(folder: Path) -> dict[str, "os.DirEntry[str]"]:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a zero byte
         return {}
     except OSError as error:
-        raise UserError(
-            f"image folder {shown(folder)}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise UserError(f"image folder {folder}: cannot be read ({error.strerror}); check its permissions") from error

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .files import shown
 from .json_lists import read_lists
 from .masks import Segmentations
 from .table import Table, check_unique
@@ -133,7 +132,7 @@ def _identity(file: Path) -> tuple[Path, int, int, int]:
 
 
 def _read(file: Path, masks: bool) -> Columns:
-    source = f"annotation file {shown(file)}"
+    source = f"annotation file {file}"
     parts: dict[str, list[Any]] = {}
     shapes = Segmentations() if masks else None
     with _no_garbage_collection():
@@ -206,7 +205,7 @@ def _sizes(table: Table, names: list[str]) -> np.ndarray:
     if len(bad):
         row = int(bad[0])
         raise UserError(
-            f"{table.source}: images[{table.first + row}] ({shown(names[row])}) has width {sizes[row, 1]} and height "
+            f"{table.source}: images[{table.first + row}] ({names[row]}) has width {sizes[row, 1]} and height "
             f"{sizes[row, 0]}; expected positive numbers of pixels, at most {_MAX_SIDE}"
         )
     return sizes

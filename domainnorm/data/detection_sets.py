@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from ..config.node import images_per_forward
 from ..errors import UserError
 from .coco import CocoDataset, resolve_dataset
 from .columns import read_columns
-from .sampler import TrainingBatchSampler
+from .sampler import TrainingBatchSampler, images_per_forward
 from .transforms import test_transforms, train_transforms
 
 EXAMPLES = 'shapes_train or "annotations.json:images"'

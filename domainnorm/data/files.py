@@ -24,10 +24,3 @@ def open_file(path: str | Path) -> BinaryIO:
     if kind != stat.S_IFREG:
         raise OSError(None, f"it is {_KINDS.get(kind, 'no regular file')}, expected a file")
     return open(path, "rb")
-
-
-def shown(name: str | Path) -> str:
-    """A name from a data set as an error shows it: on one line, in characters that can be printed, not too long."""
-    text = str(name)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 200 else f"{text[:97]}...{text[-100:]}"

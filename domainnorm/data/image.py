@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import UserError
-from .files import open_file, shown
+from ..errors import UserError, cut, one_line
+from .files import open_file
 
 _WHITE_OF_FLOATS = (1.0, 255.0, 65535.0)
 _WHITE_OF_INTEGERS = 65535.0
@@ -74,14 +74,14 @@ def read_image(
         UserError: missing, no regular file, truncated or not an image; without pixels; values without a known range;
             another size than expected.
     """
-    name = f"image {shown(path)}"
+    name = f"image {path}"
     try:
         image, stored = _open(path)
     except FileNotFoundError:
         raise UserError(f"{name}: no such file; check the image folder and the annotations' file_name") from None
     except Exception as error:  # decoders raise anything when a file is not, or not wholly, an image
         raise UserError(
-            f"{name}: cannot be read ({_one_line(error)}); replace the file or remove it from the data set"
+            f"{name}: cannot be read ({_reason(error)}); replace the file or remove it from the data set"
         ) from error
 
     size = (image.height, image.width)
@@ -108,7 +108,7 @@ def read_image(
         return F.pil_to_tensor(image.convert("RGB"))
     except Exception as error:
         raise UserError(
-            f"{name}: its mode {image.mode} has no way to RGB ({_one_line(error)}); convert the file"
+            f"{name}: its mode {image.mode} has no way to RGB ({_reason(error)}); convert the file"
         ) from error
 
 
@@ -141,6 +141,5 @@ def _brightest(path: Path) -> float:
         return 0.0
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    return shown(text) or type(error).__name__
+def _reason(error: BaseException) -> str:
+    return cut(one_line(getattr(error, "strerror", None) or error), 200) or type(error).__name__

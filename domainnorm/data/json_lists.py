@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import UserError
-from .files import open_file, shown
+from ..errors import UserError, quote
+from .files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def read_lists(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, int, li
         UserError: missing, no regular file, not JSON (naming line and column), no object, or without one of `keys`, or
             with one twice or no list.
     """
-    name = f"annotation file {shown(file)}"
+    name = f"annotation file {file}"
     try:
         stream = open_file(file)
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def _lists(text: "_Text", keys: tuple[str, ...]) -> Iterator[tuple[str, int, lis
     text.end()
     for key in keys:
         if key not in found:
-            has = shown(str(sorted(found)))
+            has = quote(sorted(found))
             raise UserError(f'{text.name}: has no "{key}"; it has {has}; expected COCO\'s format')
 
 

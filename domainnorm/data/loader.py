@@ -1,20 +1,22 @@
 """Batches for training and evaluation, on this rank."""
 
 import logging
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from ..config.node import images_per_forward
-from ..distributed import rank as own_rank
+from ..distributed import rank, this_rank, timeout
+from ..distributed.watch import VARIABLE
 from ..errors import UserError
 from .classes import AnySet, kind, label_other_set, label_training_sets
 from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
-from .sampler import evaluation_indices
+from .sampler import evaluation_indices, images_per_forward
 from .set_sampler import SetBatchSampler
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,7 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
 def _tell_shared_images(cfg: CfgNode, dataset: AnySet) -> None:
     """Once in a process: a score on images that the model is trained on is another thing than one on new images."""
     for name in cfg.DATASETS.TRAIN:
-        if own_rank() == 0 and (dataset.name, name) not in _told:
+        if rank() == 0 and (dataset.name, name) not in _told:
             _told.add((dataset.name, name))
             if shared := kind(cfg).shared_images(dataset, name):
                 logger.warning(
@@ -175,12 +177,50 @@ def _loader(dataset: Dataset[Any], batches: Any, num_workers: int) -> DataLoader
 def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
     iterator = iter(loader)
     try:
-        for batch in iterator:
+        while True:
+            with _answering(getattr(iterator, "_workers", [])):
+                batch = next(iterator, None)
             if isinstance(batch, UserError):
                 raise batch
+            if batch is None:
+                return
             yield batch
     finally:
+        workers = getattr(iterator, "_workers", [])
         del iterator  # its last reference, even while a traceback holds this frame: the workers end here
+        for worker in workers:
+            worker.kill()  # but for one that hangs
+
+
+@contextmanager
+def _answering(workers: Sequence[Any]) -> Iterator[None]:
+    """Ends the processes that load data where they take too long: the one that stopped may hold a lock of the others.
+
+    (The loader's own `timeout` does not help where it waits for a process to hand over a batch that is ready.)
+    """
+    seconds, late = timeout(), threading.Event()
+
+    def end() -> None:
+        late.set()
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if workers:
+        timer.start()
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if not late.is_set():
+            raise
+        for worker in workers:
+            with suppress(RuntimeError):  # torch raises that one has died when the signal comes: let it come here
+                worker.join()
+        gave = f"gave nothing for {seconds:g} s ({VARIABLE})"
+        raise UserError(f"{this_rank(rank())}: the processes that load its data {gave}") from error
+    finally:
+        timer.cancel()
 
 
 def _collate(samples: list[Sample | UserError]) -> Batch | UserError:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from fvcore.common.config import CfgNode
 from torch.utils.data import Sampler
 
 # Names of the independent random streams that one seed starts.
@@ -66,6 +67,11 @@ class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
                 order = np.random.default_rng([_ORDER, self.seed, epoch]).permutation(count)
             yield int(order[position % count]), position
             position += self.world_size
+
+
+def images_per_forward(cfg: CfgNode, processes: int) -> int:
+    """Images in one forward pass of training on one of `processes`: those that are learned from, then virtual ones."""
+    return cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE * processes) + cfg.SOLVER.VIRTUAL_BATCH
 
 
 def augmentation_seed(seed: int, position: int) -> int:

@@ -2,6 +2,7 @@ from .collectives import (
     ALL_GATHER,
     Group,
     all_gather_stack,
+    all_reduce_max,
     all_reduce_sum,
     barrier,
     deepcopy_over_group,
@@ -10,11 +11,13 @@ from .collectives import (
     world_size,
 )
 from .launch import get_device, launch, to_device
+from .watch import set_progress, this_rank, timeout
 
 __all__ = [
     "ALL_GATHER",
     "Group",
     "all_gather_stack",
+    "all_reduce_max",
     "all_reduce_sum",
     "barrier",
     "deepcopy_over_group",
@@ -22,6 +25,9 @@ __all__ = [
     "get_device",
     "launch",
     "rank",
+    "set_progress",
+    "this_rank",
+    "timeout",
     "to_device",
     "world_size",
 ]

@@ -56,12 +56,19 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     return total
 
 
-def gather_objects(value: Any) -> list[Any]:
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The largest `x` of all ranks, in place. Not differentiable."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def gather_objects(value: Any, group: Group = None) -> list[Any]:
     """The (picklable) `value` of every rank, in rank order, on every rank."""
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

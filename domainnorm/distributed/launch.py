@@ -1,18 +1,17 @@
 """Starting one process per rank, and the device of each."""
 
-import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from ..errors import UserError
+from .rendezvous import check_url, is_lost, process_group, ranks_of_environment
+from .supervise import run_ranks
+from .watch import timeout
 
 
 def get_device(name: str) -> torch.device:
@@ -47,7 +46,8 @@ def launch(
 ) -> None:
     """Run `function(*args)` on every rank: in this process if there is one, else in `num_processes` new ones.
 
-    Under torchrun the processes exist already, and the other arguments but `device` are not used.
+    Under torchrun, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, the processes exist
+    already.
 
     Args:
         device: "cuda" (one GPU per process, NCCL), "cpu" (gloo) or "auto".
@@ -55,18 +55,26 @@ def launch(
         dist_url: where the ranks meet, `tcp://host:port`; "auto" on a single machine.
 
     Raises:
-        UserError: from any rank, with its own message; the other ranks are stopped.
+        UserError: the first of any rank, with its own message; the other ranks are stopped. One that does not answer
+            for `DOMAINNORM_TIMEOUT` seconds is named.
+        Stopped: Ctrl-C or SIGTERM, which the ranks get, too.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _run_rank(function, args, device, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        return
     world = num_processes * num_machines
+    timeout()
+    if num_machines == 1 and (found := ranks_of_environment()):
+        if world > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise UserError(
+                f"--num-gpus {num_processes}: another launcher has started {found[1]} processes (WORLD_SIZE): leave "
+                "--num-gpus out, or unset RANK and WORLD_SIZE"
+            )
+        count = torch.cuda.device_count()
+        os.environ.setdefault("LOCAL_RANK", str(found[0] % count if count else found[0]))
+        _run_rank(function, args, device, "env://", *found)
+        return
     if world == 1:
         function(*args)
         return
     get_device(device)  # an error here is one error, not one a rank
-    # a rank's error is raised here; that the other ranks are stopped for it needs no line
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     if device != "cpu" and torch.cuda.is_available() and num_processes > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()}; "
@@ -77,50 +85,43 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         if dist_url == "auto":
             dist_url = f"file://{folder}/rendezvous"  # unlike a free port, nobody else can take it
-        mistakes = mp.get_context("spawn").SimpleQueue()
-        try:
-            mp.spawn(
-                _run_child,
-                (function, args, device, dist_url, machine_rank * num_processes, world, num_processes, mistakes),
-                nprocs=num_processes,
-            )
-        except (mp.ProcessExitedException, mp.ProcessRaisedException):  # the latter: of a rank that lost the others
-            if mistakes.empty():
-                raise
-            raise UserError(mistakes.get()) from None
+        check_url(dist_url)
+        first = machine_rank * num_processes
+        run_ranks(
+            _run_child, (function, args, device, dist_url, world, num_processes), range(first, first + num_processes)
+        )
 
 
 def _run_child(
     local_rank: int,
+    rank: int,
     function: Callable[..., None],
     args: Sequence[Any],
     device: str,
     url: str,
-    first_rank: int,
     world: int,
     num_processes: int,
-    mistakes: Any,
+    report: Callable[[Exception], None],
 ) -> None:
     os.environ["LOCAL_RANK"] = str(local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))  # else ranks spin against each other
-    _run_rank(_report_mistake, (function, args, mistakes), device, url, first_rank + local_rank, world)
+    _run_rank(_reported, (function, args, report), device, url, rank, world)
 
 
-def _report_mistake(function: Callable[..., None], args: Sequence[Any], mistakes: Any) -> None:
+def _reported(function: Callable[..., None], args: Sequence[Any], report: Callable[[Exception], None]) -> None:
+    """Tell of an error while the group lives: when it ends, the other ranks fail for that alone."""
     try:
         function(*args)
-    except UserError as error:
-        mistakes.put(str(error))  # while the group lives: when it ends, the other ranks fail and all are stopped
-        sys.exit(2)
+    except Exception as error:
+        if not is_lost(error):
+            report(error)
+        raise
 
 
 def _run_rank(function: Callable[..., None], args: Sequence[Any], device: str, url: str, rank: int, world: int) -> None:
     where = get_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", init_method=url, rank=rank, world_size=world)
-    try:
+    with process_group(where, url, rank, world):
         function(*args)
-    finally:
-        dist.destroy_process_group()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..autograd import is_recomputed
-from .collectives import Group, all_gather_stack, deepcopy_over_group, rank, world_size
+from .collectives import Group, all_gather_stack, deepcopy_over_group, gather_objects, rank, world_size
 
 
 class RoIShuffle(nn.Module):
@@ -25,17 +28,18 @@ class RoIShuffle(nn.Module):
 
     In training on W ranks with R RoIs in all, rank r computes those at `permutation[R·r/W : R·(r+1)/W]` of
     `roi_permutation(seed, step, R)`, by default sorted by the rank that brings them: the counts of two ranks
-    differ by at most one, and any rank may bring none. One collective exchanges the counts; then one uneven all-to-all
-    carries the features there and one each output back, in their own dtype, and the gradients take the reverse way. In
-    eval, and with one rank, it is the wrapped module.
+    differ by at most one, and any rank may bring none. One uneven all-to-all carries the features there and one each
+    output back, in their own dtype, and the gradients take the reverse way. In eval, and with one rank, it is the
+    wrapped module.
 
-    Every rank must call it in the same steps, and use its output in the loss even when it brings no RoI; the outputs of
-    the module must depend on its input also where that has no rows. Activation checkpointing belongs inside the
-    wrapped module, not around the shuffle.
+    Every rank must call it in the same steps, and use an output of it in the loss even when it brings no RoI. Before
+    rows travel, each way, the ranks compare by one small collective where they are and what they send: those that
+    disagree raise, all of them. Activation checkpointing belongs inside the wrapped module, not around the shuffle.
 
     Args:
-        module: the head: features `(R, *)` in; out comes a tensor `(R, *)`, or a tuple, list or dict of them. Also
-            any other callable, whose parameters then belong to another module.
+        module: the head: features `(R, *)` in; out comes a tensor `(R, *)`, or a tuple, list, dict or dataclass of
+            them, and of what has no rows: numbers, strings, None. Also any other callable, whose parameters then
+            belong to another module.
         seed: of the permutations; equal on all ranks.
         group: the process group; None: all ranks.
         in_order: whether a rank's rows are in the order of the permutation, for layers that normalize groups of them:
@@ -72,7 +76,8 @@ class RoIShuffle(nn.Module):
         """Features `(R, *)` of this rank's RoIs -> what the module makes of them, in the same order.
 
         Raises:
-            ValueError: the ranks are at different steps or have different seeds; or an output has not one row a RoI.
+            ValueError: the ranks are at different steps, have different seeds, or bring features, or outputs, of
+                different kinds; an output has not one row a RoI; or the module raised on another rank.
             RuntimeError: activation checkpointing runs it again, with what would be another permutation.
         """
         if not self.training:
@@ -82,23 +87,27 @@ class RoIShuffle(nn.Module):
         self.step += 1
         if world_size(self.group) == 1:
             return self.module(x)
-        if torch.is_grad_enabled() and not x.requires_grad:
+        with_gradient = torch.is_grad_enabled()
+        if with_gradient and not x.requires_grad:
             x = x.detach().requires_grad_()  # else this rank would miss the backward collectives of the others
-        route = self._route(x)
-        shuffled = _Exchange.apply(x, route, self.group)
-        back = route.reversed()
-        return _map(lambda y: _Exchange.apply(_one_row_a_roi(y, shuffled), back, self.group), self.module(shuffled))
-
-    def _route(self, x: Tensor) -> Route:
-        mine = torch.cat([x.new_tensor([len(x), self.seed], dtype=torch.long), self.step.to(x.device)[None]])
-        counts, seeds, steps = all_gather_stack(mine, self.group).T.tolist()
-        if len({*zip(seeds, steps, strict=True)}) > 1:
-            raise ValueError(
-                f"RoIShuffle: the ranks are at steps {steps} with seeds {seeds}; they must have one seed and make the "
-                "same training forwards, from the same checkpoint"
-            )
-        permutation = roi_permutation(self.seed, steps[0] - 1, sum(counts))
-        return Route.of(permutation, counts, rank(self.group), x.device, self.in_order)
+        here = _Place(self.seed, self.step, self.group, x.device)
+        counts = here.compare("its forward pass", f"{_kind(x)}{'' if with_gradient else ', without gradients'}", len(x))
+        permutation = roi_permutation(self.seed, here.step - 1, sum(counts))
+        route = Route.of(permutation, counts, rank(self.group), x.device, self.in_order)
+        shuffled = _Exchange.apply(x, route, here)
+        outputs: list[Tensor] = []
+        failure, said = None, ""
+        try:
+            value = self.module(shuffled)
+            _map(outputs.append, value)
+            for y in outputs:
+                _check_rows(y, shuffled)
+            said = ", ".join(map(_kind, outputs))
+        except Exception as error:  # the other ranks learn it, and do not wait for this one
+            failure, said = error, f"{type(error).__name__} ({error})"
+        here.compare("the outputs", said, failure=failure)
+        returned = iter(_Return.apply(route.reversed(), here, shuffled, *outputs))
+        return _map(lambda _: next(returned), value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoIShuffle:
         return deepcopy_over_group(self, self.group, memo)
@@ -158,38 +167,117 @@ class Route:
         return Route(take, self.received, self.sent, put)
 
 
+class _Place:
+    """Where a rank is in one training forward of a shuffle, and its backward pass."""
+
+    def __init__(self, seed: int, step: Tensor, group: Group, device: torch.device) -> None:
+        self.seed = seed
+        self.step: Any = step  # a number once the ranks have been compared: a GPU is waited for then
+        self.group = group
+        self.device = device
+
+    def compare(self, phase: str, kind: str, count: int = 0, failure: Exception | None = None) -> list[int]:
+        """The counts of all ranks.
+
+        Raises:
+            ValueError: on every rank, if not all are in this phase of this step, with the same seed and kind.
+            Exception: `failure` itself, which has one of another kind.
+        """
+        words = [crc32(phase.encode()), 0, self.seed, crc32(kind.encode()), count]
+        mine = torch.tensor(words, dtype=torch.long, device=self.device)
+        mine[1] = self.step
+        ranks = all_gather_stack(mine, self.group).tolist()
+        self.step = ranks[rank(self.group)][1]
+        if all(other[:4] == ranks[0][:4] for other in ranks) and failure is None:
+            return [other[4] for other in ranks]
+        told = gather_objects((phase, kind), self.group)
+        if failure is not None:
+            raise failure
+        steps, seeds = ([other[k] for other in ranks] for k in (1, 2))
+        if len({*zip(steps, seeds, strict=True)}) > 1:
+            reason = (
+                f"the ranks are at steps {steps} with seeds {seeds}; they must have one seed and make the same "
+                "training forwards, from the same checkpoint"
+            )
+        else:
+            reason = "the ranks differ; they must call it alike, and use its outputs in the loss alike"
+        places = "; ".join(f"rank {r}: {of} {what}" for r, (of, what) in enumerate(told))
+        raise ValueError(f"RoIShuffle: {reason} ({places})")
+
+
 class _Exchange(Function):
     """Rows of all ranks to where a route takes them; the gradients take the way back."""
 
     @staticmethod
-    def forward(ctx, x, route, group):
-        ctx.route, ctx.group = route, group
+    def forward(ctx: Any, x: Tensor, route: Route, here: _Place) -> Tensor:
+        ctx.route, ctx.here = route, here
         outgoing = x if route.take is None else x.index_select(0, route.take)
         incoming = x.new_empty((sum(route.received), *x.shape[1:]))
         # contiguous: what is channels_last would arrive in another order of elements
-        dist.all_to_all_single(incoming, outgoing.contiguous(), route.received, route.sent, group=group)
+        dist.all_to_all_single(incoming, outgoing.contiguous(), route.received, route.sent, group=here.group)
         return incoming if route.put is None else incoming.index_select(0, route.put)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _Exchange.apply(grad, ctx.route.reversed(), ctx.group), None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.here.compare("the gradient of its features", _kind(grad))
+        return _Exchange.apply(grad, ctx.route.reversed(), ctx.here), None, None
 
 
-def _one_row_a_roi(y: Any, x: Tensor) -> Tensor:
-    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
-        got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__}"
-        raise ValueError(f"RoIShuffle: the module returns {got} for {len(x)} RoIs; it must return one row for each")
-    if not len(x) and x.requires_grad and y.is_floating_point() and not y.requires_grad:
+class _Return(Function):
+    """All outputs by a route, at once: the gradients of all go back if any of them is used, or the features are."""
+
+    @staticmethod
+    def forward(ctx: Any, route: Route, here: _Place, shuffled: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.route, ctx.here = route, here
+        returned = tuple(_Exchange.apply(y, route, here) for y in outputs)
+        ctx.is_differentiable = [y.is_floating_point() or y.is_complex() for y in outputs]
+        pairs = zip(returned, ctx.is_differentiable, strict=True)
+        ctx.mark_non_differentiable(*(y for y, differentiable in pairs if not differentiable))
+        return returned
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        back = ctx.route.reversed()
+        own = [grad if yes else None for grad, yes in zip(grads, ctx.is_differentiable, strict=True)]
+        ctx.here.compare("the gradients of its outputs", ", ".join(_kind(grad) for grad in own if grad is not None))
+        found = (None if grad is None else _Exchange.apply(grad, back, ctx.here) for grad in own)
+        return None, None, None, *found  # the third: also where no output depends on it, its node takes part
+
+
+def _kind(x: Tensor) -> str:
+    """What must be equal on all ranks: the dtype and the shape of a row."""
+    return f"{str(x.dtype).removeprefix('torch.')} (*, {', '.join(map(str, x.shape[1:]))})"
+
+
+def _check_rows(y: Tensor, x: Tensor) -> None:
+    if y.ndim == 0 or len(y) != len(x):
         raise ValueError(
-            "RoIShuffle: given no RoIs, the module returns what does not depend on its input, and the other ranks "
-            "would wait for its gradient: let it compute on the empty tensor"
+            f"RoIShuffle: the module returns a tensor of shape {tuple(y.shape)} for {len(x)} RoIs; it must return one "
+            "row for each"
         )
-    return y
 
 
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
+def _map(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """What a module returns, with `function` of each tensor in the place of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(_map(function, item) for item in value)
     if isinstance(value, (tuple, list)):
         return type(value)(_map(function, item) for item in value)
-    return function(value)
+    if isinstance(value, MutableMapping):
+        twin = copy.copy(value)
+        for key, item in value.items():
+            twin[key] = _map(function, item)
+        return twin
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        other = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(other, field.name, _map(function, getattr(value, field.name)))
+        return other
+    raise ValueError(
+        f"RoIShuffle: the module returns a {type(value).__name__}; it must return tensors with one row for each RoI, "
+        "or tuples, lists, dicts and dataclasses of them"
+    )

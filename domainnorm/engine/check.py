@@ -5,9 +5,12 @@ import copy
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import images_per_forward
-from ..distributed import world_size
+from ..data import test_loader
+from ..data.sampler import images_per_forward
+from ..distributed import rank, world_size
 from ..errors import UserError
+from ..evaluation.recompute import batch_size
+from ..evaluation.test_set import TestSet
 from ..layers import DomainBatchNorm
 from ..statistics.virtual_batch import virtual_batch
 from ..surgery.convert import convert_groupnorm
@@ -50,3 +53,16 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
             convert_groupnorm(copy.deepcopy(model))
         except TypeError as error:
             raise UserError(f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS}: {error}") from error
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Open every data set of the evaluation, as it will: what is wrong shows before the first step.
+
+    Raises:
+        UserError: naming the key, or the data set.
+    """
+    batch_size(cfg)
+    for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
+        TestSet(cfg, name)
+    if cfg.TEST.RECOMPUTE.DATASET:
+        test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())

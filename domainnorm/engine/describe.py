@@ -3,10 +3,10 @@
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..config import images_per_forward
+from ..data.sampler import images_per_forward
 from ..distributed import world_size
 from ..layers import DomainBatchNorm
-from ..layers.positional import PositionalNorm
+from ..layers.group_norm import PositionalNorm
 
 
 def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:

@@ -5,6 +5,9 @@ import logging
 import math
 import resource
 import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,34 +17,71 @@ from fvcore.common.history_buffer import HistoryBuffer
 from torch.utils.tensorboard import SummaryWriter
 
 from ..distributed import gather_objects, rank
+from ..errors import UserError
 from ..output import replace_file
 
 PERIOD = 20  # iterations from one line to the next; also how many a line averages
+
+FILE_ONLY = {"file_only": True}  # `extra` of a record that the console shows otherwise, or not at all
 
 logger = logging.getLogger(__name__)
 
 
 def setup_logging(folder: str | Path | None = None) -> None:
-    """Send this library's log to the console and to `folder/log.txt`; of ranks other than 0, only warnings."""
+    """Send this library's log, and warnings, to the console and to `folder/log.txt`.
+
+    Of ranks other than 0, the console shows only warnings, and the file has only errors.
+    """
     package = logging.getLogger("domainnorm")
-    for handler in list(package.handlers):  # of an earlier run in this process
-        package.removeHandler(handler)
-        handler.close()
     package.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [_Console()]
-    if rank() == 0 and folder is not None:
-        handlers.append(logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8"))
+    if folder is not None:
+        handlers.append(_File(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace", delay=True))
+        handlers[-1].setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     for handler in handlers:
         who = "" if rank() == 0 else f"rank {rank()} "
         handler.setFormatter(logging.Formatter(f"[%(asctime)s] {who}%(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        package.addHandler(handler)
+    for logger in (package, logging.getLogger("py.warnings")):
+        for handler in list(logger.handlers):  # of an earlier run in this process
+            if isinstance(handler, (_Console, _File)):
+                logger.removeHandler(handler)
+                with suppress(OSError):  # what it could not write has been told then
+                    handler.close()
+        for handler in handlers:
+            logger.addHandler(handler)
+
+
+@contextmanager
+def logged_end() -> Iterator[None]:
+    """In this block, Python's warnings go to the log, and so does what ends it."""
+    logging.captureWarnings(True)
+    try:
+        yield
+    except Exception as error:
+        ended = error if isinstance(error, UserError) else traceback.format_exc()
+        with suppress(UserError):  # of a full disk
+            logger.error("%s", ended, extra=FILE_ONLY)
+        raise
+    finally:
+        logging.captureWarnings(False)
 
 
 class _Console(logging.Handler):
     """Standard output, whatever it is when a line comes: standard error is for mistakes, and a pipe may be swapped."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        if not hasattr(record, "file_only"):
+            print(self.format(record), flush=True)
+
+
+class _File(logging.FileHandler):
+    """`log.txt`. That it cannot be written is told as every other mistake, not by a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise UserError(f"{self.baseFilename}: cannot be written: {error.strerror}") from error
+        raise
 
 
 class TrainingLog:
@@ -60,8 +100,11 @@ class TrainingLog:
         self.device = device
         self.history: dict[str, HistoryBuffer] = {}
         self.metrics = Path(folder) / "metrics.json"
+        self.evaluations: dict[int, dict[str, float]] = {}
         if rank() == 0:
-            _keep_until(self.metrics, start)
+            for line in _keep_until(self.metrics, start):
+                if any("/" in name for name in line):
+                    self.evaluations.setdefault(line["iteration"], {}).update(line)
             self.tensorboard = SummaryWriter(str(folder), purge_step=start + 1)
 
     def step(
@@ -84,11 +127,23 @@ class TrainingLog:
         self._write(iteration, metrics)
         logger.info(_line(iteration, self.last, metrics, list(losses)))
 
+    def evaluated(self, iteration: int, beginnings: Sequence[str]) -> bool:
+        """Whether the record has metrics of `iteration` whose names begin with each of `beginnings`; on every rank."""
+        found = self.evaluations.get(iteration, {})
+        return gather_objects(all(any(name.startswith(start) for name in found) for start in beginnings))[0]
+
+    def is_best(self, results: dict[str, Any]) -> bool:
+        """Whether the first metric of `results` is above those of all evaluations before; on every rank."""
+        name, value = _leaves(results)[0]
+        before = [line[name] for line in self.evaluations.values() if line.get(name) is not None]
+        return gather_objects(not math.isnan(value) and all(value > other for other in before))[0]
+
     def evaluation(self, iteration: int, results: dict[str, Any]) -> None:
         """Note what `evaluate` returned."""
         if rank() == 0:
             metrics = dict(_leaves(results))
             self._write(iteration, metrics)
+            self.evaluations.setdefault(iteration, {}).update(_finite(metrics))
             shown = "  ".join(
                 f"{name} {value:.2f}" for name, value in metrics.items() if name.endswith(("/AP", "/top1"))
             )
@@ -107,12 +162,14 @@ class TrainingLog:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def _write(self, iteration: int, metrics: dict[str, float]) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as stream:
-            finite = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-            stream.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, iteration)
-        self.tensorboard.flush()
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"iteration": iteration, **_finite(metrics)}) + "\n")
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+            self.tensorboard.flush()
+        except OSError as error:
+            raise UserError(f"{self.metrics}: cannot be written: {error.strerror}") from error
 
 
 def _line(iteration: int, last: int, metrics: dict[str, float], losses: list[str]) -> str:
@@ -131,15 +188,23 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     return leaves
 
 
-def _keep_until(file: Path, iteration: int) -> None:
+def _finite(metrics: dict[str, float]) -> dict[str, Any]:
+    """As JSON has them: None for nan."""
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
+
+
+def _keep_until(file: Path, iteration: int) -> list[dict[str, Any]]:
+    """The lines of `file` up to `iteration`, and nothing else, stay in it."""
     if not file.exists():
-        return
+        return []
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().decode("utf-8", "replace").splitlines():
         try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:  # the last line of a killed run
+            content = json.loads(line)
+            if content["iteration"] <= iteration:
+                kept.append(content)
+        except (ValueError, KeyError, TypeError):  # the last line of a killed run
             continue
     with replace_file(file) as stream:
-        stream.writelines(kept)
+        stream.writelines(json.dumps(content) + "\n" for content in kept)
+    return kept

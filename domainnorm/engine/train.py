@@ -3,35 +3,46 @@
 import contextlib
 import logging
 import math
-import random
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import images_per_forward, iteration_of, save_config
-from ..data import test_loader, train_loader
-from ..distributed import get_device, rank, to_device, world_size
-from ..errors import UserError
+from ..config import iteration_of, save_config
+from ..data import train_loader
+from ..data.sampler import images_per_forward
+from ..distributed import get_device, rank, set_progress, to_device, world_size
+from ..errors import Stopped, UserError
 from ..evaluation import evaluate, recompute
-from ..evaluation.recompute import batch_size
 from ..layers import DomainBatchNorm
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
-from ..output import output_folder
 from ..statistics.merge import merge_population_statistics
 from ..statistics.virtual_batch import virtual_batch
 from .average import WeightAverage
-from .check import check_model
-from .checkpoint import read_training, restore_training, save_model, save_training
+from .check import check_model, check_test_sets
+from .checkpoint import (
+    checkpoint_period,
+    last_checkpoint,
+    read_training,
+    restore_training,
+    save_model,
+    save_training,
+    seed_generators,
+)
+from .checkpoint_check import check_training
 from .describe import describe_normalization
+from .environment import describe_run
+from .folder import RunFolder
 from .freeze import freeze_norm
-from .log import TrainingLog, setup_logging
+from .log import TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
+from .stop import StopSignals, signals_blocked
+from .streams import tolerant_streams
+from .try_smallest import try_smallest
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +50,36 @@ logger = logging.getLogger(__name__)
 def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     """Train what `cfg` says, on every rank; into `cfg.OUTPUT_DIR` go checkpoints, logs and results.
 
+    Ctrl-C or SIGTERM finishes the step and saves. A second Ctrl-C ends the process at once.
+
     Args:
         cfg: from `load_config`.
         resume: continue from the last checkpoint in `OUTPUT_DIR`, or start where there is none. The result equals
-            that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU).
+            that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU), with
+            as many processes; with another number of them it goes on at the same step and place in the data.
 
     Returns:
         The trained model, or the average of its weights if `SOLVER.AVERAGE_WEIGHTS`, not wrapped for several
         processes; its running statistics are those of all ranks.
 
     Raises:
-        UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, a
-            checkpoint of another run; a loss, gradient or weight that is not finite (checkpoints stay as they were).
+        UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, that
+            another run has or, without `resume`, that holds an earlier one, a checkpoint of another run or a broken
+            one; a loss, gradient or weight that is not finite (checkpoints stay as they were).
+        Stopped: a `SystemExit`, after Ctrl-C or SIGTERM.
 
     Example::
 
         >>> model = dn.train(dn.load_config("quickstart.yaml"))  # doctest: +SKIP
     """
+    with contextlib.ExitStack() as stack:
+        for context in (tolerant_streams(), logged_end()):
+            stack.enter_context(context)
+        return _train(cfg, resume, stack)
+
+
+def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module:
+    run_folder, stop = stack.enter_context(RunFolder(cfg.OUTPUT_DIR)), stack.enter_context(StopSignals())
     solver = cfg.SOLVER
     device = get_device(cfg.MODEL.DEVICE)
     amp = getattr(torch, solver.AMP.DTYPE)
@@ -65,41 +89,49 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
 
     # What can be wrong with the input shows before anything is written, and not after days of training.
     setup_logging()
-    checkpoint = read_training(cfg) if resume else None
+    run_folder.claim(new=not resume)
+    file = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
+    checkpoint = read_training(cfg, file) if file else None
     start = checkpoint["iteration"] if checkpoint else 0
     ranks = {"rank": rank(), "world_size": world_size()}
-    batches = train_loader(cfg, **ranks, start_iteration=start)
-    batch_size(cfg)
-    for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.RECOMPUTE.DATASET, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
-        test_loader(cfg, name, **ranks)
-    _seed(cfg.SEED)  # the same weights on every rank
+    batches = stack.enter_context(contextlib.closing(train_loader(cfg, **ranks, start_iteration=start)))
+    check_test_sets(cfg)
+    seed_generators(cfg.SEED)  # the same weights on every rank
     model = build_model(cfg).train()
     if isinstance(model, ChannelsLast):
         model.weights_last = device.type == "cpu" and world_size() == 1
     check_model(cfg, model)
-    folder = output_folder(cfg.OUTPUT_DIR)
-    setup_logging(folder)
-    if rank() == 0:
-        save_config(cfg, folder / "config.yaml")
-        warn_about_schedule(cfg)
-
+    try_smallest(cfg, model)
     optimizer = build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler(device.type, enabled=solver.AMP.ENABLED and amp == torch.float16)
     frozen_at = iteration_of(cfg, solver.FREEZE_NORM_AT) if solver.FREEZE_NORM_AT else solver.MAX_ITER
     if frozen_at < start:
         freeze_norm(cfg, model)
     average = WeightAverage(cfg, model) if solver.AVERAGE_WEIGHTS else None
+    if checkpoint and file:
+        check_training(checkpoint, file, model, optimizer, scaler, average)
+
+    folder = run_folder.open()
+    setup_logging(folder)
+    if rank() == 0:
+        save_config(cfg, folder / "config.yaml")
+    for line in describe_run(cfg, device, file or cfg.MODEL.WEIGHTS):
+        logger.info("%s", line)
+    warn_about_schedule(cfg)
     network = _distributed(model, device)
-    _seed(cfg.SEED + rank())
-    if checkpoint:
+    seed_generators(cfg.SEED + rank())
+    if checkpoint and file:
         if world_size() > 1:
             _first_backward(cfg, network, device, start)
-        restore_training(checkpoint, model, optimizer, scaler, average)
+        restore_training(checkpoint, file, model, optimizer, scaler, average, seed=cfg.SEED)
     del checkpoint  # as large as the model and its optimizer
     log = TrainingLog(folder, start, solver.MAX_ITER, device)
     logger.info("%s", describe_normalization(cfg, model))
     logger.info("training from iteration %d to %d on %s, %d processes", start, solver.MAX_ITER, device, world_size())
 
+    if 0 < start < solver.MAX_ITER and _is_due(cfg.TEST.EVAL_PERIOD, start):
+        _score(cfg, model, average, start, log)  # the run may have been killed while it did
+    stop.saved, stop.later = start, True
     for iteration in range(start, solver.MAX_ITER):
         if iteration == frozen_at:
             if solver.FREEZE_NORM_RECOMPUTE:
@@ -110,8 +142,11 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
                 freeze_norm(cfg, average.average.module)
             logger.info("from iteration %d on, %s", iteration, describe_normalization(cfg, model))
         began = time.perf_counter()
-        images, targets = to_device(next(batches), device)
+        set_progress(3 * iteration)
+        with signals_blocked() if iteration == start else contextlib.nullcontext():  # it starts the worker processes
+            images, targets = to_device(next(batches), device)
         data_seconds = time.perf_counter() - began
+        set_progress(3 * iteration + 1)
 
         rate = learning_rate(cfg, iteration)
         for group in optimizer.param_groups:
@@ -123,6 +158,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             with _only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype=amp, enabled=solver.AMP.ENABLED):
                     output = _losses(cfg, network, images[part], targets[part])
+                set_progress(3 * iteration + 2)
                 for name, value in _finite("loss", output, iteration, targets[part]).items():
                     losses[name] = losses.get(name, 0.0) + value / solver.ACCUMULATE
                 scaler.scale(sum(output.values()) / solver.ACCUMULATE).backward()
@@ -136,32 +172,52 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
             average.update(model, iteration)
 
         done = iteration + 1
+        set_progress(None)
         log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
-        if done == solver.MAX_ITER and cfg.TEST.RECOMPUTE.IN_CHECKPOINT:
+        last, signal_number = done == solver.MAX_ITER, stop.number(device)
+        if last and cfg.TEST.RECOMPUTE.IN_CHECKPOINT:
             recompute(cfg, model)
-        if done == solver.MAX_ITER or done % solver.CHECKPOINT_PERIOD == 0:
+        evaluated = _is_due(cfg.TEST.EVAL_PERIOD, done) and not last
+        if last or evaluated or signal_number or _is_due(checkpoint_period(cfg), done):
             weights = [value for value in model.state_dict().values() if value.is_floating_point()]
             _finite("model", {"norm of its weights": nn.utils.get_total_norm(weights)}, iteration, targets)
-            name = "model_final.pth" if done == solver.MAX_ITER else f"model_{done:07d}.pth"
+            name = "model_final.pth" if last else f"model_{done:07d}.pth"
             save_training(cfg, name, model, optimizer, scaler, done, average)
-        if cfg.TEST.EVAL_PERIOD and done % cfg.TEST.EVAL_PERIOD == 0 and done < solver.MAX_ITER:
-            log.evaluation(done, evaluate(cfg, average.model(cfg, model) if average else model))
+            stop.saved = done
+        if signal_number:
+            raise Stopped(signal_number)
+        if evaluated:
+            with stop.at_once():
+                _score(cfg, model, average, done, log)
 
-    del batches  # ends its worker processes
+    stop.later = False
+    batches.close()  # ends its worker processes
     merge_population_statistics(model)  # what is returned is what was saved, on every rank
     if average:
         model = average.model(cfg, model)
         save_model(cfg, "model_averaged.pth", model)
     if cfg.DATASETS.TEST:
-        log.evaluation(solver.MAX_ITER, evaluate(cfg, model))
+        _score(cfg, model, None, solver.MAX_ITER, log)
     log.close()
     return model
 
 
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+def _is_due(period: int, done: int) -> bool:
+    return period > 0 and done % period == 0
+
+
+def _score(cfg: CfgNode, model: nn.Module, average: WeightAverage | None, done: int, log: TrainingLog) -> None:
+    """Evaluate after `done` steps, and keep the best model; nothing where a run that was resumed had done so."""
+    sets = cfg.DATASETS.TEST if len(cfg.DATASETS.TEST) > 1 else [""]
+    if log.evaluated(done, [f"{name}/{data_set}" for name in cfg.TEST.STATISTICS for data_set in sets]):
+        logger.info("iteration %d is evaluated already: %s has the results", done, log.metrics)
+        return
+    if average:
+        model = average.model(cfg, model)
+    results = evaluate(cfg, model)
+    if cfg.TEST.EVAL_PERIOD and log.is_best(results):
+        save_model(cfg, "model_best.pth", model)
+    log.evaluation(done, results)
 
 
 def _distributed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -12,8 +12,8 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from tqdm import tqdm
 
-from ..config import images_per_forward
 from ..data import train_loader
+from ..data.sampler import images_per_forward
 from ..distributed import gather_objects, rank, world_size
 from ..modeling.classifier import Classifier
 from ..statistics.choose import set_statistics

@@ -1,5 +1,6 @@
 """One model, evaluated with several statistics, side by side."""
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -14,12 +15,15 @@ from ..data import test_loader
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
-from ..statistics.choose import preserve_state, set_statistics
+from ..statistics.choose import set_statistics
 from ..statistics.merge import merge_population_statistics
+from ..statistics.preserve import preserve_state
 from .classification import accuracy, training_predictions
 from .recompute import recompute
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,7 +85,9 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
             scores = {"classification": accuracy(training_predictions(cfg, model, device))}
         results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
-        print(format_table(results))
+        table = format_table(results)
+        print(table, flush=True)
+        logger.info("results\n%s", table, extra={"file_only": True})  # the console has it
     if len(tests) == 1:
         results = {name: next(iter(result.values())) for name, result in results.items()}
     if rank() == 0:

@@ -7,8 +7,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..surgery.domains import merge_domains, use_domain
 from ..surgery.nearest import nearest_domain
+from ..surgery.resize_domains import merge_domains, use_domain
 
 
 def in_domain(cfg: CfgNode, model: nn.Module, domain: str) -> nn.Module:

@@ -28,6 +28,7 @@ class PopulationStatistics(nn.BatchNorm2d):
     _renamed: ClassVar[Mapping[str, str]] = {}  # old names of arguments and attributes
     _max_positional = 1
     num_domains: int
+    _affine: str | None
     population_statistics: str
     track_total_var: bool
     running_total_var: Tensor | None
@@ -59,7 +60,8 @@ class PopulationStatistics(nn.BatchNorm2d):
 
     def _register_statistics(self, width: int, factory: dict[str, Any]) -> None:
         """Buffers of `width` means and variances a domain, or None."""
-        domains = (self.num_domains,) if self.population_statistics == "per_domain" and self.num_domains > 1 else ()
+        domains = self._domain_shape(self.population_statistics)
+        self._num_statistics = width
         tracks = self.track_running_stats
         self.register_buffer("running_mean", torch.zeros(*domains, width, **factory) if tracks else None)
         self.register_buffer("running_var", torch.ones(*domains, width, **factory) if tracks else None)
@@ -67,6 +69,50 @@ class PopulationStatistics(nn.BatchNorm2d):
         self.register_buffer("num_batches_tracked", count if tracks else None)
         total = torch.ones(*domains, width, **factory) if tracks and self.track_total_var else None
         self.register_buffer("running_total_var", total)
+
+    def _domain_shape(self, choice: str | None) -> tuple[int, ...]:
+        """What stands before the channels in the shape of tensors that are, or are not, `"per_domain"`."""
+        return (self.num_domains,) if choice == "per_domain" and self.num_domains > 1 else ()
+
+    def check_tensors(self, x: Tensor) -> None:
+        """Refuse parameters and buffers that do not fit this layer and `x`: C++ would not notice.
+
+        Raises:
+            RuntimeError: as torch, another shape, device or kind of numbers.
+        """
+        domains = (self.num_domains,) if self.num_domains > 1 else ()
+        of_statistics = domains if self.population_statistics == "per_domain" else ()
+        of_channels = (*domains, self.num_features) if self._affine == "per_domain" else (self.num_features,)
+        width, device, dtype = (*of_statistics, self._num_statistics), x.device, x.dtype
+        for name, value in (*self._parameters.items(), *self._buffers.items()):
+            if value is None:
+                continue
+            if name in ("weight", "bias"):
+                shape = of_channels
+            elif name in ("running_mean", "running_var", "running_total_var"):
+                shape = width
+            elif name == "num_batches_tracked":
+                shape = of_statistics
+            else:
+                continue
+            fits = value.dtype == dtype or name == "num_batches_tracked"
+            if value.shape != shape or value.device != device or not fits or value.layout != torch.strided:
+                self._refuse(x, name, value, shape)
+
+    def _refuse(self, x: Tensor, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        """Unless it is float32 beside a half-precision input, or the number of steps."""
+        what = f"{type(self).__name__}: expected {name}"
+        if value.shape != shape:
+            raise RuntimeError(f"{what} of shape {shape}, got {tuple(value.shape)}")
+        if value.device != x.device:
+            raise RuntimeError(f"{what} and the input on the same device, got {value.device} and {x.device}")
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        dtypes = (x.dtype, torch.float32) if half else (x.dtype,)  # as torch's kernels on all devices together
+        if name != "num_batches_tracked" and (value.dtype not in dtypes or value.layout != torch.strided):
+            raise RuntimeError(
+                f"{what}, for an input of {x.dtype}, as dense {' or '.join(map(str, dtypes))}, got {value.dtype}, "
+                f"{value.layout}"
+            )
 
     @property
     def frozen(self) -> bool:

@@ -11,9 +11,8 @@ from .batch_renorm import BatchRenorm
 from .domain_batch_norm import DomainBatchNorm
 from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
-from .group_norm import GroupNorm
+from .group_norm import GroupNorm, PositionalNorm
 from .grouped import GroupedBatchNorm
-from .positional import PositionalNorm
 from .seq_norm import SeqNorm
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {

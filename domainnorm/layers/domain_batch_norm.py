@@ -143,7 +143,7 @@ class DomainBatchNorm(PopulationStatistics):
         factory = {"device": device, "dtype": dtype}
         # With one domain, shared and per_domain are the same thing: (C,), as torch.
         self._register_statistics(num_features, factory)
-        domains = (num_domains,) if self._affine == "per_domain" and num_domains > 1 else ()
+        domains = self._domain_shape(self._affine)
         for name, initial, exists in (("weight", torch.ones, True), ("bias", torch.zeros, bias)):
             value = nn.Parameter(initial(*domains, num_features, **factory)) if self._affine and exists else None
             self.register_parameter(name, value)
@@ -167,6 +167,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     def normalization(self, inputs: LayerInput) -> Normalization:
         """Which segments of an input are normalized together, and how: what all layers differ in."""
+        self.check_tensors(inputs.tensors[0])
         tensors, weight, bias = self._tensors(inputs)
         shared = self.sgd_statistics == "shared"
         elements = self._elements(inputs.tensors)

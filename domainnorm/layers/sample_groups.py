@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.moments import sum_by
 from ..ops.partition import Partition
 from .inputs import LayerInput, Segmentation
 
@@ -121,9 +122,11 @@ class SampleGroups:
     def _by_ids(self, ids: Tensor, inputs: LayerInput, shared: bool, elements: Sequence[int]) -> Partition:
         """As if each domain's samples, in order, were a tensor of their own; a GPU is not waited for."""
         num_domains = inputs.num_domains
-        member = torch.nn.functional.one_hot(ids, num_domains)  # (N, K)
-        place = (member.cumsum(0) * member).sum(1) - 1  # of a sample in its domain
-        count = member.sum(0)[ids]  # samples of its domain
+        in_order, order = ids.sort(stable=True)
+        first = torch.searchsorted(in_order, in_order)  # the first sample of the same domain, in this order
+        numbers = torch.arange(len(ids), device=ids.device)
+        first, place = (torch.empty_like(ids).scatter(0, order, v) for v in (first, numbers - first))  # of each sample
+        count = sum_by(torch.ones_like(ids), ids, num_domains)[ids]  # samples of its domain
         if self.size is not None:
             size, max_groups = torch.full_like(count, self.size), -(-len(ids) // self.size)
         else:
@@ -133,8 +136,8 @@ class SampleGroups:
         if min(elements) == 1:
             last = last - (((count - 1) % size == 0) & (count > size)).long()
         group = torch.minimum(place // size, last)
-        key = group if shared else ids * max_groups + group
-        return Partition(max(max_groups, 1) * (1 if shared else num_domains), ids=key)
+        # a domain has no more groups than samples, so that its first sample's place numbers them apart from the others'
+        return Partition(max(max_groups, 1), ids=group) if shared else Partition(max(len(ids), 1), ids=first + group)
 
 
 def _take(groups: list[list[int]], samples: int) -> list[tuple[int, int]]:

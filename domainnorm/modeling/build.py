@@ -1,22 +1,20 @@
 """A config -> a model."""
 
-import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
 
 from ..data import domain_names, num_classes
 from ..distributed import get_device
 from ..errors import UserError
 from ..layers import BatchGroupNorm
 from ..surgery.domains import name_domains
+from .anchors import AnchorGenerator, ExactAnchorGenerator
 from .backbone import build_backbone
 from .channels_last import Transform
 from .classifier import build_classifier
-from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, box_head, mask_head
+from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, RPNHead, box_head, mask_head
 from .norm import fix_weights, own_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
 from .roi_align import RoIAlign
@@ -50,7 +48,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         return fix_weights(cfg, _name_domains(cfg, build_classifier(cfg))).to(get_device(cfg.MODEL.DEVICE))
     model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
-    _check_pieces(model)
+    _check_pieces(cfg, model)
     _name_domains(cfg, model)
     initialize(model, cfg.MODEL.WEIGHTS)
     return fix_weights(cfg, model).to(get_device(cfg.MODEL.DEVICE))
@@ -61,15 +59,22 @@ def _name_domains(cfg: CfgNode, model: nn.Module) -> nn.Module:
     return name_domains(model, domain_names(cfg)) if cfg.MODEL.NORM_DOMAINS else model
 
 
-def _check_pieces(model: nn.Module) -> None:
-    """UserError if a norm whose features have many sizes splits them in space."""
+def _check_pieces(cfg: CfgNode, model: nn.Module) -> None:
+    """UserError if a norm splits features in space that have many sizes, or that it does not divide."""
     for name, layer in model.named_modules():
-        splits = isinstance(layer, BatchGroupNorm) and layer.num_features % layer.num_groups
-        if splits and not name.startswith("roi_heads."):  # RoIs have one size
+        if not isinstance(layer, BatchGroupNorm) or not layer.num_features % layer.num_groups:
+            continue
+        if not name.startswith("roi_heads."):  # RoIs have one size
             raise UserError(
                 f"MODEL.NORM.BGN.NUM_GROUPS {layer.num_groups} splits the {layer.num_features} channels of {name} in "
                 f"space, and a detector's features have many sizes: use a divisor of {layer.num_features}, or set "
                 "MODEL.NORM.BGN.SPLIT_SPACE False"
+            )
+        side = (cfg.MODEL.ROI_BOX_HEAD if ".box_" in name else cfg.MODEL.ROI_MASK_HEAD).POOLER_RESOLUTION
+        if layer.num_features * side**2 % layer.num_groups:
+            raise UserError(
+                f"MODEL.NORM.BGN.NUM_GROUPS {layer.num_groups} does not divide the {layer.num_features} x {side} x "
+                f"{side} features of {name}: use a divisor, or set MODEL.NORM.BGN.SPLIT_SPACE False"
             )
 
 
@@ -192,27 +197,8 @@ def _roi_align(head: CfgNode) -> RoIAlign:
 
 def _anchors(cfg: CfgNode, octave_scales: int) -> AnchorGenerator:
     options = cfg.MODEL.ANCHOR_GENERATOR
-    if len(options.SIZES) != NUM_LEVELS:
-        raise UserError(f"MODEL.ANCHOR_GENERATOR.SIZES takes {NUM_LEVELS} sizes, one a level, got {options.SIZES}")
     sizes = [[size * 2 ** (i / 3) for i in range(octave_scales)] for size in options.SIZES]
     ratios = (tuple(options.ASPECT_RATIOS),) * NUM_LEVELS
     if options.ROUNDED:
         return AnchorGenerator(tuple(tuple(map(int, own)) for own in sizes), ratios)
     return ExactAnchorGenerator(tuple(map(tuple, sizes)), ratios)
-
-
-class ExactAnchorGenerator(AnchorGenerator):
-    """torchvision's, without rounding the sides to whole pixels: detectron2's anchors."""
-
-    def generate_anchors(
-        self,
-        scales: list[float],
-        aspect_ratios: list[float],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Boxes `(len(aspect_ratios) · len(scales), 4)` around 0, ratio by ratio."""
-        sizes = torch.as_tensor(scales, dtype=dtype, device=device)
-        roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
-        widths, heights = (sizes / roots).flatten(), (sizes * roots).flatten()
-        return torch.stack([-widths, -heights, widths, heights], 1) / 2

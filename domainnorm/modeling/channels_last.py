@@ -49,16 +49,13 @@ class ChannelsLast:
     """
 
     weights_last = False
-    _are_last = False
 
     def arrange_weights(self) -> None:
         """As this forward needs them."""
         assert isinstance(self, nn.Module)
         last = self.weights_last and runs_last(self.training)
-        if last != self._are_last:
-            layout = torch.channels_last if last else torch.contiguous_format
-            with torch.inference_mode(False):  # what an inference makes, training is to use
-                for module in self.modules():
-                    if isinstance(module, nn.Conv2d):
-                        module.weight.data = module.weight.data.contiguous(memory_format=layout)
-            self._are_last = last
+        layout = torch.channels_last if last else torch.contiguous_format
+        with torch.inference_mode(False):  # what an inference makes, training is to use
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=layout):
+                    module.weight.data = module.weight.data.contiguous(memory_format=layout)

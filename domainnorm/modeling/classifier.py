@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..data import num_classes
 from ..errors import UserError
 from ..layers import DomainBatchNorm
-from ..statistics.choose import preserve_state
+from ..ops.moments import wide
+from ..statistics.preserve import preserve_state
 from ..surgery.convert import convert_batchnorm
 from ..surgery.domains import use_domains_of
 from ..surgery.replace import replace_layers
@@ -63,7 +64,7 @@ class Classifier(nn.Module):
                 raise ValueError("a classifier in training mode takes targets, got none: call eval() for predictions")
             use_domains_of(self, targets)
             labels = torch.stack([target["labels"] for target in targets])
-            loss = F.cross_entropy(self.body(x).float(), labels, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(wide(self.body(x)), labels, label_smoothing=self.label_smoothing)
             return {"loss_cls": loss}
         if any(m.uses_minibatch for m in self.body.modules() if isinstance(m, DomainBatchNorm)):
             return torch.cat([self.body(part) for part in x.split(self.minibatch_size)])

@@ -15,10 +15,20 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference, project_m
 from ..distributed import all_reduce_sum, world_size
 from ..distributed.roi_shuffle import RoIShuffle
 from ..layers import DomainBatchNorm, get_norm
+from ..ops.moments import wide
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast
 
 SMOOTH_L1_BETA = 1 / 9  # torchvision's
+
+
+class RPNHead(rpn.RPNHead):
+    """torchvision's, whose outputs are float32 or better: there is no NMS of half precision."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps `(N, C, H, W)` of all levels -> objectness `(N, A, H, W)` and deltas `(N, 4A, H, W)` of each."""
+        objectness, deltas = super().forward(x)
+        return [wide(v) for v in objectness], [wide(v) for v in deltas]
 
 
 class RegionProposalNetwork(rpn.RegionProposalNetwork):
@@ -40,7 +50,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
     ) -> tuple[Tensor, Tensor]:
         """Logits `(ΣA, 1)`, deltas `(ΣA, 4)`, and of each image labels `(A,)`, targets `(A, 4)` -> two losses."""
         positive, negative = (torch.cat(sampled) > 0 for sampled in self.fg_bg_sampler(labels))
-        logits = _wide(objectness).flatten()
+        logits = wide(objectness).flatten()
         # All anchors keep their places: to know how many were sampled, a GPU would have to wait.
         losses = F.binary_cross_entropy_with_logits(logits, torch.cat(labels).to(logits), reduction="none")
         loss_objectness = losses.where(positive | negative, 0).sum()
@@ -145,7 +155,7 @@ class RoIHeads(roi_heads.RoIHeads):
         """Class logits `(R, K)` and box deltas `(R, K, 4)` of all images' boxes."""
         x = self.box_roi_pool(features, boxes, image_shapes)
         _repeat_domains(self.box_head, boxes)
-        predictions = _wide((self.box_shuffle or self.box_branch)(x))
+        predictions = wide((self.box_shuffle or self.box_branch)(x))
         classes = predictions.shape[1] // 5
         return predictions[:, :classes], predictions[:, classes:].unflatten(1, (classes, 4))
 
@@ -153,7 +163,7 @@ class RoIHeads(roi_heads.RoIHeads):
         """`(R, K, M, M)` of all images' boxes."""
         x = self.mask_roi_pool(features, boxes, image_shapes)
         _repeat_domains(self.mask_head, boxes)
-        return _wide((self.mask_shuffle or self.mask_branch)(x))
+        return wide((self.mask_shuffle or self.mask_branch)(x))
 
 
 class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN, ChannelsLast):
@@ -233,10 +243,5 @@ def _positive(labels: list[Tensor], *values: list[Tensor]) -> list[list[Tensor]]
 
 def _smooth_l1(deltas: Tensor, goals: Tensor, chosen: Tensor, beta: float) -> Tensor:
     """The sum over the rows that are `chosen`, a boolean `(R,)`; the others keep their places and count as 0."""
-    deltas, goals = (v.where(chosen[:, None], 0) for v in (_wide(deltas), goals.to(_wide(deltas))))
+    deltas, goals = (v.where(chosen[:, None], 0) for v in (wide(deltas), goals.to(wide(deltas))))
     return F.smooth_l1_loss(deltas, goals, beta=beta, reduction="sum")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """For losses and scores: float32, or float64 if it is that already."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -18,6 +18,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from ..distributed import all_reduce_sum, world_size
 from ..layers import DomainBatchNorm, get_norm, normalize_layers
+from ..ops.moments import wide
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast, Transform
 from .focal_loss import focal_loss
@@ -167,9 +168,9 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         boxes = torch.cat([*(t["boxes"] for t in targets), at.new_zeros(1, 4)])[which]
         labels = torch.cat([*(t["labels"] for t in targets), which.new_zeros(1)])[which]
 
-        logits = head_outputs["cls_logits"].float().flatten(0, 1)
+        logits = head_outputs["cls_logits"].flatten(0, 1)
         loss_cls = focal_loss(logits, decided, foreground, labels, self.focal_alpha, self.focal_gamma)
-        regression = head_outputs["bbox_regression"].float().flatten(0, 1)
+        regression = head_outputs["bbox_regression"].flatten(0, 1)
         loss_box = self._box_loss(regression, at, boxes, foreground)
         return {"loss_cls": loss_cls / count, "loss_box_reg": loss_box / count}
 
@@ -240,5 +241,5 @@ class DenseRetinaNet(nn.Module):
 
 
 def _flatten(levels: list[Tensor], columns: int) -> Tensor:
-    """Maps `(N, A · columns, H, W)` of all levels -> `(N, ΣHWA, columns)`."""
-    return torch.cat([x.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], dim=1)
+    """Maps `(N, A · columns, H, W)` of all levels -> `(N, ΣHWA, columns)`, in float32 or better."""
+    return wide(torch.cat([x.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], dim=1))

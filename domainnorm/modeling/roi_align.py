@@ -35,7 +35,7 @@ class RoIAlign(MultiScaleRoIAlign):
         """Maps `(N, C, H, W)` by name, boxes of each image in its pixels -> features `(ΣR, C, *output_size)`."""
         maps: list[Tensor] = _filter_input(x, self.featmap_names)
         as_bags = self.training and maps[0].device.type == "cpu" and self.sampling_ratio > 0
-        if not as_bags and not self.aligned:
+        if not as_bags and not self.aligned and maps[0].dtype == boxes[0].dtype:
             return super().forward(x, boxes, image_shapes)
         if self.scales is None or self.map_levels is None:
             self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)

@@ -1,43 +1,15 @@
-"""Reading checkpoint files and loading weights: all of them, or an error and nothing."""
+"""Loading weights: all of them, or an error and nothing."""
 
 import copy
-import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
-from ..errors import UserError
-
-
-def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """What `torch.save` wrote to `file`, on the CPU. Never runs code from the file (`weights_only=True`).
-
-    Raises:
-        UserError: no such file, a broken or truncated one, or one that holds more than weights (says what).
-    """
-    if not Path(file).is_file():
-        raise UserError(f"checkpoint {file}: no such file")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise UserError(f"checkpoint {file}: permission denied") from error
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
-            raise UserError(f"checkpoint {file}: broken, or not written by torch.save") from error
-        raise UserError(
-            f"checkpoint {file}: refused, because it holds {refused[1]}, which may run code when loaded; "
-            "save its state_dict alone"
-        ) from error
-    except Exception as error:  # a truncated file: EOFError, RuntimeError, KeyError, … depending on where it was cut
-        raise UserError(f"checkpoint {file}: broken or truncated ({_one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {file}: expected a state_dict, got {type(content).__name__}")
-    return content
+from ..errors import UserError, cut, one_line
+from .checkpoint_file import read_checkpoint, state_dict_of
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
@@ -47,15 +19,36 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | 
         source: where the weights come from, for the message.
 
     Raises:
-        UserError: naming the first keys that are missing, unexpected or of another shape.
+        UserError: naming the first keys that are missing, unexpected, of another shape or kind of number, or those
+            of tensors that are not finite.
     """
+    own = model.state_dict()
+    kinds = [
+        f"{key} (got {value.dtype}, expected {own[key].dtype})"
+        for key, value in state_dict.items()
+        if key in own and value.is_floating_point() != own[key].is_floating_point()
+    ]
+    if kinds:
+        raise UserError(f"{source}: weights do not fit the model: mismatched {_first(kinds, 3)}")
     # Layers may accept other shapes (`_load_from_state_dict`), so only loading tells: keep what was there.
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(own)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         model.load_state_dict(before)
         raise UserError(f"{source}: weights do not fit the model: {_mismatches(str(error))}") from error
+    if broken := not_finite(model.state_dict()):
+        model.load_state_dict(before)
+        raise UserError(f"{source}: weights that are not finite: {_first(broken, 3)}; take an earlier checkpoint")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold nan or inf, with how many."""
+    found = []
+    for name, value in tensors.items():
+        if value.is_floating_point() and not (finite := value.isfinite()).all():
+            found.append(f"{name} ({int((~finite).sum())} of {value.numel()} numbers)")
+    return found
 
 
 def initialize(model: nn.Module, weights: str) -> None:
@@ -93,10 +86,9 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             return torchvision.models.get_weight(weights).get_state_dict(check_hash=True)
         except (ValueError, KeyError) as error:  # no such enum, no such member
             raise UserError(f"MODEL.WEIGHTS {weights}: torchvision knows no such weights") from error
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: the file is not the one that torchvision knows
             raise UserError(f"MODEL.WEIGHTS {weights}: cannot be downloaded ({error}); give a file instead") from error
-    content = read_checkpoint(weights)
-    return content.get("model", content)
+    return state_dict_of(read_checkpoint(weights), weights)
 
 
 def _mismatches(message: str, most: int = 3) -> str:
@@ -110,7 +102,7 @@ def _mismatches(message: str, most: int = 3) -> str:
         elif shape := re.match(r"\s*size mismatch for (\S+): .*Size\((.*?)\).*Size\((.*?)\)", line):
             shapes.append(f"{shape[1]} (got {shape[2]}, expected {shape[3]})")
         elif line.strip():
-            shapes.append(_one_line(line))
+            shapes.append(cut(one_line(line)))
     if shapes:
         found.append(f"mismatched {_first(shapes, most)}")
     return "; ".join(found)
@@ -119,7 +111,3 @@ def _mismatches(message: str, most: int = 3) -> str:
 def _first(items: list[str], most: int) -> str:
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split()).split(". ")[0]

@@ -110,11 +110,12 @@ class Moments:
         """
         if num_sets == 1:
             return self.merge(0)
-        member = ids == torch.arange(num_sets, device=ids.device)[:, None]  # (num_sets, S)
-        member = member.view(*member.shape, *[1] * (self.mean.ndim - 1))
-        # Chosen, not multiplied by 0: NaN must not spread from one set to the others.
-        chosen = Moments(*(torch.where(member, v, 0) for v in self._tensors())).merge(1)
-        return Moments(chosen.count.squeeze(1), chosen.mean.squeeze(1), chosen.var.squeeze(1))
+        count, mean, var = self._tensors()
+        total = sum_by(count, ids, num_sets)
+        weight = count / total.clamp(min=1)[ids]
+        merged = sum_by(weight * mean, ids, num_sets)
+        merged = merged + sum_by(weight * (mean - merged[ids]), ids, num_sets)  # what adding one by one has rounded off
+        return Moments(total, merged, sum_by(weight * (var + (mean - merged[ids]).square()), ids, num_sets))
 
     def merge_channels(self, num_groups: int) -> Moments:
         """The unions of neighboring channels, which have equal counts: `(S, C)` -> `(S, num_groups)`."""
@@ -182,6 +183,24 @@ class _MergeRanks(Function):
         return None, weight * (grad_mean + 2 * delta * grad_var), weight * grad_var, None
 
 
+def sum_by(values: Tensor, ids: Tensor, num_sets: int, dim: int = 0) -> Tensor:
+    """The sums of the values with the same id along `dim`, in time and memory of their number and of `num_sets`."""
+    shape = list(values.shape)
+    shape[dim] = num_sets
+    return values.new_zeros(shape).index_add(dim, ids, values)
+
+
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The type of the moments of `x`: float64 for float64, else float32, also under autocast."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or, if it is that, float64: for sums, scores and losses."""
+    dtype = accumulate_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)  # torch 2.11 compiles a .to() without effect to no gradient
+
+
+def is_in_memory(x: Tensor) -> bool:
+    """Whether the numbers at the address of `x` are its own: not where their sign is changed, or they are 0, lazily."""
+    return torch.compiler.is_compiling() or not (x.is_neg() or x._is_zerotensor())

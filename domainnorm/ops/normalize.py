@@ -13,7 +13,7 @@ from . import eager, fused
 from .formula import Normalization, counts
 from .moments import Moments, accumulate_dtype
 from .operator import normalize_as_operator
-from .select import KERNELS, sees_operations, select_backend, torch_mixes
+from .select import KERNELS, is_mistaken_by_torch, sees_operations, select_backend, torch_mixes
 
 
 def normalize(problems: Sequence[Normalization]) -> list[list[Tensor]]:
@@ -67,7 +67,7 @@ def _by_constants(
 ) -> Tensor:
     """`x` normalized by statistics `(C,)`, or `(N, C)`, with such an affine."""
     values = [v for v in (mean, var, weight, bias) if v is not None]
-    if all(v.ndim == 1 for v in values) and x.numel() and torch_mixes(x, values):
+    if all(v.ndim == 1 for v in values) and x.numel() and torch_mixes(x, values) and not is_mistaken_by_torch(x):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
     mean, var = (v.to(accumulate_dtype(x)) for v in (mean, var))
     scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()

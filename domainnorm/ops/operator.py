@@ -70,6 +70,7 @@ define(
 @impl("domainnorm::batch_norm", "CPU")
 def _batch_norm(xs: Any, weight: Any, bias: Any, *options: Any) -> list[Tensor]:
     """Each tensor normalized; then the mean and variance of each tensor, `(S, C)`."""
+    xs = [x.resolve_neg() for x in xs]
     problem = _problem(xs, weight, bias, *options)
     mean, var = native.moments(xs, problem.segments)
     affine = _affine(problem, mean, var)
@@ -87,6 +88,7 @@ def _batch_norm_backward(
     grads: Any, xs: Any, mean: Tensor, var: Tensor, weight: Any, bias: Any, *options: Any
 ) -> list[Tensor]:
     """The gradients of each tensor; then those of weight and bias, or two numbers where there are none."""
+    xs = [x.resolve_neg() for x in xs]
     problem = _problem(xs, weight, bias, *options)
     context = ([_affine(problem, mean, var)], None)
     ((to_weight, to_bias, to_xs),) = backward(native, [problem], context, [grads])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .moments import Moments, sum_by
 
 Segments = Sequence[Sequence[int] | None]  # the numbers of samples of each tensor's segments; None: one sample each
 
@@ -60,8 +60,7 @@ class Partition:
         if self.size:
             return values if self.size == 1 else values.unflatten(-2, (-1, self.size)).sum(-2)
         if self.ids is not None:
-            member = self.ids == torch.arange(self.num_sets, device=values.device)[:, None]  # (num_sets, S)
-            return torch.where(member[..., None], values.unsqueeze(-3), 0).sum(-2)
+            return sum_by(values, self.ids, self.num_sets, dim=-2)
         parts = values.split([n for _, n in self.runs], -2)
         sets = [values[..., :0, :].sum(-2)] * self.num_sets
         for (k, _), part in zip(self.runs, parts, strict=True):

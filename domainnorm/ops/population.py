@@ -81,13 +81,18 @@ class Population:
             step, var_step = count.clamp(max=1) * step, (count - 1).clamp(0, 1) * step
         if self.total_var is not None:  # as two sets are merged, which loses no digits where the mean is large
             between = (1 - step) * (moments.mean - mean).square()
-            self.total_var.view(shape).lerp_((moments.var + between).to(dtype), step)
-        mean.lerp_(moments.mean.to(dtype), step)
+            _move(self.total_var.view(shape), moments.var + between, step)
+        _move(mean, moments.mean, step)
         if self.averages_deviation:
             before, own = ((v.to(dtype) + self.eps).sqrt() for v in (var, moments.var))
             moved = before.lerp(own if deviation is None else deviation.to(dtype), var_step).square() - self.eps
             var.copy_(moved if several else torch.where(count > 1, moved, var))
         elif several and len(counts) == 1:  # type: ignore[arg-type]
-            var.lerp_((moments.var * (counts[0] / (counts[0] - 1))).to(dtype), var_step)  # type: ignore[index]
+            _move(var, moments.var * (counts[0] / (counts[0] - 1)), var_step)  # type: ignore[index]
         else:
-            var.lerp_(moments.unbiased_var().to(dtype), var_step)
+            _move(var, moments.unbiased_var(), var_step)
+
+
+def _move(buffer: Tensor, values: Tensor, step: Tensor | float) -> None:
+    """A buffer towards values, in its own dtype."""
+    buffer.lerp_(values.to(buffer.dtype), step.to(buffer.dtype) if isinstance(step, Tensor) else step)

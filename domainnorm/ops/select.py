@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import eager, native, triton
+from .native import CHANNELS_LAST
 
 if TYPE_CHECKING:
     from .formula import Normalization
@@ -110,6 +111,10 @@ def _refused_by_torch(problem: Normalization, forced: bool) -> str:
             return "an input has fewer than two values a channel"
         if not torch_mixes(x, values):
             return "torch's kernel does not mix these dtypes"
+        if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16) and {v.dtype for v in values} != {torch.float32}:
+            return "torch's kernel takes moments of half precision"
+        if is_mistaken_by_torch(x):
+            return "torch's kernel mistakes its memory format"
         if not forced and not _prefers_torch(x):
             return "C++ is faster"
     return ""
@@ -124,6 +129,24 @@ def torch_mixes(x: Tensor, values: Sequence[Tensor]) -> bool:
     """Whether torch's kernel takes weight, bias and buffers with `x`: all of its dtype, or float32 with halves."""
     dtypes = {v.dtype for v in values}
     return dtypes <= {x.dtype} or (dtypes == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16))
+
+
+def is_mistaken_by_torch(x: Tensor) -> bool:
+    """Whether `x` is channels_last but not by its strides, as those of sizes of 1 may be anything.
+
+    `torch.batch_norm` on a CPU takes a contiguous gradient of its output for channels_last then (2.11 to 2.15).
+    """
+    memory_format = CHANNELS_LAST.get(x.ndim)
+    if memory_format is None or 1 not in x.shape or torch.compiler.is_compiling() or x.is_contiguous():
+        return False
+    if not x.is_contiguous(memory_format=memory_format):
+        return False
+    expected = x.shape[1]
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if stride != expected:
+            return True
+        expected *= size
+    return x.stride(0) != expected
 
 
 def _refused_as_operator(name: str, problems: Sequence[Normalization], forced: bool) -> str:

@@ -1,9 +1,5 @@
 """Which statistics normalize, in all layers of a model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import nn
 
 from ..layers import DomainBatchNorm
@@ -45,22 +41,3 @@ def refuse_torch_batch_norm(model: nn.Module) -> None:
                 f"{name or 'the model'} is torch's {type(module).__name__}, which follows train() and eval() only: "
                 "dn.convert_batchnorm(model, 'DomainBatchNorm') makes it a layer whose statistics can be chosen"
             )
-
-
-@contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
-    """After the block, every mode, every layer's choices and every buffer are as before it."""
-    modes = [(module, module.training) for module in model.modules()]
-    layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
-    choices = [(layer, layer.statistics, layer.example_weight, layer.current_domain) for layer in layers]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for layer, statistics, weight, domain in choices:
-            layer.statistics, layer.example_weight, layer.current_domain = statistics, weight, domain
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from ..distributed import gather_objects, rank, world_size
 from ..distributed.roi_shuffle import RoIShuffle
-from ..layers import DomainBatchNorm
+from ..layers import BatchGroupNorm, DomainBatchNorm
 from ..layers.inputs import LayerInput
 from ..ops.formula import Normalization
 from ..ops.moments import Moments
 from ..ops.normalize import domain_moments
 from .batches import batch_size, regrouped
-from .choose import preserve_state
 from .estimators import Estimate, Layer, MeanOfVariances, Pooled, is_shared, ranks_of, write
 from .lockstep import OutOfStepError, barrier_exchange, register_tensors, run_lockstep
 from .offload import ActivationOffloader
+from .preserve import preserve_state
 
 METHODS = ("pooled", "mean_of_variances", "exact")
 
@@ -99,7 +99,8 @@ def recompute_population_statistics(
     found = model
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forwards need not be as many on every rank
-    with preserve_state(model), _without_old_statistics(model, keep_groups):
+    with preserve_state(model):
+        _forget_old_statistics(model, keep_groups)
         if as_in_inference is not None:
             model.eval()
             for layer in as_in_inference:
@@ -114,32 +115,29 @@ def recompute_population_statistics(
             estimates = _exact(model, layers, batches, share, offloader, progress)
         else:
             estimates = _from_minibatches(model, layers, batches, share, method, progress)
+        sizes = {name: getattr(layer, "feature_size", None) for name, layer in layers.items()}
     for name, estimate in estimates.items():
         write(layers[name], *estimate)
+        if isinstance(layer := layers[name], BatchGroupNorm):
+            layer.feature_size = sizes[name]
     return found
 
 
-@contextmanager
-def _without_old_statistics(model: nn.Module, keep_groups: bool) -> Iterator[None]:
-    """Within it, Batch Renorm is not corrected, and layers do not split the batch.
+def _forget_old_statistics(model: nn.Module, keep_groups: bool) -> None:
+    """Batch Renorm is not corrected any more, and layers do not split the batch.
 
     Groups of one sample stay, as they look at no batch. With `keep_groups` all do, and a batch may be smaller than
     they: the last one often is.
     """
-    layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
-    before = [(layer, layer.sample_groups, layer.is_corrected) for layer in layers]
-    try:
-        for layer, groups, _ in before:
+    for layer in model.modules():
+        if isinstance(layer, DomainBatchNorm):
             layer.is_corrected = False
+            groups = layer.sample_groups
             is_of_samples = groups is not None and groups.size == 1
             layer.sample_groups = copy.copy(groups) if keep_groups or is_of_samples else None
             if layer.sample_groups is not None:
                 layer.sample_groups.allow_smaller_batch = True
                 layer.sample_groups.allow_single_element = is_of_samples
-        yield
-    finally:
-        for layer, groups, corrected in before:
-            layer.sample_groups, layer.is_corrected = groups, corrected
 
 
 def _from_minibatches(

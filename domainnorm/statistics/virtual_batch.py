@@ -61,16 +61,9 @@ def virtual_batch(model: nn.Module, extra_images: Any, *more: Any) -> Iterator[N
             "would not make larger: give it larger groups"
         )
     own_forward = vars(model).get("forward")  # of this object, not of its class
-    forward, choices = model.forward, [layer.statistics for layer in layers.values()]
-
-    def both(*args: Any, **kwargs: Any) -> Any:
-        if is_recomputed():
-            raise RuntimeError(RECOMPUTED)
-        extra = partial(_without_gradient, forward, extra_images, *more)
-        return run_lockstep([extra, partial(forward, *args, **kwargs)], _exchange)[1]
-
+    choices = [layer.statistics for layer in layers.values()]
     try:
-        model.forward = both
+        model.forward = WithExtra(model.forward, (extra_images, *more))
         for name, layer in layers.items():
             layer.statistics = "minibatch"
             layer.batch_hook = partial(_join, name)
@@ -81,6 +74,24 @@ def virtual_batch(model: nn.Module, extra_images: Any, *more: Any) -> Iterator[N
             model.forward = own_forward
         for layer, choice in zip(layers.values(), choices, strict=True):
             layer.statistics, layer.batch_hook = choice, None
+
+
+class WithExtra:
+    """The forward of a model, run in step with one of extra samples.
+
+    Attributes:
+        alone: the forward without them.
+    """
+
+    def __init__(self, alone: Callable[..., Any], extra: tuple[Any, ...]) -> None:
+        self.alone = alone
+        self.extra = extra
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recomputed():
+            raise RuntimeError(RECOMPUTED)
+        extra = partial(_without_gradient, self.alone, *self.extra)
+        return run_lockstep([extra, partial(self.alone, *args, **kwargs)], _exchange)[1]
 
 
 @torch.no_grad()

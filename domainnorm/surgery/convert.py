@@ -20,6 +20,7 @@ from ..layers.activation import has_activation, keep_activation
 from ..layers.ghost import GhostBatchNorm
 from ..layers.group_norm import GroupNorm
 from ..ops.moments import Moments
+from ..statistics.preserve import unchanged_on_error
 from .replace import check_affine, replace_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -107,6 +108,7 @@ def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
     return _exchange(model, converted)
 
 
+@unchanged_on_error
 def _exchange(model: nn.Module, converted: Any) -> nn.Module:
     """Put `converted(layer)` in the place of each layer for which it is not None; all of them, or none."""
     layers = dict(model.named_modules())

@@ -17,9 +17,11 @@ from torch.export import Dim
 from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..output import replace_file
+from ..paths import user_path
 from ..statistics.choose import set_statistics
-from .domains import keep_domain, with_domains
+from .domains import with_domains
 from .fuse import fuse
+from .resize_domains import keep_domain
 
 FORMATS = ("torch", "onnx")
 Sizes = list[tuple[int, int, int]]  # of batches of images: (N, H, W)
@@ -84,7 +86,7 @@ def export_model(
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), dn.DomainBatchNorm(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> exported = dn.export_model(model, "model.pt2", size=(32, 32))  # doctest: +SKIP
     """
-    file = Path(file)
+    file = user_path(file)
     if format not in FORMATS:
         raise UserError(f"format takes one of {list(FORMATS)}, got {format!r}")
     if format == "onnx":
@@ -156,8 +158,9 @@ def _prepared(model: nn.Module, domain: int | str | None, statistics: str, fused
     model = copy.deepcopy(model).eval().requires_grad_(False)
     layers = with_domains(model)
     if layers and domain is None:
-        names = next((layer.domain_names for layer in layers if layer.domain_names), None)
-        known = list(names) if names else f"0 to {layers[0].num_domains // layers[0].domains_per_name - 1}"
+        names = next((layer.domain_names for layer in layers.values() if layer.domain_names), None)
+        first = next(iter(layers.values()))
+        known = list(names) if names else f"0 to {first.num_domains // first.domains_per_name - 1}"
         raise UserError(f"norms of the model have domains: say which to export for, of {known}")
     try:
         if domain is not None:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import DomainBatchNorm, FrozenBatchNorm
+from ..statistics.preserve import unchanged_on_error
 from .replace import check_affine, replace_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+@unchanged_on_error
 def freeze_batchnorm(model: nn.Module, prefixes: Sequence[str] = ("",), train_affine: bool = False) -> nn.Module:
     """Replace every BatchNorm of `model` by a `FrozenBatchNorm`, with the very same parameters.
 

@@ -7,22 +7,24 @@ from torch import nn
 
 from ..layers import DomainBatchNorm
 from ..layers.inputs import LayerInput
+from ..statistics.preserve import preserve_state
+from ..statistics.virtual_batch import WithExtra
 from .domains import use_domain, with_domains
 
 
 @torch.no_grad()
-def nearest_domain(model: nn.Module, *inputs: Any) -> int:
+def nearest_domain(model: nn.Module, *inputs: Any) -> int | str:
     """The domain whose population statistics are most like those of `inputs`, at the first norm that they reach.
 
     By the symmetrized Kullback-Leibler divergence of normal distributions, the mean over channels. The model, in eval
-    mode, runs as `model(*inputs)` up to that norm, and stays as it was.
+    mode, runs as `model(*inputs)` up to that norm, within `dn.virtual_batch` without extra images, and stays as it was.
 
     Args:
         model: with norms of several domains.
         *inputs: what the model takes.
 
     Returns:
-        The number of the domain, from 0.
+        The number of the domain, from 0; or its name, where the layers of the model number their names differently.
 
     Raises:
         ValueError: no norm that is reached has statistics for several domains.
@@ -34,27 +36,30 @@ def nearest_domain(model: nn.Module, *inputs: Any) -> int:
         >>> dn.nearest_domain(model, 5 + torch.randn(4, 16, 8, 8))
         1
     """
-    kept = (layer for layer in with_domains(model) if layer.running_mean is not None)
-    layers = [layer for layer in kept if layer.population_statistics == "per_domain"]
+    layers = with_domains(model)
     try:
-        with use_domain(model, 0):
-            for layer in layers:
-                layer.batch_hook = _stop
+        with preserve_state(model):
+            use_domain(model, 0)
+            for module in model.modules():
+                if isinstance(forward := vars(module).get("forward"), WithExtra):
+                    module.forward = forward.alone
+            for layer in layers.values():
+                if layer.running_mean is not None and layer.population_statistics == "per_domain":
+                    layer.batch_hook = _stop
             model(*inputs)
     except _Reached as reached:
         layer, inputs = reached.args
     else:
         raise ValueError("no norm that the input reaches has population statistics for several domains")
-    finally:
-        for one in layers:
-            one.batch_hook = None
     per = layer.domains_per_name
     own = layer.moments_of_domains(inputs)[:per]  # (L, C): it is domain 0 for now
     mean, var = (v.unflatten(0, (-1, per)).to(own.mean.dtype) for v in (layer.running_mean, layer.running_var))
     here, there = own.var + layer.eps, var + layer.eps  # (L, C), (D, L, C)
     gap = (own.mean - mean).square()
     divergence = here / there + there / here - 2 + gap / here + gap / there
-    return int(torch.where(own.count > 0, divergence, 0).sum((1, 2)).argmin())
+    nearest = int(torch.where(own.count > 0, divergence, 0).sum((1, 2)).argmin())
+    names = {other.domain_names for other in layers.values() if other.domain_names}
+    return nearest if len(names) < 2 or layer.domain_names is None else layer.domain_names[nearest]
 
 
 class _Reached(Exception):

@@ -121,7 +121,8 @@ def test_two_processes_and_a_loss_that_is_not_finite(config_file, data_set, tmp_
     assert done.stdout.count("statistics ") == 1  # one table, not one a rank
     assert "population" in json.loads((tmp_path / "out" / "results.json").read_text())
 
-    done = tool("--config-file", config_file, "--num-gpus", 2, "SOLVER.BASE_LR", 1e30, "SOLVER.CHECKPOINT_PERIOD", 9)
+    other = ["SOLVER.BASE_LR", 1e30, "SOLVER.CHECKPOINT_PERIOD", 9, "OUTPUT_DIR", tmp_path / "other"]
+    done = tool("--config-file", config_file, "--num-gpus", 2, *other)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: the loss is not finite at iteration")
@@ -174,3 +175,28 @@ def test_torchrun(config_file, data_set, tmp_path):
     assert own.returncode == 0, own.stderr
     models = [torch.load(folder / "model_final.pth")["model"] for folder in (tmp_path / "out", tmp_path / "own")]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_weights_that_are_evaluated_as_another_model(config_file, data_set, tmp_path, capsys):
+    """A shared-trained model may be evaluated per domain; but not without a word."""
+    key = "MODEL.RETINANET.POPULATION_STATISTICS"
+    assert run("--config-file", config_file, "SOLVER.MAX_ITER", 1, key, "shared") == 0
+    weights = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth", "OUTPUT_DIR", tmp_path / "other"]
+    evaluate = ["--config-file", config_file, "--eval-only", "DATASETS.TEST", data_set, *weights]
+    for choice, said in (("per_domain", True), ("shared", False)):
+        capsys.readouterr()
+        assert run(*evaluate, key, choice) == 0
+        assert (
+            f"was trained with another model: {key} 'shared' (here: 'per_domain')" in capsys.readouterr().out
+        ) == said
+
+
+def test_weights_with_nan_are_refused(config_file, data_set, tmp_path, capsys):
+    assert run("--config-file", config_file, "SOLVER.MAX_ITER", 1) == 0
+    content = torch.load(tmp_path / "out" / "model_final.pth")
+    content["model"]["backbone.fpn.inner_blocks.0.0.bias"][3] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    evaluate = ["--config-file", config_file, "--eval-only", "DATASETS.TEST", data_set]
+    capsys.readouterr()
+    message = mistake(capsys, *evaluate, "MODEL.WEIGHTS", tmp_path / "nan.pth", "OUTPUT_DIR", tmp_path / "other")
+    assert "nan.pth: weights that are not finite: backbone.fpn.inner_blocks.0.0.bias (1 of 8 numbers)" in message

@@ -82,6 +82,14 @@ def test_values_outside_of_choices_and_range_are_refused(option):
 
 
 @each_option
+def test_every_number_has_a_range(option):
+    """With both ends, so that no number overflows in what is computed from it."""
+    if option.type in (int, float) and not isinstance(option.allowed, tuple):
+        assert isinstance(option.allowed, Range) and option.allowed.max <= 2**32
+        assert max(option.allowed.min, option.allowed.above) >= 0
+
+
+@each_option
 def test_values_of_another_type_are_refused(option):
     wrong = [None, "None", "null", {"a": 1}, object, [["a"]], [None]]
     wrong += [1j, True] if option.type is not bool else [1, 0.0]

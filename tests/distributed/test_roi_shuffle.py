@@ -1,6 +1,9 @@
 """RoIShuffle: W processes equal one process with the same permutation, for any counts of RoIs; order comes back."""
 
+import collections
 import copy
+import dataclasses
+import re
 
 import pytest
 import torch
@@ -210,16 +213,132 @@ def mistakes(rank):
 
 def no_rows(rank):
     head = dn.RoIShuffle(NoRows())
-    if rank == 0:  # which gets none of one RoI
-        with pytest.raises(ValueError, match="compute on the empty tensor"):
-            head(torch.zeros(1, 2))
-        dist.all_to_all_single(torch.empty(1, 2), torch.empty(0, 2), [0, 1], [0, 0])  # the other rank's way back
-    else:
-        head(torch.zeros(0, 2))
+    x = torch.ones(1 - rank, 2, requires_grad=True)  # rank 0 gets none of one RoI
+    head(x).sum().backward()
+    return x.grad
 
 
-def test_a_head_that_leaves_early_without_rows_is_refused():
-    run_ranks(no_rows, 2)
+def test_a_head_that_leaves_early_without_rows_takes_part_in_the_backward_pass():
+    first, second = run_ranks(no_rows, 2)
+    assert first.shape == (1, 2) and first.any() and second.shape == (0, 2)
+
+
+Pair = collections.namedtuple("Pair", ["scores", "boxes"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    scores: torch.Tensor
+    name: str
+    rest: object
+
+
+class Mapping(collections.OrderedDict):
+    pass
+
+
+class Every(nn.Module):
+    """Returns tensors in every container that a head may use."""
+
+    def forward(self, x):
+        y, labels = x * 2, x.argmax(1)
+        return {
+            "tuple": (y, [y + 1, None]),
+            "named": Pair(y, labels),
+            "data": Outputs(y, "name", {"labels": labels}),
+            "ordered": Mapping(a=y, b=3),
+            "default": collections.defaultdict(list, c=[y]),
+            "others": [None, 1.5, "text", True, torch.float32, ()],
+        }
+
+
+def containers(rank):
+    x = torch.arange(12.0).view(4, 3) + 100 * rank
+    shuffled, alone = dn.RoIShuffle(Every())(x), Every()(x)
+    assert [type(v) for v in shuffled.values()] == [type(v) for v in alone.values()]
+    assert isinstance(shuffled["data"].rest, dict) and shuffled["ordered"]["b"] == 3
+    assert shuffled["default"].default_factory is list and shuffled["others"] == alone["others"]
+    of_pytree = [torch.utils._pytree.tree_leaves(v) for v in (shuffled, alone)]
+    torch.testing.assert_close(*[[v for v in leaves if isinstance(v, torch.Tensor)] for leaves in of_pytree])
+    torch.testing.assert_close(shuffled["data"].scores, alone["data"].scores)
+    torch.testing.assert_close(shuffled["data"].rest, alone["data"].rest)
+
+
+def test_every_container():
+    run_ranks(containers, 2)
+
+
+def disagreement(rank, case):
+    head = nn.Linear(4, 2)
+    shuffle, x = dn.RoIShuffle(head), torch.randn(3, 4)
+    try:
+        if case == "dtype":
+            shuffle.double()(x.double()) if rank else shuffle(x)
+        elif case == "width":
+            dn.RoIShuffle(nn.Identity())(torch.randn(3, 4 + rank))
+        elif case == "dimensions":
+            dn.RoIShuffle(nn.Identity())(torch.randn(3, 4, *[1] * rank))
+        elif case == "gradients":
+            with torch.set_grad_enabled(not rank):
+                shuffle(x)
+        elif case == "width of an output":
+            dn.RoIShuffle(nn.Linear(4, 2 + rank))(x)
+        elif case == "number of outputs":
+            dn.RoIShuffle(lambda x: (x, x)[: 1 + rank])(x)
+        elif case == "rows":
+            dn.RoIShuffle(lambda x: x[rank:])(x)
+        elif case == "an error":
+            dn.RoIShuffle((lambda x: x) if rank else nn.Linear(5, 2))(x)
+        elif case == "unknown output":
+            dn.RoIShuffle((lambda x: x) if rank else (lambda x: {1}))(x)
+        elif case == "no backward pass":
+            y = shuffle(x)
+            y.sum().backward() if rank else shuffle(x)
+        elif case == "skipped":
+            for _ in range(2 - rank):
+                shuffle(x)
+            if rank:
+                shuffle.step += 1
+                shuffle(x)
+        return "nothing raised"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "second"),
+    [
+        ("dtype", r"rank 0: its forward pass float32 \(\*, 4\).*rank 1: its forward pass float64 \(\*, 4\)", ""),
+        ("width", r"rank 0: .*float32 \(\*, 4\); rank 1: .*float32 \(\*, 5\)", ""),
+        ("dimensions", r"\(\*, 4\); rank 1: .*\(\*, 4, 1\)", ""),
+        ("gradients", r"rank 1: its forward pass float32 \(\*, 4\), without gradients", ""),
+        ("width of an output", r"rank 0: the outputs float32 \(\*, 2\); rank 1: the outputs float32 \(\*, 3\)", ""),
+        ("number of outputs", r"rank 1: the outputs float32 \(\*, 4\), float32 \(\*, 4\)", ""),
+        ("rows", r"rank 1: the outputs ValueError .*one row for each", r"ValueError: RoIShuffle: .*one row for each"),
+        ("an error", r"RuntimeError: .*mat1 and mat2", r"ValueError: .*rank 0: the outputs RuntimeError \(.*mat1 and"),
+        ("unknown output", r"ValueError: RoIShuffle: the module returns a set", r"rank 0: the outputs ValueError"),
+        ("no backward pass", r"steps \[2, 1\].*rank 0: its forward pass .*rank 1: the gradients of its outputs", ""),
+        ("skipped", r"steps \[2, 3\]", ""),
+    ],
+)
+def test_ranks_that_disagree_learn_it_at_once(case, first, second):
+    told = run_ranks(disagreement, 2, case, timeout=60)
+    assert re.search(first, told[0]), told
+    assert re.search(second or first, told[1]), told
+
+
+def unused(rank):
+    head = dn.RoIShuffle(Every())
+    x = torch.randn(4, 3, requires_grad=True)
+    outputs = head(x)
+    (outputs["tuple"][0] if rank else outputs["named"].scores + outputs["ordered"]["a"]).sum().backward()
+    return x.grad
+
+
+def test_ranks_may_use_different_outputs():
+    """Each gradient is that of the own rank's loss with respect to the own rows."""
+    first, second = run_ranks(unused, 2)
+    assert (first == 4).all() and (second == 2).all()
 
 
 def sub_groups(rank):

@@ -17,7 +17,8 @@ from domainnorm.config import UserError
 from domainnorm.engine import train
 from domainnorm.engine.checkpoint import last_checkpoint, save_checkpoint
 from domainnorm.layers import DomainBatchNorm
-from domainnorm.modeling.weights import load_weights, read_checkpoint
+from domainnorm.modeling.checkpoint_file import read_checkpoint
+from domainnorm.modeling.weights import load_weights
 
 train_module = sys.modules["domainnorm.engine.train"]
 
@@ -89,7 +90,7 @@ def test_a_resumed_detector_equals_one_that_never_stopped(data_set, tmp_path, op
     """Also where one of them was evaluated on the way, with each kind of statistics."""
     choices = {"SOLVER__OPTIMIZER": optimizer, "SOLVER__BASE_LR": 0.001}
     train(tiny.config(data_set, tmp_path / "a", **choices))
-    choices |= {"DATASETS__TEST": [data_set], "TEST__EVAL_PERIOD": 1, "TEST__STATISTICS": ["minibatch", "population"]}
+    choices |= {"DATASETS__TEST": [data_set], "TEST__EVAL_PERIOD": 2, "TEST__STATISTICS": ["minibatch", "population"]}
     evaluated = tiny.config(data_set, tmp_path / "b", **choices)
     train_in_two(evaluated)
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -124,9 +125,6 @@ def test_each_rank_resumes_its_own_state(data_set, tmp_path):
     first, second = read_checkpoint(tmp_path / "a" / "model_final.pth")["ranks"]
     assert not torch.equal(first["buffers"]["norm.running_mean"], second["buffers"]["norm.running_mean"])
     assert not torch.equal(first["random"]["torch"], second["random"]["torch"])
-
-    with pytest.raises(UserError, match="2 processes, these are 1"):
-        train(tiny.config(data_set, tmp_path / "a"), resume=True)
 
 
 def _train_detector_both(_, whole, halves):

@@ -96,7 +96,8 @@ def test_a_detector_learns_and_leaves_the_output_folder(data_set, tmp_path):
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
     assert names == {
         *("config.yaml", "log.txt", "metrics.json", "results.json", "inference", "last_checkpoint"),
-        *("model_0000002.pth", "model_0000004.pth", "model_final.pth"),
+        *("model_0000002.pth", "model_0000003.pth", "model_0000004.pth"),  # before an evaluation, too
+        *("model_final.pth", "model_best.pth"),
     }
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
@@ -119,7 +120,8 @@ def test_bfloat16_autocast(data_set, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "build_model", lambda cfg: Watch())
     for enabled in (False, True):
-        train(tiny.config(data_set, tmp_path, SOLVER__MAX_ITER=1, SOLVER__AMP__ENABLED=enabled))
+        folder = tmp_path / str(enabled)
+        train(tiny.config(data_set, folder, SOLVER__MAX_ITER=1, SOLVER__AMP__ENABLED=enabled))
     assert seen == [None, torch.bfloat16]
 
 

@@ -12,7 +12,7 @@ import domainnorm as dn
 from domainnorm.engine import train
 from domainnorm.engine.describe import describe_normalization
 from domainnorm.engine.optim import learning_rate
-from domainnorm.modeling.weights import read_checkpoint
+from domainnorm.modeling.checkpoint_file import read_checkpoint
 from domainnorm.surgery.freeze import freeze_batchnorm
 
 

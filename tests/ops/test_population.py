@@ -7,7 +7,7 @@ from ranks import run_ranks
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.statistics.choose import preserve_state
+from domainnorm.statistics.preserve import preserve_state
 
 
 def make_model():

@@ -203,7 +203,7 @@ def test_retinanet_for_one_data_set(tmp_path):
     assert (results[0][0] - results[1][0]).abs().max() > 0.01
     with pytest.raises(dn.UserError, match=r"say which to export for, of \['day', 'night'\]"):
         dn.export_model(model, file)
-    with pytest.raises(dn.UserError, match=r"the domains are \['day', 'night'\], got 'dusk'"):
+    with pytest.raises(dn.UserError, match=r"domains of backbone.body.bn1 are \['day', 'night'\], got 'dusk'"):
         dn.export_model(model, file, domain="dusk")
 
 
@@ -339,7 +339,7 @@ def test_the_command_line(classifier, tmp_path, capsys):
     for words, message in (
         (("--domain", "y"), "MODEL.WEIGHTS is empty"),
         (weights, "say which to export for, of ['x', 'y']"),
-        ((*weights, "--domain", "z"), "the domains are ['x', 'y'], got 'z'"),
+        ((*weights, "--domain", "z"), "the domains of body.bn1 are ['x', 'y'], got 'z'"),
         ((*weights, "--domain", "2"), "domains are 0 to 1, got 2"),
         ((*weights, "--format", "tflite"), "invalid choice: 'tflite'"),
         ((*weights, "--domain", "y", "--statistics", "minibatch", "--fuse"), "cannot be fused"),

@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 
 import domainnorm as dn
+from domainnorm.distributed import ALL_GATHER
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 sys.path.insert(0, str(TOOL.parent))
@@ -89,8 +90,8 @@ def test_collectives_counts_the_calls_of_each_mode(run):
     for mode in ("Mask R-CNN, BN", "Mask R-CNN, GN", "RetinaNet, BN"):
         assert rows[mode] == ("1 all_reduce", "none", 1)
     assert [rows[mode][2] for mode in ("Mask R-CNN, SyncBN", "RetinaNet, SyncBN")] == [1 + 2 * 8, 1 + 2 * 4]
-    # Two branches, each with one exchange of counts and two of rows.
-    assert rows["Mask R-CNN, BN, shuffled"][1:] == ("4 all_to_all_single", 11)
+    # Two branches, each with two exchanges of rows, before each of which the ranks compare what they send.
+    assert rows["Mask R-CNN, BN, shuffled"][1:] == (f"4 {ALL_GATHER}, 4 all_to_all_single", 17)
 
 
 def test_one_process_is_refused(capsys):

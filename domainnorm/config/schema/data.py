@@ -1,6 +1,6 @@
 """Images, data sets, and the batches that are made of them."""
 
-from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Range, Section
+from ..option import CLASSES_OR_0, INTENSITY, PIXELS, PIXELS_OR_0, SHARE, Option, Range, Section
 from .model import CLASSIFIER, DETECTORS
 
 
@@ -8,21 +8,21 @@ class Input(Section, key="INPUT"):
     """Size and augmentation of images; sizes are in pixels."""
 
     MIN_SIZE_TRAIN = Option(
-        [800], "Shorter side; one is drawn for each image.", POSITIVE, min_length=1, used_by=DETECTORS
+        [800], "Shorter side; one is drawn for each image.", PIXELS, min_length=1, used_by=DETECTORS
     )
-    MAX_SIZE_TRAIN = Option(1333, "Largest longer side in training.", used_by=DETECTORS)
-    MIN_SIZE_TEST = Option(800, "Shorter side in inference.", POSITIVE, used_by=DETECTORS)
-    MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", used_by=DETECTORS)
+    MAX_SIZE_TRAIN = Option(1333, "Largest longer side in training.", PIXELS, used_by=DETECTORS)
+    MIN_SIZE_TEST = Option(800, "Shorter side in inference.", PIXELS, used_by=DETECTORS)
+    MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", PIXELS, used_by=DETECTORS)
     RANDOM_FLIP = Option(0.5, "Probability of a horizontal flip in training.", SHARE)
     MAX_INTENSITY = Option(
         0.0,
         "Intensity of white in images of more than 8 bits; 0: 65535, of floats 1, 255 or 65535 by a sample of the set.",
-        NOT_NEGATIVE,
+        INTENSITY,
     )
     CUTOUT = Option(
-        0, "Side of the square that is cut out in training, in pixels; 0: none.", NOT_NEGATIVE, used_by=CLASSIFIER
+        0, "Side of the square that is cut out in training, in pixels; 0: none.", PIXELS_OR_0, used_by=CLASSIFIER
     )
-    CROP_SIZE = Option(224, "Side of the square images.", POSITIVE, used_by=CLASSIFIER)
+    CROP_SIZE = Option(224, "Side of the square images.", PIXELS, used_by=CLASSIFIER)
     CROP = Option(
         "random_resized",
         "Crop in training: random_resized, as for ImageNet; padded by CROP_SIZE // 8, as for CIFAR; or none.",
@@ -55,10 +55,17 @@ class Datasets(Section, key="DATASETS"):
 class DataLoader(Section, key="DATALOADER"):
     """Loading, and what a batch is made of. A normalization batch is the share of one rank and one of ACCUMULATE."""
 
-    NUM_WORKERS = Option(2, "Number of loading processes for each rank; 0: the main process loads.", NOT_NEGATIVE)
+    NUM_WORKERS = Option(
+        2, "Number of loading processes for each rank; 0: the main process loads.", Range(min=0, max=256)
+    )
     ASPECT_RATIO_GROUPING = Option(True, "Fill a batch with either wide or tall images.", used_by=DETECTORS)
     FILTER_EMPTY_ANNOTATIONS = Option(True, "Train without the images that have no object.", used_by=DETECTORS)
-    RATIOS = Option([], "How often images of each of TRAIN are drawn; []: by their numbers.", POSITIVE, element=float)
+    RATIOS = Option(
+        [],
+        "How often images of each of TRAIN are drawn; []: by their numbers.",
+        Range(min=1e-6, max=1e6),
+        element=float,
+    )
     COMPOSITION = Option(
         "mixed",
         "Domains in a normalization batch: any; one, exchanged between the ranks; or one in the whole SGD step.",
@@ -71,7 +78,7 @@ class DataLoader(Section, key="DATALOADER"):
         ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
         used_by=CLASSIFIER,
     )
-    CLASSES_PER_BATCH = Option(0, "Number of classes, if BATCHES has random ones.", NOT_NEGATIVE, used_by=CLASSIFIER)
+    CLASSES_PER_BATCH = Option(0, "Number of classes, if BATCHES has random ones.", CLASSES_OR_0, used_by=CLASSIFIER)
     CLASSES_WITH_REPLACEMENT = Option(
         True, "Draw them independently (Batch Renormalization, 4.3), so that one may come twice.", used_by=CLASSIFIER
     )

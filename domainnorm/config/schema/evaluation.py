@@ -1,6 +1,6 @@
 """Evaluation: which statistics normalize, and of which images they are."""
 
-from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Section
+from ..option import IMAGES, IMAGES_OR_0, ITERATIONS, ITERATIONS_OR_0, OBJECTS, SHARE, Option, Section
 from .model import CLASSIFIER, DETECTORS
 
 STATISTICS = ("population", "minibatch", "recomputed")
@@ -27,7 +27,7 @@ class Test(Section, key="TEST"):
     MINIBATCH_SIZE = Option(
         0,
         "Number of images normalized together under minibatch statistics; 0: as in training; 1: InstanceNorm.",
-        NOT_NEGATIVE,
+        IMAGES_OR_0,
         used_by=CLASSIFIER,
     )
     BATCHES = Option(
@@ -39,15 +39,15 @@ class Test(Section, key="TEST"):
     TRAINING_IMAGES = Option(
         0,
         "Number of training images on which the model in training mode is scored, too; 0: none.",
-        NOT_NEGATIVE,
+        ITERATIONS_OR_0,
         used_by=CLASSIFIER,
     )
-    EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", NOT_NEGATIVE)
-    IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", POSITIVE)
+    EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", ITERATIONS_OR_0)
+    IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", IMAGES)
     DETECTIONS_PER_IMAGE = Option(
         100,
         "Largest number of detections, over all classes; AP counts up to as many of a class, or 100 if that is more.",
-        POSITIVE,
+        OBJECTS,
         used_by=DETECTORS,
     )
 
@@ -55,11 +55,11 @@ class Test(Section, key="TEST"):
 class Recompute(Section, key="TEST.RECOMPUTE"):
     """Population statistics recomputed from the model as it is (Rethinking "Batch", 3.2 and 5.1)."""
 
-    NUM_SAMPLES = Option(1000, "Number of images, over all processes.", POSITIVE)
+    NUM_SAMPLES = Option(1000, "Number of images, over all processes.", ITERATIONS)
     BATCH_SIZE = Option(
         0,
         "Number of images in a batch, over all processes (B; the paper: 100 or more); 0: as in training.",
-        NOT_NEGATIVE,
+        IMAGES_OR_0,
     )
     KEEP_GROUPS = Option(False, "Let norms that split the batch in training do it here, too.")
     METHOD = Option("pooled", "How the statistics of batches are merged.", ("pooled", "mean_of_variances", "exact"))

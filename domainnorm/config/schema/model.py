@@ -1,6 +1,18 @@
 """The model: META_ARCHITECTURE, backbone, pyramid and heads."""
 
-from ..option import NOT_NEGATIVE, POSITIVE, SHARE, Option, Range, Section
+from ..option import (
+    BINS,
+    CHANNELS,
+    CLASSES_OR_0,
+    LAYERS,
+    LAYERS_OR_0,
+    OBJECTS,
+    PIXELS,
+    SHARE,
+    Option,
+    Range,
+    Section,
+)
 from .norm import NORMS, SHARED
 
 RETINANET, RCNN, CLASSIFIER = ("RetinaNet",), ("GeneralizedRCNN",), ("Classifier",)
@@ -18,8 +30,10 @@ class Model(Section, key="MODEL"):
     DEVICE = Option("auto", "Device; auto: cuda where there is a GPU, else cpu.", ("auto", "cuda", "cpu"))
     WEIGHTS = Option("", "Initial weights: a file, or torchvision's, as ResNet50_Weights.IMAGENET1K_V2; '': random.")
     MASK_ON = Option(False, "Predict masks too: Mask R-CNN, not Faster R-CNN.", used_by=RCNN)
-    PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, in [0, 1].", length=3)
-    PIXEL_STD = Option([0.229, 0.224, 0.225], "Standard deviation of R, G and B, in [0, 1].", POSITIVE, length=3)
+    PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, in [0, 1].", SHARE, length=3)
+    PIXEL_STD = Option(
+        [0.229, 0.224, 0.225], "Standard deviation of R, G and B, in [0, 1].", Range(min=0.001, max=1), length=3
+    )
     NORM_DOMAINS = Option("", "'dataset': all norms but GN have the domains of DATASETS.DOMAINS.", ("", "dataset"))
 
 
@@ -32,22 +46,24 @@ class Backbone(Section, key="MODEL.BACKBONE"):
         "cifar_resnet20 (any 6n + 2), cifar_wide_resnet28_10, simplenet_512_300 or timm/NAME.",
     )
     NORM = Option("FrozenBN", "Norm layer, with the options of MODEL.NORM; '': none.", NORMS)
-    FREEZE_AT = Option(2, "Number of frozen stages, stem first; 0: none.", NOT_NEGATIVE, used_by=DETECTORS)
+    FREEZE_AT = Option(2, "Number of frozen stages, stem first; 0: none.", Range(min=0, max=5), used_by=DETECTORS)
     STRIDE_IN_1X1 = Option(False, "Stride of a bottleneck in its first 1x1, as in MSRA's weights.", used_by=DETECTORS)
 
 
 class FPN(Section, key="MODEL.FPN", used_by=DETECTORS):
     """The feature pyramid network."""
 
-    OUT_CHANNELS = Option(256, "Number of channels of every pyramid level, and of the dense head.", POSITIVE)
+    OUT_CHANNELS = Option(256, "Number of channels of every pyramid level, and of the dense head.", CHANNELS)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
 
 
 class AnchorGenerator(Section, key="MODEL.ANCHOR_GENERATOR", used_by=DETECTORS):
     """The anchor boxes."""
 
-    SIZES = Option([32, 64, 128, 256, 512], "One size a level, in pixels; a RetinaNet has 3 scales of each.", POSITIVE)
-    ASPECT_RATIOS = Option([0.5, 1.0, 2.0], "Height / width, at every size.", POSITIVE, min_length=1)
+    SIZES = Option(
+        [32, 64, 128, 256, 512], "One size a level, in pixels; a RetinaNet has 3 scales of each.", PIXELS, length=5
+    )
+    ASPECT_RATIOS = Option([0.5, 1.0, 2.0], "Height / width, at every size.", Range(min=0.01, max=100), min_length=1)
     ROUNDED = Option(True, "Sides of whole pixels, as torchvision's; False: as detectron2's.")
 
 
@@ -58,48 +74,50 @@ class RetinaNet(Section, key="MODEL.RETINANET", used_by=RETINANET):
     BatchNorm, whose domains are the pyramid levels.
     """
 
-    NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", NOT_NEGATIVE)
-    NUM_CONVS = Option(4, "Number of convolutions in each of the two towers.", NOT_NEGATIVE)
+    NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", CLASSES_OR_0)
+    NUM_CONVS = Option(4, "Number of convolutions in each of the two towers.", LAYERS_OR_0)
     NORM = Option("", "Norm layer of the towers, as MODEL.BACKBONE.NORM.", NORMS)
     NORM_DOMAINS = Option("level", "What a domain of the head is.", ("level", "dataset", "level_and_dataset"))
     SGD_STATISTICS = Option("per_domain", "Statistics that normalize in training.", SHARED)
     POPULATION_STATISTICS = Option("per_domain", "Statistics that normalize in inference.", SHARED)
     AFFINE = Option("shared", "Weight and bias; '': none.", (*SHARED, ""))
-    PRIOR_PROB = Option(0.01, "Probability of foreground predicted at the first step.", Range(above=0, max=1))
+    PRIOR_PROB = Option(0.01, "Probability of foreground predicted at the first step.", Range(min=1e-6, max=0.99))
     IOU_THRESHOLDS = Option(
         [0.4, 0.5], "IoU of anchors: background below the first, foreground from the second.", SHARE, length=2
     )
-    FOCAL_LOSS_ALPHA = Option(0.25, "Weight of foreground in the focal loss; that of background is 1 - alpha.")
-    FOCAL_LOSS_GAMMA = Option(2.0, "Exponent of the focal loss: how much less well-classified anchors weigh.")
+    FOCAL_LOSS_ALPHA = Option(0.25, "Weight of foreground in the focal loss; that of background is 1 - alpha.", SHARE)
+    FOCAL_LOSS_GAMMA = Option(
+        2.0, "Exponent of the focal loss: how much less well-classified anchors weigh.", Range(min=0, max=20)
+    )
     BBOX_REG_LOSS_TYPE = Option("smooth_l1", "Loss of the boxes.", ("smooth_l1", "giou"))
-    SMOOTH_L1_LOSS_BETA = Option(0.1, "Where smooth L1 turns linear, in units of the box code.", NOT_NEGATIVE)
+    SMOOTH_L1_LOSS_BETA = Option(0.1, "Where smooth L1 turns linear, in units of the box code.", Range(min=0, max=100))
     SCORE_THRESH_TEST = Option(0.05, "Detections of a lower score are dropped.", SHARE)
     NMS_THRESH_TEST = Option(0.5, "IoU for NMS within a class.", SHARE)
-    TOPK_CANDIDATES_TEST = Option(1000, "Largest number of candidates of a level before NMS.", POSITIVE)
+    TOPK_CANDIDATES_TEST = Option(1000, "Largest number of candidates of a level before NMS.", OBJECTS)
 
 
 class RPN(Section, key="MODEL.RPN", used_by=RCNN):
     """The region proposal network."""
 
-    NUM_CONV = Option(1, "Number of 3x3 convolutions before the predictions.", POSITIVE)
+    NUM_CONV = Option(1, "Number of 3x3 convolutions before the predictions.", LAYERS)
     IOU_THRESHOLDS = Option(
         [0.3, 0.7], "IoU of anchors: background below the first, foreground from the second.", SHARE, length=2
     )
-    BATCH_SIZE_PER_IMAGE = Option(256, "Number of anchors of an image sampled for the loss.", POSITIVE)
+    BATCH_SIZE_PER_IMAGE = Option(256, "Number of anchors of an image sampled for the loss.", OBJECTS)
     POSITIVE_FRACTION = Option(0.5, "Largest share of foreground among the sampled anchors.", SHARE)
-    PRE_NMS_TOPK_TRAIN = Option(2000, "Largest number of proposals of a level before NMS, in training.", POSITIVE)
-    PRE_NMS_TOPK_TEST = Option(1000, "Largest number of proposals of a level before NMS, in inference.", POSITIVE)
-    POST_NMS_TOPK_TRAIN = Option(1000, "Largest number of proposals of an image after NMS, in training.", POSITIVE)
-    POST_NMS_TOPK_TEST = Option(1000, "Largest number of proposals of an image after NMS, in inference.", POSITIVE)
+    PRE_NMS_TOPK_TRAIN = Option(2000, "Largest number of proposals of a level before NMS, in training.", OBJECTS)
+    PRE_NMS_TOPK_TEST = Option(1000, "Largest number of proposals of a level before NMS, in inference.", OBJECTS)
+    POST_NMS_TOPK_TRAIN = Option(1000, "Largest number of proposals of an image after NMS, in training.", OBJECTS)
+    POST_NMS_TOPK_TEST = Option(1000, "Largest number of proposals of an image after NMS, in inference.", OBJECTS)
     NMS_THRESH = Option(0.7, "IoU for NMS within a level.", SHARE)
-    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, NOT_NEGATIVE)
+    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, Range(min=0, max=100))
 
 
 class RoIHeads(Section, key="MODEL.ROI_HEADS", used_by=RCNN):
     """What the box head and the mask head have in common."""
 
-    NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", NOT_NEGATIVE)
-    BATCH_SIZE_PER_IMAGE = Option(512, "Number of RoIs of an image sampled for training.", POSITIVE)
+    NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", CLASSES_OR_0)
+    BATCH_SIZE_PER_IMAGE = Option(512, "Number of RoIs of an image sampled for training.", OBJECTS)
     POSITIVE_FRACTION = Option(0.25, "Largest share of foreground among the sampled RoIs.", SHARE)
     IOU_THRESHOLDS = Option([0.5], "IoU from which on a RoI is foreground.", SHARE, length=1)
     SHUFFLE = Option(False, 'Train on RoIs randomly permuted over the processes (Rethinking "Batch", 6.1).')
@@ -110,30 +128,32 @@ class RoIHeads(Section, key="MODEL.ROI_HEADS", used_by=RCNN):
 class RoIBoxHead(Section, key="MODEL.ROI_BOX_HEAD", used_by=RCNN):
     """The box head; NUM_CONV 4 and NUM_FC 1 are the 4conv1fc head of Rethinking "Batch" in BatchNorm."""
 
-    NUM_CONV = Option(0, "Number of 3x3 convolutions.", NOT_NEGATIVE)
-    CONV_DIM = Option(256, "Number of channels of the convolutions.", POSITIVE)
-    NUM_FC = Option(2, "Number of linear layers after the convolutions.", POSITIVE)
-    FC_DIM = Option(1024, "Number of features of the linear layers.", POSITIVE)
+    NUM_CONV = Option(0, "Number of 3x3 convolutions.", LAYERS_OR_0)
+    CONV_DIM = Option(256, "Number of channels of the convolutions.", CHANNELS)
+    NUM_FC = Option(2, "Number of linear layers after the convolutions.", LAYERS)
+    FC_DIM = Option(1024, "Number of features of the linear layers.", CHANNELS)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
-    POOLER_RESOLUTION = Option(7, "Height and width of the features of a RoI.", POSITIVE)
+    POOLER_RESOLUTION = Option(7, "Height and width of the features of a RoI.", BINS)
     POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
-    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, NOT_NEGATIVE)
-    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, NOT_NEGATIVE)
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, max=16))
+    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, Range(min=0, max=100))
 
 
 class RoIMaskHead(Section, key="MODEL.ROI_MASK_HEAD", used_by=RCNN):
     """The mask head, with MODEL.MASK_ON."""
 
-    NUM_CONV = Option(4, "Number of 3x3 convolutions.", POSITIVE)
-    CONV_DIM = Option(256, "Number of channels of the convolutions.", POSITIVE)
+    NUM_CONV = Option(4, "Number of 3x3 convolutions.", LAYERS)
+    CONV_DIM = Option(256, "Number of channels of the convolutions.", CHANNELS)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
-    POOLER_RESOLUTION = Option(14, "Height and width of the features of a RoI; a mask has twice that.", POSITIVE)
+    POOLER_RESOLUTION = Option(14, "Height and width of the features of a RoI; a mask has twice that.", BINS)
     POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
-    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, NOT_NEGATIVE)
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, max=16))
 
 
 class Classifier(Section, key="MODEL.CLASSIFIER", used_by=CLASSIFIER):
     """The classifier."""
 
-    NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", NOT_NEGATIVE)
-    LABEL_SMOOTHING = Option(0.0, "Share of the target that all classes have equally, in training.", SHARE)
+    NUM_CLASSES = Option(0, "Number of classes; 0: as many as the training sets have.", CLASSES_OR_0)
+    LABEL_SMOOTHING = Option(
+        0.0, "Share of the target that all classes have equally, in training.", Range(min=0, max=0.99)
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..eager import number_of_segments
-from ..moments import accumulate_dtype
+from ..moments import accumulate_dtype, is_in_memory
 from ..partition import Segments
 from . import library
 from .library import DTYPES, Values
@@ -44,6 +44,8 @@ def refusal(xs: Sequence[Tensor]) -> str:
             return "tensor subclasses may have no memory"
         if x.dtype != dtype:
             return "the tensors are of several dtypes"
+        if not is_in_memory(x):
+            return "the numbers in memory are not those of a tensor"
         if not x.shape[1] or not (x.is_contiguous() or is_channels_last(x)):
             return "it takes contiguous and channels_last tensors"
     return ""
@@ -142,8 +144,8 @@ def _values(xs: Sequence[Tensor], segments: Segments, *values: Tensor) -> tuple[
                 f"expected statistics, weight and bias of {sum(number_of_segments(xs, segments))} x {channels} "
                 f"channels on the CPU, as the input, got {tuple(v.shape)} on {v.device}"
             )
-        if v.dtype != dtype or not v.is_contiguous():
-            v = v.detach().to(dtype).contiguous()
+        if v.dtype != dtype or not v.is_contiguous() or not is_in_memory(v):
+            v = v.detach().to(dtype).contiguous().resolve_neg()
         kept.append(v)
         found.append(Values(v.data_ptr(), channels if rows > 1 else 0))
     return kept, found
@@ -159,6 +161,8 @@ def _in_layout(grads: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients in the dtype and the memory format of the tensors."""
     pairs = zip(grads, xs, strict=True)
     return [
-        grad if grad.dtype == x.dtype and grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+        grad
+        if grad.dtype == x.dtype and grad.stride() == x.stride() and is_in_memory(grad)
+        else torch.empty_like(x).copy_(grad)
         for grad, x in pairs
     ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import eager
+from ..moments import is_in_memory
 from ..partition import Segments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,8 @@ def refusal(xs: Sequence[Tensor]) -> str:
     for x in xs:
         if type(x) not in (Tensor, Parameter) or x.dtype != dtype or x.device != device or not x.is_contiguous():
             return "it takes contiguous tensors of one dtype on one device"
+        if not is_in_memory(x):
+            return "the numbers in memory are not those of a tensor"
     if (device, dtype) not in _failures:
         if torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode():
             return "it was not tried yet, and what is recorded or must not wait is no place for it"

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..moments import is_in_memory
+
 BLOCK = 4096  # elements that a program has under way, at most
 PER_WARP = 512  # of them
 PROGRAMS = 1024  # that keep a GPU busy
@@ -83,7 +85,9 @@ class _Rows:
         """Gradients in the dtype and memory format of the tensors."""
         pairs = zip(grads, self.xs, strict=True)
         return tuple(
-            grad if grad.dtype == x.dtype and grad.is_contiguous() else torch.empty_like(x).copy_(grad)
+            grad
+            if grad.dtype == x.dtype and grad.is_contiguous() and is_in_memory(grad)
+            else torch.empty_like(x).copy_(grad)
             for grad, x in pairs
         )
 
@@ -99,7 +103,7 @@ class _Rows:
             if value.shape != (samples, channels) and value.shape != (1, channels) and value.shape != (channels,):
                 raise RuntimeError(f"expected values for {samples} x {channels} rows, got {tuple(value.shape)}")
             step = channels if value.ndim == 2 and value.shape[0] > 1 else 0
-            found += [value.detach().to(torch.float32).contiguous(), step]
+            found += [value.detach().to(torch.float32).contiguous().resolve_neg(), step]
         return found
 
     def launch(self, kernel: Any, *others: Any, pieces: int = 0) -> None:

@@ -1,0 +1,64 @@
+"""The smallest images of the training sets, tried before the first step: their coarsest level may be one number."""
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ..data import domain_names
+from ..data.classes import kind
+from ..data.sampler import images_per_forward
+from ..distributed import get_device, world_size
+from ..errors import UserError
+from ..layers import DomainBatchNorm
+from ..statistics.preserve import preserve_state
+from ..surgery.domains import use_domains_of
+
+_SIDE = 128  # pixels: of larger images the coarsest level, of stride 128, has more than one place
+
+
+@torch.no_grad()
+def try_smallest(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse a detector whose norms have one value in a channel of the smallest images. Every rank calls it.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    norms = [module for module in model.modules() if isinstance(module, DomainBatchNorm) and not module.frozen]
+    images = images_per_forward(cfg, world_size())
+    mixed = cfg.DATASETS.DOMAINS and cfg.DATALOADER.COMPOSITION == "mixed"  # a domain may have one image of a batch
+    alone = images == 1 or mixed or any(norm.sample_groups is not None for norm in norms)
+    smallest = min(cfg.INPUT.MIN_SIZE_TRAIN)
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier" or not norms or not alone or smallest > _SIDE:
+        return
+    sizes = (size for name in cfg.DATASETS.TRAIN for size in kind(cfg).training_set(cfg, name).sizes)
+    size = min(sizes, key=lambda size: max(_resized(cfg, size)))
+    height, width = _resized(cfg, size)
+    if max(height, width) > _SIDE:
+        return
+    device = get_device(cfg.MODEL.DEVICE)
+    part, keys = "MODEL.BACKBONE.NORM or MODEL.FPN.NORM", f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
+    try:
+        with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if cfg.DATASETS.DOMAINS:
+                last = len(domain_names(cfg)) - 1
+                use_domains_of(model, [{"domain": torch.tensor(0 if k == 0 else last)} for k in range(images)])
+            shape = [side + -side % 32 for side in (height, width)]
+            features = model.get_submodule("backbone")(torch.zeros(images, 3, *shape, device=device))
+            part = f"MODEL.RETINANET.NORM {cfg.MODEL.RETINANET.NORM!r}"
+            if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+                model.get_submodule("head")(list(features.values()))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN {smallest}: an image of {size[0]} x {size[1]} pixels becomes {height} x {width}, "
+            f"whose coarsest features are 1 x 1: {part} has one value per channel there, with {keys} over "
+            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; raise INPUT.MIN_SIZE_TRAIN or "
+            "SOLVER.IMS_PER_BATCH, or choose GN"
+        ) from error
+
+
+def _resized(cfg: CfgNode, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) after `RandomShortestSize` of the smallest choice."""
+    scale = min(min(cfg.INPUT.MIN_SIZE_TRAIN) / min(size), cfg.INPUT.MAX_SIZE_TRAIN / max(size))
+    return int(size[0] * scale), int(size[1] * scale)
