@@ -20,16 +20,15 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        line = one_line(message)
+        line = _escaped(str(message))
         if len(line) > MAX_MESSAGE:
             line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
         super().__init__(line)
 
 
 def one_line(text: object) -> str:
-    """`text` without line breaks, and with escapes for what cannot be printed."""
-    line = " ".join(part.strip() for part in str(text).splitlines())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """The lines of `text`, such as another program's message, as one, with escapes for what cannot be printed."""
+    return _escaped(" ".join(part.strip() for part in str(text).splitlines()))
 
 
 def quote(value: object) -> str:
@@ -69,3 +68,7 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

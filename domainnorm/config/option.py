@@ -12,20 +12,29 @@ MAX_CHOICES = 20  # in a message
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from `min` to `max`, both included, and greater than `above`."""
+    """Finite numbers from `min` to `max`, both included, and greater than `above`.
+
+    Args:
+        limit: far above what anybody needs, where something else would fail; told of only beyond it.
+    """
 
     min: float = -math.inf
     max: float = math.inf
     above: float = -math.inf
+    limit: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.min <= value <= self.max and self.above < value < math.inf
+        return self.min <= value <= min(self.max, self.limit) and self.above < value < math.inf
 
     def __str__(self) -> str:
         upper = f" to {_short(self.max)}" if self.max < math.inf else ""
         if self.above > -math.inf:
             return f"above {_short(self.above)}{upper and f', up{upper}'}"
         return f"from {_short(self.min)}{upper or ' on'}"
+
+    def expected(self, value: float) -> str:
+        """What it takes instead of `value`."""
+        return f"up to {_short(self.limit)}" if self.limit < value < math.inf else str(self)
 
 
 def _short(number: float) -> str:
@@ -36,14 +45,14 @@ def _short(number: float) -> str:
 SHARE, BELOW_ONE = Range(min=0, max=1), Range(min=0, max=0.999999)
 # Whole numbers, of which there is at least one, or possibly none. The largest is far above what anybody needs and far
 # below where a product of two of them, as int64, or the memory of an empty layer ends.
-ITERATIONS, ITERATIONS_OR_0 = Range(above=0, max=2**31 - 1), Range(min=0, max=2**31 - 1)
-IMAGES, IMAGES_OR_0 = Range(above=0, max=2**20), Range(min=0, max=2**20)
-OBJECTS = Range(above=0, max=10**6)
-PIXELS, PIXELS_OR_0 = Range(above=0, max=2**16), Range(min=0, max=2**16)
-CHANNELS, CLASSES_OR_0 = Range(above=0, max=2**13), Range(min=0, max=10**5)
-BINS = Range(above=0, max=64)
-LAYERS, LAYERS_OR_0 = Range(above=0, max=100), Range(min=0, max=100)
-INTENSITY = Range(min=0, max=1e30)
+ITERATIONS, ITERATIONS_OR_0 = Range(above=0, limit=2**31 - 1), Range(min=0, limit=2**31 - 1)
+IMAGES, IMAGES_OR_0 = Range(above=0, limit=2**20), Range(min=0, limit=2**20)
+OBJECTS = Range(above=0, limit=10**6)
+PIXELS, PIXELS_OR_0 = Range(above=0, limit=2**16), Range(min=0, limit=2**16)
+CHANNELS, CLASSES_OR_0 = Range(above=0, limit=2**13), Range(min=0, limit=10**5)
+BINS = Range(above=0, limit=64)
+LAYERS, LAYERS_OR_0 = Range(above=0, limit=100), Range(min=0, limit=100)
+INTENSITY = Range(min=0, limit=2**32)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Option:
             raise UserError(f"{self.key} takes at least one, got []")
         wrong = [element for element in elements if self.allowed is not None and element not in self.allowed]
         if wrong and isinstance(self.allowed, Range):
-            raise UserError(f"{self.key} takes a number {self.allowed}, got {quote(value)}")
+            raise UserError(f"{self.key} takes a number {self.allowed.expected(wrong[0])}, got {quote(value)}")
         if wrong:
             raise not_among(f"{self.key} takes {'any' if self.is_list else 'one'} of", wrong[0], self.allowed)
 

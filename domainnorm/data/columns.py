@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import UserError
 from .json_lists import read_lists
 from .masks import Segmentations
+from .shared import shared
 from .table import Table, check_unique
 
 _LISTS = ("images", "annotations", "categories")
@@ -100,7 +101,8 @@ def read_columns(file: Path, *, masks: bool = False) -> Columns:
     key = _identity(file)
     columns = _kept.pop(key, None)
     if columns is None or (masks and columns.segmentations is None):
-        columns = _read(file, masks)
+        large = key[2] >= _KEPT_FROM
+        columns = shared((*key, masks), lambda: _read(file, masks)) if large else _read(file, masks)
     if key[2] >= _KEPT_FROM:
         _kept[key] = columns
         for oldest in list(_kept)[:-_KEPT]:
@@ -194,7 +196,7 @@ def _joined(source: str, parts: dict[str, list[Any]], shapes: Segmentations | No
         np.concatenate(xywh),
         np.concatenate(areas),
         np.concatenate(crowds),
-        shapes,
+        shapes.seal() if shapes else None,
     )
 
 

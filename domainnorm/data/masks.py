@@ -17,7 +17,7 @@ _MAX_PIXELS = 2**32 - 1  # what a run of pycocotools can be
 
 
 class Segmentations:
-    """The segmentations of n objects, in arrays, which processes share; blocks of them are added at the end.
+    """The segmentations of n objects, in arrays, which processes share; blocks of them are added until it is sealed.
 
     Args:
         values: what the file has of each object, None where it has nothing.
@@ -87,11 +87,16 @@ class Segmentations:
         ):
             own.frombytes(more.tobytes())
 
+    def seal(self) -> "Segmentations":
+        """Itself; nothing is added any more, and its arrays are numpy's."""
+        for name in ("kinds", "ends", "polygons", "coordinates", "text", "extents", "sizes"):
+            setattr(self, name, np.asarray(getattr(self, name)))
+        return self
+
     def unusable(self, sizes: np.ndarray) -> dict[int, str]:
         """What is wrong with each that is no mask of an image of (height, width) `sizes` (n, 2)."""
         found = dict(self.problems)
-        kinds, extents = np.array(self.kinds), np.array(self.extents)
-        own = np.array(self.sizes).reshape(-1, 2)
+        kinds, extents, own = np.asarray(self.kinds), np.asarray(self.extents), np.asarray(self.sizes).reshape(-1, 2)
         far = (kinds == _POLYGONS) & (extents > _FAR * sizes.max(axis=1, initial=0))
         other = (kinds == _RLE) & (own != sizes).any(axis=1)
         short = (kinds == _RLE) & (extents != sizes.prod(axis=1, dtype=np.float64))
@@ -129,7 +134,7 @@ class Segmentations:
         coordinates = self._part(row, 1, self.coordinates).tolist()
         return [coordinates[start:end] for start, end in pairwise(ends)]
 
-    def _part(self, row: int, column: int, of: "array[Any]") -> "array[Any]":
+    def _part(self, row: int, column: int, of: Any) -> Any:
         return of[self.ends[3 * (row - 1) + column] if row else 0 : self.ends[3 * row + column]]
 
 

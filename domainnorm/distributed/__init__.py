@@ -10,11 +10,12 @@ from .collectives import (
     rank,
     world_size,
 )
-from .launch import get_device, launch, to_device
+from .launch import SHARED_FOLDER, get_device, launch, to_device
 from .watch import set_progress, this_rank, timeout
 
 __all__ = [
     "ALL_GATHER",
+    "SHARED_FOLDER",
     "Group",
     "all_gather_stack",
     "all_reduce_max",

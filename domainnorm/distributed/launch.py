@@ -13,6 +13,8 @@ from .rendezvous import check_url, is_lost, process_group, ranks_of_environment
 from .supervise import run_ranks
 from .watch import timeout
 
+SHARED_FOLDER = "DOMAINNORM_SHARED_FOLDER"  # environment variable: where processes of a run put what they share
+
 
 def get_device(name: str) -> torch.device:
     """The device of this rank for a config's `MODEL.DEVICE`: "auto", "cuda" or "cpu"."""
@@ -87,9 +89,8 @@ def launch(
             dist_url = f"file://{folder}/rendezvous"  # unlike a free port, nobody else can take it
         check_url(dist_url)
         first = machine_rank * num_processes
-        run_ranks(
-            _run_child, (function, args, device, dist_url, world, num_processes), range(first, first + num_processes)
-        )
+        own = (function, args, device, dist_url, world, num_processes, folder)
+        run_ranks(_run_child, own, range(first, first + num_processes))
 
 
 def _run_child(
@@ -101,9 +102,11 @@ def _run_child(
     url: str,
     world: int,
     num_processes: int,
+    folder: str,
     report: Callable[[Exception], None],
 ) -> None:
     os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ[SHARED_FOLDER] = folder
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))  # else ranks spin against each other
     _run_rank(_reported, (function, args, report), device, url, rank, world)

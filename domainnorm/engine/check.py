@@ -11,7 +11,7 @@ from ..distributed import rank, world_size
 from ..errors import UserError
 from ..evaluation.recompute import batch_size
 from ..evaluation.test_set import TestSet
-from ..layers import DomainBatchNorm
+from ..layers import BatchGroupNorm, DomainBatchNorm
 from ..statistics.virtual_batch import virtual_batch
 from ..surgery.convert import convert_groupnorm
 from .freeze import prefixes
@@ -39,6 +39,7 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
                 pass
         except ValueError as error:
             raise UserError(f"SOLVER.VIRTUAL_BATCH {cfg.SOLVER.VIRTUAL_BATCH}: {error}") from error
+    _check_pieces_of_rois(cfg, norms)
     images = images_per_forward(cfg, world_size())
     for name, layer in norms.items():
         groups = layer.sample_groups
@@ -53,6 +54,17 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
             convert_groupnorm(copy.deepcopy(model))
         except TypeError as error:
             raise UserError(f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS}: {error}") from error
+
+
+def _check_pieces_of_rois(cfg: CfgNode, norms: dict[str, DomainBatchNorm]) -> None:
+    for name, layer in norms.items():
+        if isinstance(layer, BatchGroupNorm) and name.startswith("roi_heads."):
+            side = (cfg.MODEL.ROI_BOX_HEAD if ".box_" in name else cfg.MODEL.ROI_MASK_HEAD).POOLER_RESOLUTION
+            if layer.num_features % layer.num_groups and layer.num_features * side**2 % layer.num_groups:
+                raise UserError(
+                    f"MODEL.NORM.BGN.NUM_GROUPS {layer.num_groups} does not divide the {layer.num_features} x {side} x "
+                    f"{side} features of {name}: use a divisor, or set MODEL.NORM.BGN.SPLIT_SPACE False"
+                )
 
 
 def check_test_sets(cfg: CfgNode) -> None:

@@ -48,7 +48,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         return fix_weights(cfg, _name_domains(cfg, build_classifier(cfg))).to(get_device(cfg.MODEL.DEVICE))
     model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
-    _check_pieces(cfg, model)
+    _check_pieces(model)
     _name_domains(cfg, model)
     initialize(model, cfg.MODEL.WEIGHTS)
     return fix_weights(cfg, model).to(get_device(cfg.MODEL.DEVICE))
@@ -59,22 +59,15 @@ def _name_domains(cfg: CfgNode, model: nn.Module) -> nn.Module:
     return name_domains(model, domain_names(cfg)) if cfg.MODEL.NORM_DOMAINS else model
 
 
-def _check_pieces(cfg: CfgNode, model: nn.Module) -> None:
-    """UserError if a norm splits features in space that have many sizes, or that it does not divide."""
+def _check_pieces(model: nn.Module) -> None:
+    """UserError if a norm whose features have many sizes splits them in space."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, BatchGroupNorm) or not layer.num_features % layer.num_groups:
-            continue
-        if not name.startswith("roi_heads."):  # RoIs have one size
+        splits = isinstance(layer, BatchGroupNorm) and layer.num_features % layer.num_groups
+        if splits and not name.startswith("roi_heads."):  # RoIs have one size
             raise UserError(
                 f"MODEL.NORM.BGN.NUM_GROUPS {layer.num_groups} splits the {layer.num_features} channels of {name} in "
                 f"space, and a detector's features have many sizes: use a divisor of {layer.num_features}, or set "
                 "MODEL.NORM.BGN.SPLIT_SPACE False"
-            )
-        side = (cfg.MODEL.ROI_BOX_HEAD if ".box_" in name else cfg.MODEL.ROI_MASK_HEAD).POOLER_RESOLUTION
-        if layer.num_features * side**2 % layer.num_groups:
-            raise UserError(
-                f"MODEL.NORM.BGN.NUM_GROUPS {layer.num_groups} does not divide the {layer.num_features} x {side} x "
-                f"{side} features of {name}: use a divisor, or set MODEL.NORM.BGN.SPLIT_SPACE False"
             )
 
 

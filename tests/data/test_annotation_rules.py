@@ -114,8 +114,8 @@ def test_whole_floats_and_flags_are_taken_alike(make, fields):
         ({"file_name": ""}, "has file_name ''; expected a string, not empty"),
         ({"file_name": "a\0b"}, "has file_name 'a\\x00b'; expected a string"),
         ({"file_name": "\ud800.png"}, "has file_name '\\ud800.png'; expected a string"),
-        ({"file_name": "new\nline.png"}, r"new\nline.png': no such file"),
-        ({"file_name": "x" * 500}, "...xxx"),
+        ({"file_name": "new\nline.png"}, r"new\nline.png: no such file"),
+        ({"file_name": "x" * 5000}, "xxxxx"),
         ({"file_name": "."}, "it is no file"),
         ({"height": 10**7}, "expected positive numbers of pixels, at most 1048576"),
     ],
@@ -123,7 +123,7 @@ def test_whole_floats_and_flags_are_taken_alike(make, fields):
 def test_images_that_cannot_be(make, image, expected):
     entry = {"id": 0, "file_name": "0.png", "height": SIZE, "width": SIZE}
     message = message_of(CocoDataset, make(images=[entry | image, entry | {"id": 1}]))
-    assert expected in message and len(message) < 600
+    assert expected in message and len(message) < 1500
 
 
 # what is left out is counted

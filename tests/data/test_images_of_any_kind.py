@@ -167,8 +167,8 @@ SHAPES = [(1, 1), (1, 7), (7, 1), (1, 3000), (3000, 1), (2, 5000), (5000, 3)]
 def test_images_of_every_shape_are_transformed(shape):
     image = torch.randint(256, (3, *shape), dtype=torch.uint8)
     cfg = load_config()
-    boxes = tv_tensors.BoundingBoxes([[0, 0, shape[1], shape[0]]], format="XYXY", canvas_size=shape)
-    out, target = train_transforms(cfg)(image, {"boxes": boxes.float(), "labels": torch.zeros(1)})
+    boxes = tv_tensors.BoundingBoxes([[0.0, 0.0, shape[1], shape[0]]], format="XYXY", canvas_size=shape)
+    out, target = train_transforms(cfg)(image, {"boxes": boxes, "labels": torch.zeros(1)})
     assert target["boxes"].tolist() == [[0, 0, out.shape[2], out.shape[1]]]
     assert min(out.shape) >= 1 and max(out.shape) <= cfg.INPUT.MAX_SIZE_TRAIN
     for crop in ("random_resized", "padded", "none"):

@@ -398,14 +398,3 @@ def test_pieces_that_split_channels_of_many_sizes_in_space_are_refused(place):
         tiny(place, "BGN", "MODEL.NORM.BGN.NUM_GROUPS", 512)
     model = tiny(place, "BGN", "MODEL.NORM.BGN.NUM_GROUPS", 512, "MODEL.NORM.BGN.SPLIT_SPACE", False)
     assert all(m.num_groups <= m.num_features for m in model.modules() if isinstance(m, dn.BatchGroupNorm))
-
-
-@pytest.mark.parametrize("head", ["BOX", "MASK"])
-def test_pieces_that_do_not_divide_the_features_of_a_roi_are_refused(head):
-    """Before the first step, in which the layer would meet them."""
-    keys = {
-        **{f"MODEL.ROI_{head}_HEAD.NORM": "BGN", f"MODEL.ROI_{head}_HEAD.POOLER_RESOLUTION": 7},
-        **{"MODEL.ROI_BOX_HEAD.NUM_CONV": 1, "MODEL.NORM.BGN.NUM_GROUPS": 512},
-    }
-    with pytest.raises(dn.UserError, match=r"512 does not divide the \d+ x 7 x 7 features of roi_heads\..*SPLIT_SPACE"):
-        build("", **keys)

@@ -4,7 +4,6 @@ Beside these, --build tiny models are built of random options, and --train of th
 """
 
 import argparse
-import math
 import random
 import time
 from functools import partial
@@ -51,7 +50,7 @@ MARKS = (*" \n\t:-?[]{}&*!|>'\"%@`,#<", "<<: ", "- ", ": ", "? ", "_BASE_: ", "&
 ENCODINGS = (*["utf-8"] * 8, "utf-8-sig", "utf-16", "latin-1")
 
 
-def fitting(random: Random, option: Option, largest: float = math.inf) -> Any:
+def fitting(random: Random, option: Option, largest: float = 1e30) -> Any:
     """A value that the option takes; numbers up to about `largest`, where there are such."""
     if option.is_list:
         length = option.length or random.randint(max(option.min_length, 0), option.min_length + 2)
@@ -65,7 +64,7 @@ def _fitting_element(random: Random, option: Option, largest: float) -> Any:
         return random.choice(allowed)
     if isinstance(allowed, Range):
         low = max(allowed.min, allowed.above + (1 if option.type is int else 1e-9))
-        high = max(low, min(allowed.max, largest))
+        high = max(low, min(allowed.max, allowed.limit, largest))
         value = random.choice((low, high, random.uniform(low, high), low + (high - low) * random.random() ** 8))
         return option.type(value)
     if option.type is bool:

@@ -56,14 +56,14 @@ class DataLoader(Section, key="DATALOADER"):
     """Loading, and what a batch is made of. A normalization batch is the share of one rank and one of ACCUMULATE."""
 
     NUM_WORKERS = Option(
-        2, "Number of loading processes for each rank; 0: the main process loads.", Range(min=0, max=256)
+        2, "Number of loading processes for each rank; 0: the main process loads.", Range(min=0, limit=256)
     )
     ASPECT_RATIO_GROUPING = Option(True, "Fill a batch with either wide or tall images.", used_by=DETECTORS)
     FILTER_EMPTY_ANNOTATIONS = Option(True, "Train without the images that have no object.", used_by=DETECTORS)
     RATIOS = Option(
         [],
         "How often images of each of TRAIN are drawn; []: by their numbers.",
-        Range(min=1e-6, max=1e6),
+        Range(above=0, limit=1e6),
         element=float,
     )
     COMPOSITION = Option(

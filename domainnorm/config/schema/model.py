@@ -19,6 +19,7 @@ RETINANET, RCNN, CLASSIFIER = ("RetinaNet",), ("GeneralizedRCNN",), ("Classifier
 DETECTORS = RETINANET + RCNN
 SMOOTH_L1 = "Where the loss of boxes, smooth L1, turns linear, in units of the box code; 0: L1, as detectron2."
 ROI_ALIGN = "ROIAlignV2 is aligned by half a pixel, as detectron2's default."
+BETA = Range(min=0, limit=100)
 SAMPLING_RATIO = "Points along a side of a bin; 0: as many as it has pixels, as detectron2."
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
 
@@ -32,7 +33,7 @@ class Model(Section, key="MODEL"):
     MASK_ON = Option(False, "Predict masks too: Mask R-CNN, not Faster R-CNN.", used_by=RCNN)
     PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, in [0, 1].", SHARE, length=3)
     PIXEL_STD = Option(
-        [0.229, 0.224, 0.225], "Standard deviation of R, G and B, in [0, 1].", Range(min=0.001, max=1), length=3
+        [0.229, 0.224, 0.225], "Standard deviation of R, G and B, in [0, 1].", Range(above=0, max=1), length=3
     )
     NORM_DOMAINS = Option("", "'dataset': all norms but GN have the domains of DATASETS.DOMAINS.", ("", "dataset"))
 
@@ -81,16 +82,16 @@ class RetinaNet(Section, key="MODEL.RETINANET", used_by=RETINANET):
     SGD_STATISTICS = Option("per_domain", "Statistics that normalize in training.", SHARED)
     POPULATION_STATISTICS = Option("per_domain", "Statistics that normalize in inference.", SHARED)
     AFFINE = Option("shared", "Weight and bias; '': none.", (*SHARED, ""))
-    PRIOR_PROB = Option(0.01, "Probability of foreground predicted at the first step.", Range(min=1e-6, max=0.99))
+    PRIOR_PROB = Option(0.01, "Probability of foreground predicted at the first step.", Range(above=0, max=0.99))
     IOU_THRESHOLDS = Option(
         [0.4, 0.5], "IoU of anchors: background below the first, foreground from the second.", SHARE, length=2
     )
     FOCAL_LOSS_ALPHA = Option(0.25, "Weight of foreground in the focal loss; that of background is 1 - alpha.", SHARE)
     FOCAL_LOSS_GAMMA = Option(
-        2.0, "Exponent of the focal loss: how much less well-classified anchors weigh.", Range(min=0, max=20)
+        2.0, "Exponent of the focal loss: how much less well-classified anchors weigh.", Range(min=0, limit=20)
     )
     BBOX_REG_LOSS_TYPE = Option("smooth_l1", "Loss of the boxes.", ("smooth_l1", "giou"))
-    SMOOTH_L1_LOSS_BETA = Option(0.1, "Where smooth L1 turns linear, in units of the box code.", Range(min=0, max=100))
+    SMOOTH_L1_LOSS_BETA = Option(0.1, "Where smooth L1 turns linear, in units of the box code.", BETA)
     SCORE_THRESH_TEST = Option(0.05, "Detections of a lower score are dropped.", SHARE)
     NMS_THRESH_TEST = Option(0.5, "IoU for NMS within a class.", SHARE)
     TOPK_CANDIDATES_TEST = Option(1000, "Largest number of candidates of a level before NMS.", OBJECTS)
@@ -110,7 +111,7 @@ class RPN(Section, key="MODEL.RPN", used_by=RCNN):
     POST_NMS_TOPK_TRAIN = Option(1000, "Largest number of proposals of an image after NMS, in training.", OBJECTS)
     POST_NMS_TOPK_TEST = Option(1000, "Largest number of proposals of an image after NMS, in inference.", OBJECTS)
     NMS_THRESH = Option(0.7, "IoU for NMS within a level.", SHARE)
-    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, Range(min=0, max=100))
+    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, BETA)
 
 
 class RoIHeads(Section, key="MODEL.ROI_HEADS", used_by=RCNN):
@@ -135,8 +136,8 @@ class RoIBoxHead(Section, key="MODEL.ROI_BOX_HEAD", used_by=RCNN):
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
     POOLER_RESOLUTION = Option(7, "Height and width of the features of a RoI.", BINS)
     POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
-    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, max=16))
-    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, Range(min=0, max=100))
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, limit=16))
+    SMOOTH_L1_BETA = Option(1 / 9, SMOOTH_L1, BETA)
 
 
 class RoIMaskHead(Section, key="MODEL.ROI_MASK_HEAD", used_by=RCNN):
@@ -147,7 +148,7 @@ class RoIMaskHead(Section, key="MODEL.ROI_MASK_HEAD", used_by=RCNN):
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
     POOLER_RESOLUTION = Option(14, "Height and width of the features of a RoI; a mask has twice that.", BINS)
     POOLER_TYPE = Option("ROIAlign", ROI_ALIGN, ("ROIAlign", "ROIAlignV2"))
-    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, max=16))
+    POOLER_SAMPLING_RATIO = Option(2, SAMPLING_RATIO, Range(min=0, limit=16))
 
 
 class Classifier(Section, key="MODEL.CLASSIFIER", used_by=CLASSIFIER):

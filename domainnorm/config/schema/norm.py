@@ -15,7 +15,7 @@ class Norm(Section, key="MODEL.NORM"):
     MOMENTUM = Option(0.0, "EMA momentum, as in torch; 0: the layer's own, 0.1 (0.01 in MobileNets and BRN).", SHARE)
     FIXED_WEIGHT = Option(False, "Weights (gamma) stay 1, and only biases are trained (Batch Renormalization, 4).")
     SYNC_GROUP_SIZE = Option(
-        0, "Processes, one after the other, that a synchronized norm merges; 0: all.", Range(min=0, max=10**5)
+        0, "Processes, one after the other, that a synchronized norm merges; 0: all.", Range(min=0, limit=10**5)
     )
 
 
@@ -68,14 +68,14 @@ class BRN(Section, key="MODEL.NORM.BRN"):
     SOLVER.MAX_ITER; the defaults are the paper's 5k, 40k and 25k of 130k steps.
     """
 
-    R_MAX = Option(3.0, "Limit of the correction of the standard deviation.", Range(min=1, max=1e6))
-    D_MAX = Option(5.0, "Limit of the correction of the mean, in standard deviations.", Range(min=0, max=1e6))
+    R_MAX = Option(3.0, "Limit of the correction of the standard deviation.", Range(min=1, limit=1e6))
+    D_MAX = Option(5.0, "Limit of the correction of the mean, in standard deviations.", Range(min=0, limit=1e6))
     BN_UNTIL = Option(
         0.04, "When the limits begin to grow; 0, with R_MAX_AT and D_MAX_AT 0: they are constant.", ITERATIONS_OR_0
     )
     R_MAX_AT = Option(0.3, "When R_MAX is reached.", ITERATIONS_OR_0)
     D_MAX_AT = Option(0.2, "When D_MAX is reached.", ITERATIONS_OR_0)
-    MOMENTUM = Option(0.01, "EMA momentum of the running statistics, as in torch.", Range(above=0, max=1))
+    MOMENTUM = Option(0.01, "EMA momentum of the running statistics, as in torch.", SHARE)
     SAMPLES_PER_GROUP = Option(0, "Number of samples in a micro-batch; 0: all.", IMAGES_OR_0, renamed_from="GROUP_SIZE")
     SYNC = Option(False, "Use the statistics of all processes; needs SAMPLES_PER_GROUP 0.")
 

@@ -7,7 +7,7 @@ class Run(Section, key=""):
     """The run as a whole. A CPU run is repeatable to the bit on one machine."""
 
     OUTPUT_DIR = Option("./output", "Folder of checkpoints, logs and results.")
-    SEED = Option(0, "Seed of weights, sampling and augmentation.", Range(min=0, max=2**32 - 1))
+    SEED = Option(0, "Seed of weights, sampling and augmentation.", Range(min=0, limit=2**32 - 1))
 
 
 class Solver(Section, key="SOLVER"):
@@ -24,7 +24,7 @@ class Solver(Section, key="SOLVER"):
         IMAGES_OR_0,
     )
     OPTIMIZER = Option("SGD", "Optimizer, of torch.optim.", ("SGD", "AdamW", "Adam", "RMSprop"))
-    BASE_LR = Option(0.01, "Learning rate after the warm-up.", Range(above=0, max=1000))
+    BASE_LR = Option(0.01, "Learning rate after the warm-up.", Range(above=0))
     MOMENTUM = Option(0.9, "Momentum of SGD and RMSprop.", BELOW_ONE)
     ADAM_BETAS = Option([0.9, 0.999], "Decay of the averages of Adam and AdamW.", BELOW_ONE, length=2)
     RMSPROP_ALPHA = Option(0.99, "Decay of the average of RMSprop.", BELOW_ONE)
@@ -41,10 +41,10 @@ class Solver(Section, key="SOLVER"):
     MAX_ITER = Option(90000, "Number of SGD steps.", ITERATIONS)
     WARMUP_ITERS = Option(1000, "Number of iterations of the linear warm-up.", ITERATIONS_OR_0)
     WARMUP_FACTOR = Option(0.001, "Share of the learning rate at the first iteration of the warm-up.", SHARE)
-    WEIGHT_DECAY = Option(1e-4, "Weight decay of weights outside of norm layers.", Range(min=0, max=10))
-    WEIGHT_DECAY_NORM = Option(0.0, "Weight decay of weight and bias of norm layers.", Range(min=0, max=10))
+    WEIGHT_DECAY = Option(1e-4, "Weight decay of weights outside of norm layers.", Range(min=0, limit=10))
+    WEIGHT_DECAY_NORM = Option(0.0, "Weight decay of weight and bias of norm layers.", Range(min=0, limit=10))
     WEIGHT_DECAY_NORM_TARGET = Option(0.0, "What weights of norms decay to; biases: 0 (Four Things, 3.3).", (0.0, 1.0))
-    WEIGHT_DECAY_BIAS = Option(1e-4, "Weight decay of biases outside of norm layers.", Range(min=0, max=10))
+    WEIGHT_DECAY_BIAS = Option(1e-4, "Weight decay of biases outside of norm layers.", Range(min=0, limit=10))
     FREEZE_NORM_AT = Option(0.0, "When norms begin to keep their statistics; 0: never.", ITERATIONS_OR_0)
     FREEZE_NORM_LAYERS = Option([], "Beginnings of the names of layers to freeze, such as backbone.; []: all.")
     FREEZE_NORM_RECOMPUTE = Option(False, "Freeze statistics recomputed as in TEST.RECOMPUTE, not those of the EMA.")
@@ -73,4 +73,4 @@ class ClipGradients(Section, key="SOLVER.CLIP_GRADIENTS"):
 
     ENABLED = Option(False, "Clip gradients before each step.")
     CLIP_TYPE = Option("norm", "What is clipped: the norm of all gradients together, or each value.", ("norm", "value"))
-    CLIP_VALUE = Option(1.0, "Largest norm, or absolute value.", Range(above=0, max=1e6))
+    CLIP_VALUE = Option(1.0, "Largest norm, or absolute value.", Range(above=0, limit=1e6))
