@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import logging
 import random
 import time
 from pathlib import Path
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def attack(args: argparse.Namespace, folder: Path) -> Outcomes:
     outcomes = Outcomes(args.seed)
+    logging.getLogger("domainnorm").setLevel(logging.ERROR)  # what is left out of a file is told of each
     file, _, images = write_boxes(folder / "data", 3).rpartition(":")
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     for number in range(args.number):
