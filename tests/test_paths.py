@@ -95,7 +95,7 @@ def test_a_training_below_the_home_folder(home):
 
 
 def test_a_message_is_one_line():
-    assert str(dn.UserError("a\nb  c\r\n d\u2028e\tf\x1b[31m\0")) == "a b  c d e\\tf\\x1b[31m\\x00"
+    assert str(dn.UserError("a\nb  c\r\n d\u2028e\tf\x1b[31m\0")) == r"a\nb  c\r\n d\u2028e\tf\x1b[31m\x00"
     error = pickle.loads(pickle.dumps(dn.UserError("Köln 日本 \ud800")))
     assert type(error) is dn.UserError and str(error) == "Köln 日本 \\ud800"
     long = str(dn.UserError("begin " + "x" * 10**6 + " end"))

@@ -89,7 +89,7 @@ def process_group(device: torch.device, url: str, rank: int, world: int) -> Iter
     """In this block, this process is one of `world` ranks.
 
     Raises:
-        UserError: they do not meet; `LostRanks`: they do not answer any more.
+        UserError: they cannot meet; `LostRanks`: others do not come, or do not answer any more.
     """
     where = url if url != "env://" else f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     where = "this machine" if where.startswith("file://") else where
@@ -104,7 +104,7 @@ def process_group(device: torch.device, url: str, rank: int, world: int) -> Iter
             backend, init_method=url, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{where}: {_why_alone(str(error), world, seconds)}") from error
+        raise _alone(where, str(error), world, seconds) from error
     finally:
         waiting.cancel()
     try:
@@ -123,12 +123,13 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
 
 
-def _why_alone(error: str, world: int, seconds: float) -> str:
+def _alone(where: str, error: str, world: int, seconds: float) -> UserError:
+    """Why a rank met no others."""
     if re.search(r"EADDRINUSE|[Aa]ddress already in use", error):
-        return "the port is in use by another program: choose another one"
+        return UserError(f"{where}: the port is in use by another program: choose another one")
     if re.search(r"[Tt]im(ed|e) ?out|[Cc]onnection (refused|reset|closed)|unreachable|connect", error):
-        return (
-            f"the {world} ranks did not all come within {seconds:g} s: start the command on every machine with the "
-            f"same address, which each must reach; {VARIABLE} is a third of the time to wait"
+        return LostRanks(
+            f"{where}: the {world} ranks did not all come within {seconds:g} s: start the command on every machine "
+            f"with the same address, which each must reach; {VARIABLE} is a third of the time to wait"
         )
-    return f"the ranks cannot meet: {cut(one_line(error), 300)}"
+    return UserError(f"{where}: the ranks cannot meet: {cut(one_line(error), 300)}")

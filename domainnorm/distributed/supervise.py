@@ -114,7 +114,7 @@ def _watch(ranks: list[_Rank], received: list[int]) -> str:
             rank.read(min(now - turn, 2 * _BEAT))  # less than went by where this process itself was stopped
         turn = now
         codes = [rank.process.exitcode for rank in ranks]
-        if any(code in (130, 143) for code in codes):  # one alone got a signal
+        if any(code in (130, 143) for code in codes) and not received:  # one alone got a signal
             for rank in alive:
                 rank.process.terminate()
             received.extend(code - 128 for code in codes if code in (130, 143))

@@ -42,7 +42,7 @@ from .log import TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 from .stop import StopSignals, signals_blocked
 from .streams import tolerant_streams
-from .try_smallest import try_smallest
+from .try_smallest import ONE_VALUE, REMEDY, try_smallest
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,12 @@ def _losses(cfg: CfgNode, network: nn.Module, images: list[Tensor], targets: lis
     follow_batches = any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules())
     virtual = own < len(images) and follow_batches
     with virtual_batch(model, images[own:], targets[own:]) if virtual else contextlib.nullcontext():
-        losses: dict[str, Tensor] = network(images[:own], targets[:own])
+        try:
+            losses: dict[str, Tensor] = network(images[:own], targets[:own])
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise UserError(f"the features of a batch are too small: {error}; here: {REMEDY}") from error
     return losses
 
 

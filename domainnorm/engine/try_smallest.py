@@ -1,5 +1,7 @@
 """The smallest images of the training sets, tried before the first step: their coarsest level may be one number."""
 
+import logging
+
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -13,6 +15,10 @@ from ..layers import DomainBatchNorm
 from ..statistics.preserve import preserve_state
 from ..surgery.domains import use_domains_of
 
+ONE_VALUE = "more than 1 value per channel"  # in the error of a layer that has one
+REMEDY = "raise INPUT.MIN_SIZE_TRAIN or SOLVER.IMS_PER_BATCH, or choose GN"
+
+logger = logging.getLogger(__name__)
 _SIDE = 128  # pixels: of larger images the coarsest level, of stride 128, has more than one place
 
 
@@ -20,15 +26,17 @@ _SIDE = 128  # pixels: of larger images the coarsest level, of stride 128, has m
 def try_smallest(cfg: CfgNode, model: nn.Module) -> None:
     """Refuse a detector whose norms have one value in a channel of the smallest images. Every rank calls it.
 
+    Where that happens only in a batch that has one image of a domain, it is a warning.
+
     Raises:
         UserError: naming the keys.
     """
     norms = [module for module in model.modules() if isinstance(module, DomainBatchNorm) and not module.frozen]
     images = images_per_forward(cfg, world_size())
     mixed = cfg.DATASETS.DOMAINS and cfg.DATALOADER.COMPOSITION == "mixed"  # a domain may have one image of a batch
-    alone = images == 1 or mixed or any(norm.sample_groups is not None for norm in norms)
+    always = images == 1 or any(norm.sample_groups is not None for norm in norms)
     smallest = min(cfg.INPUT.MIN_SIZE_TRAIN)
-    if cfg.MODEL.META_ARCHITECTURE == "Classifier" or not norms or not alone or smallest > _SIDE:
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier" or not norms or not (always or mixed) or smallest > _SIDE:
         return
     sizes = (size for name in cfg.DATASETS.TRAIN for size in kind(cfg).training_set(cfg, name).sizes)
     size = min(sizes, key=lambda size: max(_resized(cfg, size)))
@@ -48,14 +56,16 @@ def try_smallest(cfg: CfgNode, model: nn.Module) -> None:
             if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
                 model.get_submodule("head")(list(features.values()))
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if ONE_VALUE not in str(error):
             raise
-        raise UserError(
+        message = (
             f"INPUT.MIN_SIZE_TRAIN {smallest}: an image of {size[0]} x {size[1]} pixels becomes {height} x {width}, "
             f"whose coarsest features are 1 x 1: {part} has one value per channel there, with {keys} over "
-            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; raise INPUT.MIN_SIZE_TRAIN or "
-            "SOLVER.IMS_PER_BATCH, or choose GN"
-        ) from error
+            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; {REMEDY}"
+        )
+        if always:
+            raise UserError(message) from error
+        logger.warning("a batch with one image of a domain will end the training: %s", message)
 
 
 def _resized(cfg: CfgNode, size: tuple[int, int]) -> tuple[int, int]:

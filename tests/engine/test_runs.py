@@ -408,6 +408,17 @@ def test_what_is_wrong_shows_before_anything_is_written(data_set, tmp_path, choi
     assert not (tmp_path / "out").exists()
 
 
+def test_one_image_of_a_domain_is_warned_of_and_one_line(data_set, tmp_path, caplog):
+    """Whether a batch of two domains has one image of one of them shows when it comes."""
+    domains = {"MODEL__NORM_DOMAINS": "dataset", "DATASETS__TRAIN": [data_set] * 2, "DATASETS__DOMAINS": ["a", "b"]}
+    keys = domains | {"MODEL__RETINANET__NORM_DOMAINS": "level_and_dataset"}
+    keys |= {"SOLVER__IMS_PER_BATCH": 2, "DATALOADER__RATIOS": [1, 1]}
+    cfg = tiny.config(data_set, tmp_path / "out", **keys)
+    with pytest.raises(UserError, match=r"features of a batch are too small: .*; here: raise INPUT\.MIN_SIZE_TRAIN"):
+        train(cfg)
+    assert any(record.levelname == "WARNING" and "one image of a domain" in record.message for record in caplog.records)
+
+
 def test_a_class_that_only_the_test_set_has(data_set, tmp_path):
     content = json.loads(Path(data_set.split(":")[0]).read_text())
     content["categories"].append({"id": 9, "name": "other"})

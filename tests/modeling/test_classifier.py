@@ -84,7 +84,7 @@ def test_training_writes_the_output_folder(sets, tmp_path):
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
     assert names == {
         *("config.yaml", "log.txt", "metrics.json", "results.json", "inference", "last_checkpoint"),
-        *("model_0000002.pth", "model_final.pth"),
+        *("model_0000002.pth", "model_0000003.pth", "model_best.pth", "model_final.pth"),
     }
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == STATISTICS
