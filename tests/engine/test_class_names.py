@@ -49,7 +49,7 @@ def sets(tmp_path_factory):
 def run(sets, tmp_path_factory):
     """A run whose detector tells the two classes apart."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = tiny.config(sets[0], folder, SOLVER__MAX_ITER=60, SOLVER__BASE_LR=0.02, SOLVER__CHECKPOINT_PERIOD=60)
+    cfg = tiny.config(sets[0], folder, SOLVER__MAX_ITER=100, SOLVER__BASE_LR=0.05, SOLVER__CHECKPOINT_PERIOD=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         dn.train(cfg)
@@ -136,7 +136,7 @@ def test_a_test_set_in_another_order_has_the_same_ap(run, sets, tmp_path):
     model = dn.build_model(tiny.config("", tmp_path, DATASETS__TRAIN=[], MODEL__WEIGHTS=str(file)), trained=True)
     found = [scores(tiny.config("", tmp_path, DATASETS__TRAIN=[], DATASETS__TEST=[name]), model) for name in sets[:2]]
     assert found[0]["AP50"] > 30 and found[0] == pytest.approx(found[1], abs=0, rel=0, nan_ok=True)
-    # and where nobody tells names, as before: labels are positions
+    # Where nobody tells names, labels are positions.
     del model.description
     other = scores(tiny.config("", tmp_path, DATASETS__TRAIN=[], DATASETS__TEST=[sets[1]]), model)
     assert other["AP50"] < found[0]["AP50"] / 2
