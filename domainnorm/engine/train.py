@@ -40,7 +40,7 @@ from .describe import describe_normalization
 from .environment import describe_run
 from .folder import RunFolder
 from .freeze import freeze_norm
-from .log import TrainingLog, logged_end, setup_logging
+from .log import FILE_ONLY, TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 from .stop import StopSignals, signals_blocked
 from .streams import tolerant_streams
@@ -120,6 +120,8 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
         save_config(cfg, folder / "config.yaml")
     for line in describe_run(cfg, device, file or cfg.MODEL.WEIGHTS):
         logger.info("%s", line)
+    if loaded := getattr(model, "loaded", ""):
+        logger.info("%s", loaded, extra=FILE_ONLY)  # the console has it
     warn_about_schedule(cfg)
     network = _distributed(model, device)
     seed_generators(cfg.SEED + rank())
