@@ -59,6 +59,8 @@ def _architecture(cfg: CfgNode) -> _Contradictions:
     levels, sizes = "MODEL.FPN.NUM_LEVELS", "MODEL.ANCHOR_GENERATOR.SIZES"
     if architecture != "Classifier" and len(get_value(cfg, sizes)) != get_value(cfg, levels):
         yield sizes, levels, f"there are {len(get_value(cfg, sizes))} sizes; give one for each level"
+    if not re.fullmatch(r"(timm/)?[\w.-]{1,100}", name):
+        raise UserError(f"MODEL.BACKBONE.NAME takes a name of torchvision.models, or timm/NAME, got {quote(name)}")
     own = name.startswith(("cifar_", "simplenet"))  # whose depth and width are in their names
     if own and any(len(number) > 4 for number in re.findall(r"\d+", name)):
         raise UserError(f"MODEL.BACKBONE.NAME takes depths and widths up to 9999, got {quote(name)}")

@@ -38,10 +38,10 @@ class Chain(nn.Module):
         model: whose other children are left out.
         names: of the children, in order; with a dot those of a child.
         outputs: the name of each output, by the child that it is of.
-        channels_last: whether these are `(N, H, W, C)`, as in Swin transformers.
+        channels_last: children whose outputs are `(N, H, W, C)`, as in Swin transformers.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], outputs: dict[str, str], channels_last: bool) -> None:
+    def __init__(self, model: nn.Module, names: list[str], outputs: dict[str, str], channels_last: set[str]) -> None:
         super().__init__()
         for top in dict.fromkeys(name.partition(".")[0] for name in names):
             child = model.get_submodule(top)
@@ -59,7 +59,7 @@ class Chain(nn.Module):
         for name in self.names:
             x = self.get_submodule(name)(x)
             if name in self.outputs:
-                found[self.outputs[name]] = x.permute(0, 3, 1, 2) if self.channels_last else x
+                found[self.outputs[name]] = x.permute(0, 3, 1, 2) if name in self.channels_last else x
         return found
 
 
@@ -79,34 +79,48 @@ def torchvision_body(name: str, strides: tuple[int, ...]) -> Body:
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **plain)
     maps = _maps(model)
-    last = {stride: (child, shape) for child, shape, stride in maps}  # the last child of each
+    last = {of.stride: of for of in maps}  # the last one of each stride
     _check_strides(name, strides, list(last))
-    names = [child for child, _, stride in maps if stride <= strides[-1]]
-    channels_last = 2 * last[strides[0]][1][1] == 3 * last[strides[0]][1][0]
-    outputs = {last[stride][0]: str(k) for k, stride in enumerate(strides)}
-    stages = [[child for child, _, of in maps if of == stride] for stride in (2, *STRIDES)]
-    channels = [last[stride][1][2 if channels_last else 0] for stride in strides]
-    return Body(Chain(model, names, outputs, channels_last), stages, channels)
+    outputs = {last[stride].name: str(k) for k, stride in enumerate(strides)}
+    channels_last = {last[stride].name for stride in strides if last[stride].channels_last}
+    names = [of.name for of in maps if of.stride <= strides[-1]]
+    stages = [[of.name for of in maps if of.stride == stride] for stride in (2, *STRIDES)]
+    return Body(Chain(model, names, outputs, channels_last), stages, [last[stride].channels for stride in strides])
 
 
-def _maps(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
-    """The children that make a map of an image: name, shape of the map without the batch, stride."""
-    x, found, side = torch.zeros(1, 3, _SIDE, 3 * _SIDE // 2), [], _SIDE
+class _Map(NamedTuple):
+    """What a child makes of an image: its own name, and the kind of the map."""
+
+    name: str
+    stride: int
+    channels: int
+    channels_last: bool
+
+
+def _maps(model: nn.Module) -> list[_Map]:
+    """Those of the children, one after the other, up to the first that makes no map of its input."""
+    x, found = torch.zeros(1, 3, _SIDE, 3 * _SIDE // 2), []
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for name, child in _children(model):
             try:
                 x = child(x)
-            except (RuntimeError, NotImplementedError, TypeError, ValueError):  # it takes something else than a map
+            except (RuntimeError, TypeError, ValueError, AssertionError):  # it takes something else than a map
                 break
-            if not isinstance(x, Tensor) or x.ndim != 4 or 1 in x.shape[1:]:
+            first, height, width = x.shape[1:] if isinstance(x, Tensor) and x.ndim == 4 else (1, 1, 1)
+            last = _is_wide(first, height) and not _is_wide(height, width)
+            if not (last or _is_wide(height, width)):
                 break
-            shape = tuple(x.shape[1:])
-            side = shape[0] if 2 * shape[1] == 3 * shape[0] else shape[1]
-            found.append((name, shape, 2 ** round(math.log2(_SIDE / side))))
+            stride = 2 ** round(math.log2(_SIDE / (first if last else height)))
+            found.append(_Map(name, stride, width if last else first, last))
     model.train(was_training)
     return found
+
+
+def _is_wide(height: int, width: int) -> bool:
+    """Whether a map has the shape of the image, 1.5 times as wide as high, up to what convolutions leave out."""
+    return height > 1 and 1.3 * height < width < 1.8 * height
 
 
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
