@@ -195,7 +195,7 @@ def test_what_else_differs_is_refused_or_begins_anew(tmp_path, caplog):
     assert "initialized anew: backbone.fpn.inner_blocks.0.0.weight, " in line
     number = sum(v.shape == old.state_dict()[k].shape for k, v in new.state_dict().items())
     assert f"{number} of {len(new.state_dict())} entries loaded" in line
-    with pytest.raises(dn.UserError, match="not one of its .* entries is in them"):
+    with pytest.raises(dn.UserError, match=r"not one of its .* entries is in them"):
         torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
         build(["a"], tmp_path, tmp_path / "x.pth", MODEL__WEIGHTS_STRICT=False)
 
@@ -250,7 +250,7 @@ def test_safetensors(tmp_path):
     save_file({key: value.contiguous() for key, value in old.state_dict().items()}, tmp_path / "w.safetensors")
     assert same(build(["a", "b"], tmp_path, tmp_path / "w.safetensors"), old)
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
-    with pytest.raises(dn.UserError, match="broken.safetensors.*: broken or truncated"):
+    with pytest.raises(dn.UserError, match=r"broken.safetensors.*: broken or truncated"):
         build(["a"], tmp_path, tmp_path / "broken.safetensors")
 
 
