@@ -75,7 +75,7 @@ setup(
     extras_require={
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
-            *("timm", "onnx", "onnxscript", "onnxruntime", "scipy"),
+            *("timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"),
         ],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "studies": ["matplotlib"],

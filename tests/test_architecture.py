@@ -261,6 +261,7 @@ def test_what_is_imported_is_declared(folder):
     always, with_extras = requirements()
     optional = {
         "timm",
+        "safetensors",
         "onnxruntime",
         "matplotlib",
         "scipy",

@@ -15,7 +15,8 @@ from domainnorm.data.catalog import datasets_root, resolve_dataset
 from domainnorm.data.classification import resolve_classes
 from domainnorm.engine.checkpoint import last_checkpoint, save_checkpoint
 from domainnorm.errors import MAX_MESSAGE, MAX_QUOTED, quote
-from domainnorm.modeling.weights import read_checkpoint, read_weights
+from domainnorm.modeling.checkpoint_file import read_checkpoint
+from domainnorm.modeling.pretrained import read_weights
 from domainnorm.output import output_folder
 from domainnorm.paths import user_path
 
@@ -72,7 +73,7 @@ def test_every_path_may_begin_with_the_home_folder(home, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", "~/sets")
     assert datasets_root() == home / "sets"
     torch.save({"model": {"w": torch.ones(1)}}, home / "w.pth")
-    assert read_weights("~/w.pth").keys() == {"w"}
+    assert read_weights("~/w.pth").state_dict.keys() == {"w"}
     save_checkpoint("~/run", "model_0.pth", {"iteration": 0})
     assert last_checkpoint("~/run") == home / "run" / "model_0.pth"
     assert read_checkpoint("~/run/model_0.pth") == {"iteration": 0}

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import iteration_of, save_config
 from ..data import train_loader
+from ..data.classes import known_classes, with_classes
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
@@ -20,6 +21,7 @@ from ..evaluation import evaluate, recompute
 from ..layers import DomainBatchNorm
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
+from ..modeling.description import class_names_in
 from ..statistics.merge import merge_population_statistics
 from ..statistics.virtual_batch import virtual_batch
 from .average import WeightAverage
@@ -38,7 +40,7 @@ from .describe import describe_normalization
 from .environment import describe_run
 from .folder import RunFolder
 from .freeze import freeze_norm
-from .log import TrainingLog, logged_end, setup_logging
+from .log import FILE_ONLY, TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 from .stop import StopSignals, signals_blocked
 from .streams import tolerant_streams
@@ -93,6 +95,7 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
     file = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
     checkpoint = read_training(cfg, file) if file else None
     start = checkpoint["iteration"] if checkpoint else 0
+    cfg = _with_classes(cfg, class_names_in(checkpoint, file) if checkpoint else [])
     ranks = {"rank": rank(), "world_size": world_size()}
     batches = stack.enter_context(contextlib.closing(train_loader(cfg, **ranks, start_iteration=start)))
     check_test_sets(cfg)
@@ -117,6 +120,8 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
         save_config(cfg, folder / "config.yaml")
     for line in describe_run(cfg, device, file or cfg.MODEL.WEIGHTS):
         logger.info("%s", line)
+    if loaded := getattr(model, "loaded", ""):
+        logger.info("%s", loaded, extra=FILE_ONLY)  # the console has it
     warn_about_schedule(cfg)
     network = _distributed(model, device)
     seed_generators(cfg.SEED + rank())
@@ -200,6 +205,13 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
         _score(cfg, model, None, solver.MAX_ITER, log)
     log.close()
     return model
+
+
+def _with_classes(cfg: CfgNode, names: list[str]) -> CfgNode:
+    """What the config says of classes, else `names`, of a run that goes on, else those of the training sets."""
+    if not cfg.MODEL.CLASS_NAMES and not names and not cfg.DATASETS.TRAIN:
+        return cfg  # which the loader refuses
+    return with_classes(cfg, cfg.MODEL.CLASS_NAMES or names or known_classes(cfg))
 
 
 def _is_due(period: int, done: int) -> bool:

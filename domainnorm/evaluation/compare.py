@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import STATISTICS
 from ..data import test_loader
+from ..data.classes import with_classes
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
@@ -36,7 +37,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 
     Args:
         cfg: from `load_config`.
-        model: from `build_model` or `train`.
+        model: from `build_model` or `train`. Labels of the test sets are found by the names of its classes.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
 
     Returns:
@@ -62,6 +63,8 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
             raise UserError(f"statistics take any of {list(STATISTICS)}, got {name!r}")
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
+    if own := getattr(model, "description", {}).get("class_names"):
+        cfg = with_classes(cfg, own)
     tests = {data_set: TestSet(cfg, data_set) for data_set in cfg.DATASETS.TEST}
     validation = TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET) if cfg.TEST.EXAMPLE_WEIGHT_DATASET else None
     if "recomputed" in names and cfg.TEST.RECOMPUTE.DATASET:

@@ -1,7 +1,6 @@
 """Classifiers whose backbones have a chosen norm."""
 
 import difflib
-import logging
 from typing import Any
 
 import torch
@@ -15,15 +14,13 @@ from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..ops.moments import wide
 from ..statistics.preserve import preserve_state
-from ..surgery.convert import convert_batchnorm
 from ..surgery.domains import use_domains_of
-from ..surgery.replace import replace_layers
 from .cifar_resnet import CifarResNet
-from .norm import norm_options
-from .weights import load_weights, read_weights
+from .initialize import Loading, load_pretrained
+from .norm import norm_options, with_norm
+from .predictors import ClassRows, Predictors
+from .pretrained import Weights
 from .wide_resnet import SimpleNet, WideResNet
-
-logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
@@ -35,6 +32,7 @@ class Classifier(nn.Module):
         label_smoothing: the share of a target that all classes have equally.
 
     Attributes:
+        loaded: what of the weights to begin with was loaded, and what was not; "": nothing.
         minibatch_size: how many images, one after the other, are normalized together in inference under minibatch
             statistics. 1: a prediction depends on its own image only, as under population statistics.
     """
@@ -45,12 +43,17 @@ class Classifier(nn.Module):
         super().__init__()
         self.label_smoothing = label_smoothing
         self.body = body
+        self.loaded = ""
         self.minibatch_size = 1
         for name, value in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     image_mean: Tensor
     image_std: Tensor
+
+    def predictors(self) -> Predictors:
+        """The layers that have rows for each class."""
+        return {f"body.{_last_layer(self.body)}": ClassRows()}
 
     def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` of one size, in [0, 1], and targets with `labels` `()` -> losses, in eval logits.
@@ -71,38 +74,31 @@ class Classifier(nn.Module):
         return self.body(x)
 
 
-def build_classifier(cfg: CfgNode) -> Classifier:
-    """The classifier of `cfg`, with the weights of `MODEL.WEIGHTS`.
+def build_classifier(cfg: CfgNode, weights: Weights, loading: Loading) -> Classifier:
+    """The classifier of `cfg`, with `weights`.
 
-    Weights are a checkpoint of such a classifier, or those of the torchvision or timm model itself, which are loaded
-    before its norms are exchanged; a last layer for another number of classes is left out.
+    They are a checkpoint of such a classifier, or those of the torchvision or timm model itself, which are loaded
+    before its norms are exchanged.
 
     Raises:
         UserError: unknown backbone, weights that do not fit, a frozen norm without weights.
     """
     name, norm = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NORM
-    if norm == "FrozenBN" and not cfg.MODEL.WEIGHTS:
+    if norm == "FrozenBN" and not weights.source:
         raise UserError(
             "MODEL.BACKBONE.NORM 'FrozenBN' contradicts MODEL.WEIGHTS '': random statistics would be frozen; choose "
             "another norm, such as BN, or name weights"
         )
     body = _body(name, num_classes(cfg), cfg.INPUT.CROP_SIZE)
-    state = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else {}
-    whole = any(key.startswith("body.") for key in state)
-    if state and not whole:
-        load_weights(body, _with_own_last_layer(body, state), cfg.MODEL.WEIGHTS)
-    if norm:
-        try:
-            body = convert_batchnorm(body, norm, **norm_options(cfg, norm))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"MODEL.BACKBONE.NORM {norm!r} of {name}: {error}") from error
-    else:
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        body = replace_layers(body, lambda _, m: nn.Identity() if isinstance(m, batch_norm) else m)
+    loaded, whole = "", any("body." in key for key in weights.state_dict)
+    if weights.source and not whole:
+        loaded = load_pretrained(body, {_last_layer(body): ClassRows()}, weights, loading)
+    body = with_norm(body, norm, norm_options(cfg, norm) if norm else {}, name)
     mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
     model = Classifier(body, mean, std, cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING)
     if whole:
-        load_weights(model, _with_own_last_layer(model, state), cfg.MODEL.WEIGHTS)
+        loaded = load_pretrained(model, model.predictors(), weights, loading)
+    model.loaded = loaded
     _try_image(cfg, model)
     return model
 
@@ -167,11 +163,6 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"the nearest name is {difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]}"
 
 
-def _with_own_last_layer(body: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the weights that `body` has in its last layer, if that is for another number of classes."""
-    last = [name for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-    own = {key: value for key, value in body.state_dict().items() if key.startswith(f"{last}.")}
-    if any(key in state and state[key].shape != value.shape for key, value in own.items()):
-        logger.warning("%s: its last layer is for another number of classes, and is left out", last)
-        return state | own
-    return state
+def _last_layer(body: nn.Module) -> str:
+    """The name of the layer that computes the logits."""
+    return [name for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]

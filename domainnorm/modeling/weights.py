@@ -1,22 +1,21 @@
-"""Loading weights: all of them, or an error and nothing."""
+"""Loading weights: all of them, or an error and nothing; or all that fit."""
 
 import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torchvision
 from torch import Tensor, nn
 
 from ..errors import UserError, cut, one_line
-from .checkpoint_file import read_checkpoint, state_dict_of
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path, remedy: str = "") -> None:
     """Load `state_dict` into `model`, strictly. On a mismatch the model is left as it was.
 
     Args:
         source: where the weights come from, for the message.
+        remedy: its end, where they do not fit.
 
     Raises:
         UserError: naming the first keys that are missing, unexpected, of another shape or kind of number, or those
@@ -26,20 +25,18 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | 
     kinds = [
         f"{key} (got {value.dtype}, expected {own[key].dtype})"
         for key, value in state_dict.items()
-        if key in own and value.is_floating_point() != own[key].is_floating_point()
+        if key in own and not _same_kind(value, own[key])
     ]
     if kinds:
-        raise UserError(f"{source}: weights do not fit the model: mismatched {_first(kinds, 3)}")
+        raise UserError(f"{source}: weights do not fit the model: mismatched {_first(kinds, 3)}{remedy}")
     # Layers may accept other shapes (`_load_from_state_dict`), so only loading tells: keep what was there.
     before = copy.deepcopy(own)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         model.load_state_dict(before)
-        raise UserError(f"{source}: weights do not fit the model: {_mismatches(str(error))}") from error
-    if broken := not_finite(model.state_dict()):
-        model.load_state_dict(before)
-        raise UserError(f"{source}: weights that are not finite: {_first(broken, 3)}; take an earlier checkpoint")
+        raise UserError(f"{source}: weights do not fit the model: {_mismatches(str(error))}{remedy}") from error
+    _check_finite(model, before, source)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -51,44 +48,39 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def initialize(model: nn.Module, weights: str) -> None:
-    """Load what `MODEL.WEIGHTS` names into a detector.
-
-    Args:
-        model: with its torchvision body at `model.backbone.body`.
-        weights: `""`: nothing is loaded. A name of torchvision, such as `ResNet50_Weights.IMAGENET1K_V2`, is
-            downloaded by torchvision. Otherwise a file: a checkpoint of the whole model, or of a classifier or its
-            state dict (without its last layer).
+def load_fitting(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> tuple[list[str], list[str]]:
+    """Load what fits of `state_dict`; the keys of `model` that got nothing, and those that it does not have.
 
     Raises:
-        UserError: no such weights, a broken file, or weights that do not fit; the model is left as it was.
+        UserError: numbers that are not finite, or nothing fits.
     """
-    if not weights:
-        return
-    state = read_weights(weights)
-    if any(key.startswith("backbone.") for key in state):
-        load_weights(model, state, weights)
-    else:
-        # of one of our classifiers, or as torchvision names it
-        state = {key.removeprefix("body.").removeprefix("features."): value for key, value in state.items()}
-        body = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
-        load_weights(model.get_submodule("backbone.body"), body, weights)
-
-
-def read_weights(weights: str) -> dict[str, Tensor]:
-    """The state dict that `MODEL.WEIGHTS` names: weights of torchvision, or those in a file.
-
-    Raises:
-        UserError: no such weights, or a broken file.
-    """
-    if re.fullmatch(r"\w+_Weights\.\w+", weights):
+    own = model.state_dict()
+    state = {key: value for key, value in state_dict.items() if key in own and _same_kind(value, own[key])}
+    before = copy.deepcopy(own)
+    while True:
         try:
-            return torchvision.models.get_weight(weights).get_state_dict(check_hash=True)
-        except (ValueError, KeyError) as error:  # no such enum, no such member
-            raise UserError(f"MODEL.WEIGHTS {weights}: torchvision knows no such weights") from error
-        except (OSError, RuntimeError) as error:  # RuntimeError: the file is not the one that torchvision knows
-            raise UserError(f"MODEL.WEIGHTS {weights}: cannot be downloaded ({error}); give a file instead") from error
-    return state_dict_of(read_checkpoint(weights), weights)
+            model.load_state_dict(state, strict=False)
+            break
+        except RuntimeError as error:  # layers may accept other shapes, so only loading tells
+            mismatched = set(re.findall(r"size mismatch for (\S+?):", str(error))) & state.keys()
+            model.load_state_dict(before)
+            if not mismatched:
+                raise UserError(f"{source}: weights do not fit the model: {_mismatches(str(error))}") from error
+            state = {key: value for key, value in state.items() if key not in mismatched}
+    _check_finite(model, before, source)
+    if not state:
+        raise UserError(f"{source}: weights do not fit the model: not one of its {len(own)} entries is in them")
+    return [key for key in own if key not in state], [key for key in state_dict if key not in own]
+
+
+def _same_kind(value: Tensor, own: Tensor) -> bool:
+    return value.is_floating_point() == own.is_floating_point()
+
+
+def _check_finite(model: nn.Module, before: dict[str, Tensor], source: str | Path) -> None:
+    if broken := not_finite(model.state_dict()):
+        model.load_state_dict(before)
+        raise UserError(f"{source}: weights that are not finite: {_first(broken, 3)}; take an earlier checkpoint")
 
 
 def _mismatches(message: str, most: int = 3) -> str:
