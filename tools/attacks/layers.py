@@ -163,9 +163,13 @@ def one_case(number: int, seed: int) -> str | None:
         return str(error)
     parameter_dtype = next((p.dtype for p in layer.parameters()), dtype)
     tolerance = max(TOLERANCE[dtype], TOLERANCE[parameter_dtype])
+    # Gradients of parameters are sums of so many numbers: they may cancel, but their rounding, torch's too, does not.
+    summed = sum(x.numel() for x in inputs) / channels / 100
     for index, (one_tensor, other) in enumerate(zip(found, expected, strict=True)):
         assert one_tensor.shape == other.shape, f"{what}: shape {one_tensor.shape}, expected {other.shape}"
         largest = max(1.0, other.abs().max().item()) if other.numel() else 1.0
+        if 2 * len(inputs) <= index < len(found) - len(list(layer.buffers())):  # gradients of parameters
+            largest = max(largest, summed)
         difference = (one_tensor.double() - other).abs().max().item() if other.numel() else 0.0
         assert difference <= tolerance * largest, f"{what}: tensor {index} differs by {difference:.2g} of {largest:.2g}"
     return None
