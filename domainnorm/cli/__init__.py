@@ -18,6 +18,7 @@ COMMANDS = {  # the module of each, and the arguments that it begins with
     "eval": ("train", ["--eval-only"]),
     "export": ("export", []),
     "explain": ("explain", []),
+    "show": ("show", []),
 }
 USAGE = f"usage: domainnorm {{{','.join(COMMANDS)}}} …   (domainnorm COMMAND --help says more)"
 

@@ -3,7 +3,7 @@ from .classification import ClassificationDataset
 from .coco import CocoDataset, resolve_dataset
 from .domains import domain_names
 from .image import read_image
-from .loader import EvaluationLoader, minibatch_loader, one_set_loader, test_loader, train_loader
+from .loader import EvaluationLoader, minibatch_loader, one_set_loader, test_loader, train_loader, training_sets
 
 __all__ = [
     "ClassificationDataset",
@@ -17,4 +17,5 @@ __all__ = [
     "resolve_dataset",
     "test_loader",
     "train_loader",
+    "training_sets",
 ]

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,7 +26,32 @@ Sample = tuple[torch.Tensor, dict[str, Any]]
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
-def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
+def training_sets(cfg: CfgNode, transforms: Callable[..., Any] | None = None) -> list[AnySet]:
+    """The data sets of `DATASETS.TRAIN`, opened and checked, with the labels of the model.
+
+    Args:
+        transforms: of image and target (of a classifier, of the image alone); None: those of the config.
+
+    Raises:
+        UserError: what is wrong with the config or the annotations.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {kind(cfg).EXAMPLES}")
+    datasets: list[AnySet] = [kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
+    label_training_sets(cfg, datasets)
+    for dataset in datasets if transforms is not None else ():
+        dataset.transforms = transforms
+    return datasets
+
+
+def train_loader(
+    cfg: CfgNode,
+    *,
+    rank: int,
+    world_size: int,
+    start_iteration: int = 0,
+    datasets: Sequence[Any] | None = None,
+) -> Generator[Batch, None, None]:
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size` and, in each
     of its `ACCUMULATE` parts, `VIRTUAL_BATCH` more.
 
@@ -36,18 +61,18 @@ def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: i
     `SEED` and the position only: not on the number of workers, nor on whether the run began at `start_iteration` or
     came there. Closing the generator ends the workers.
 
+    Args:
+        datasets: what is loaded, with its transforms; None: `training_sets(cfg)`.
+
     Raises:
         UserError: here, for the config and the annotations; from the iterator, for an image.
     """
     _check_share(cfg, world_size)
-    if not cfg.DATASETS.TRAIN:
-        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {kind(cfg).EXAMPLES}")
-    datasets = [kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
-    label_training_sets(cfg, datasets)
+    datasets = training_sets(cfg) if datasets is None else datasets
     place = {"rank": rank, "world_size": world_size, "start": start_iteration}
     composed = cfg.DATALOADER.RATIOS or cfg.DATALOADER.COMPOSITION != "mixed"
     sampler = _by_ratios(cfg, datasets, **place) if composed else kind(cfg).batch_sampler(cfg, datasets, **place)
-    return _training_batches(cfg, datasets, training_domains(cfg), sampler)
+    return _training_batches(cfg, datasets, training_domains(cfg) or [0] * len(datasets), sampler)
 
 
 def one_set_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Generator[Batch, None, None]:
@@ -74,7 +99,7 @@ def _check_share(cfg: CfgNode, world_size: int) -> None:
         )
 
 
-def _by_ratios(cfg: CfgNode, datasets: list[AnySet], **place: int) -> SetBatchSampler:
+def _by_ratios(cfg: CfgNode, datasets: Sequence[Any], **place: int) -> SetBatchSampler:
     return SetBatchSampler(
         [kind(cfg).wide_images(cfg, dataset) for dataset in datasets],
         images_per_forward(cfg, place["world_size"]),
@@ -88,7 +113,7 @@ def _by_ratios(cfg: CfgNode, datasets: list[AnySet], **place: int) -> SetBatchSa
 
 
 def _training_batches(
-    cfg: CfgNode, datasets: list[AnySet], domains: list[int], sampler: Sampler[list[tuple[int, int]]]
+    cfg: CfgNode, datasets: Sequence[Any], domains: list[int], sampler: Sampler[list[tuple[int, int]]]
 ) -> Generator[Batch, None, None]:
     samples: list[Any] = list(datasets)
     if cfg.DATASETS.DOMAINS:

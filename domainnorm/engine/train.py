@@ -93,7 +93,7 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
     file = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
     checkpoint = read_training(cfg, file) if file else None
     start = checkpoint["iteration"] if checkpoint else 0
-    ranks = {"rank": rank(), "world_size": world_size()}
+    ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
     batches = stack.enter_context(contextlib.closing(train_loader(cfg, **ranks, start_iteration=start)))
     check_test_sets(cfg)
     seed_generators(cfg.SEED)  # the same weights on every rank

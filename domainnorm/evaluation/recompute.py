@@ -32,7 +32,7 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     cfg.defrost()
     solver = cfg.SOLVER
     solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.VIRTUAL_BATCH = batch_size(cfg), 1, 0
-    ranks = {"rank": rank(), "world_size": world_size()}
+    ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
     loader = one_set_loader(cfg, options.DATASET, **ranks) if options.DATASET else train_loader(cfg, **ranks)
     device = get_device(cfg.MODEL.DEVICE)
     step = _Step(model, device)

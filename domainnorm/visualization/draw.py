@@ -77,7 +77,7 @@ def draw_objects(
     if scores is not None:
         texts = [f"{name} {float(score):.2f}".strip() for name, score in zip(texts, scores, strict=True)]
     named = [row for row, text in enumerate(texts) if text]
-    font = ImageFont.truetype(_font_file(), font_size)
+    font = font_of_size(font_size)
     # With torchvision's margin of one pixel around a text.
     sides = torch.tensor([font.getbbox(texts[row])[2:] for row in named]).view(-1, 2) + 2
     if not named or sides.prod(1).sum() > MAX_HIDDEN * image.shape[-2] * image.shape[-1]:
@@ -111,6 +111,11 @@ def line_width(image: Tensor) -> int:
 def letter_size(image: Tensor) -> int:
     """Points, for an image (..., H, W)."""
     return max(9, round(sum(image.shape[-2:]) / 100))
+
+
+def font_of_size(points: int) -> ImageFont.FreeTypeFont:
+    """The font of all pictures."""
+    return ImageFont.truetype(_font_file(), points)
 
 
 def _on(color: tuple[int, int, int]) -> str:

@@ -94,7 +94,7 @@ def test_one_command_for_all(config_file, capsys):
     for wrong in ([], ["trian"]):
         assert domainnorm(wrong) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: expected a command of ['train', 'eval', 'export', 'explain'], got ")
+        assert line.startswith("error: expected a command of ['train', 'eval', 'export', 'explain', ")
 
 
 def test_other_errors_keep_their_traceback(config_file, monkeypatch):
