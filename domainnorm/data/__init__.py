@@ -4,6 +4,7 @@ from .coco import CocoDataset, resolve_dataset
 from .domains import domain_names
 from .image import read_image
 from .loader import EvaluationLoader, minibatch_loader, one_set_loader, test_loader, train_loader, training_sets
+from .own import own_sets
 
 __all__ = [
     "ClassificationDataset",
@@ -13,6 +14,7 @@ __all__ = [
     "minibatch_loader",
     "num_classes",
     "one_set_loader",
+    "own_sets",
     "read_image",
     "resolve_dataset",
     "test_loader",

@@ -84,13 +84,17 @@ def batch_sampler(
     cfg: CfgNode, datasets: Sequence[ClassificationDataset], *, rank: int, world_size: int, start: int
 ) -> Sampler[list[tuple[int, int]]]:
     """Which images of `datasets`, one after the other, form the batches of this rank."""
-    labels = np.concatenate([dataset.labels.numpy() for dataset in datasets])
     size, parts = images_per_forward(cfg, world_size), cfg.SOLVER.ACCUMULATE
     place: dict[str, Any] = {"seed": cfg.SEED, "rank": rank, "world_size": world_size, "start": start}
     if cfg.DATALOADER.BATCHES == "iid":
-        return TrainingBatchSampler([(1, 1)] * len(labels), size * parts, group=False, **place)
+        return TrainingBatchSampler([(1, 1)] * sum(map(len, datasets)), size * parts, group=False, **place)
+    if any(not hasattr(dataset, "labels") for dataset in datasets):
+        raise UserError(
+            f"DATALOADER.BATCHES {cfg.DATALOADER.BATCHES!r} needs the labels of all images before they are read: give "
+            "train_data an attribute `labels`, int64 (N,), or choose iid"
+        )
     return ClassBatchSampler(
-        labels,
+        np.concatenate([np.asarray(dataset.labels) for dataset in datasets]),
         size,
         batches=cfg.DATALOADER.BATCHES,
         classes_per_batch=cfg.DATALOADER.CLASSES_PER_BATCH,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -76,7 +77,13 @@ def _paths(folder: Path, names: Iterable[str]) -> set[str]:
 def wide_images(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     """Which images are wider than high, bool (n,), where batches do not mix shapes; else none."""
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    return np.array([group and width > height for height, width in dataset.sizes])
+    return np.array([group and width > height for height, width in _sizes(dataset)])
+
+
+def _sizes(dataset: Any) -> list[tuple[int, int]]:
+    """(height, width) of each image; where a data set of others does not say it, as if all were square."""
+    sizes: list[tuple[int, int]] = getattr(dataset, "sizes", None) or [(1, 1)] * len(dataset)
+    return sizes
 
 
 def batch_sampler(
@@ -84,7 +91,7 @@ def batch_sampler(
 ) -> TrainingBatchSampler:
     """Which images of `datasets`, one after the other, form the batches of this rank."""
     return TrainingBatchSampler(
-        [size for dataset in datasets for size in dataset.sizes],
+        [size for dataset in datasets for size in _sizes(dataset)],
         images_per_forward(cfg, world_size) * cfg.SOLVER.ACCUMULATE,
         seed=cfg.SEED,
         rank=rank,

@@ -72,7 +72,7 @@ def train_loader(
     place = {"rank": rank, "world_size": world_size, "start": start_iteration}
     composed = cfg.DATALOADER.RATIOS or cfg.DATALOADER.COMPOSITION != "mixed"
     sampler = _by_ratios(cfg, datasets, **place) if composed else kind(cfg).batch_sampler(cfg, datasets, **place)
-    return _training_batches(cfg, datasets, training_domains(cfg) or [0] * len(datasets), sampler)
+    return _training_batches(cfg, datasets, training_domains(cfg), sampler)
 
 
 def one_set_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Generator[Batch, None, None]:

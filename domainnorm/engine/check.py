@@ -1,6 +1,7 @@
 """What only the built model shows to be wrong with a config, before training begins."""
 
 import copy
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -67,14 +68,19 @@ def _check_pieces_of_rois(cfg: CfgNode, norms: dict[str, DomainBatchNorm]) -> No
                 )
 
 
-def check_test_sets(cfg: CfgNode) -> None:
+def check_test_sets(cfg: CfgNode) -> list[Any]:
     """Open every data set of the evaluation, as it will: what is wrong shows before the first step.
+
+    Returns:
+        Those of `DATASETS.TEST`.
 
     Raises:
         UserError: naming the key, or the data set.
     """
     batch_size(cfg)
-    for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
-        TestSet(cfg, name)
+    tests = [TestSet(cfg, name).loader.dataset for name in cfg.DATASETS.TEST]
+    if cfg.TEST.EXAMPLE_WEIGHT_DATASET:
+        TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET)
     if cfg.TEST.RECOMPUTE.DATASET:
         test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())
+    return tests

@@ -99,6 +99,7 @@ class TrainingLog:
         self.last = last
         self.device = device
         self.history: dict[str, HistoryBuffer] = {}
+        self.scalars: dict[str, HistoryBuffer] = {}  # since the last line
         self.metrics = Path(folder) / "metrics.json"
         self.evaluations: dict[int, dict[str, float]] = {}
         if rank() == 0:
@@ -116,16 +117,23 @@ class TrainingLog:
             self.history.setdefault(name, HistoryBuffer(max_length=1000)).update(value)
         if iteration % PERIOD and iteration != self.last:
             return
-        ranks = gather_objects({name: history.avg(PERIOD) for name, history in self.history.items()})
+        histories = {**self.scalars, **self.history}
+        ranks = gather_objects({name: history.avg(PERIOD) for name, history in histories.items()})
+        self.scalars.clear()
         if rank() != 0:
             return
-        metrics = {name: sum(r[name] for r in ranks) / len(ranks) for name in values}
+        of_ranks = {name: [r[name] for r in ranks if name in r] for name in dict.fromkeys(n for r in ranks for n in r)}
+        metrics = {name: sum(found) / len(found) for name, found in of_ranks.items()}
         # the median forgives the first iterations and the odd pause for a checkpoint
         metrics["eta_seconds"] = self.history["time"].median(1000) * (self.last - iteration)
         metrics["lr"] = learning_rate
         metrics["max_memory_mb"] = self._max_memory() / 2**20
         self._write(iteration, metrics)
         logger.info(_line(iteration, self.last, metrics, list(losses)))
+
+    def put_scalar(self, name: str, value: float) -> None:
+        """Note a number for the next line."""
+        self.scalars.setdefault(name, HistoryBuffer(max_length=PERIOD)).update(float(value))
 
     def evaluated(self, iteration: int, beginnings: Sequence[str]) -> bool:
         """Whether the record has metrics of `iteration` whose names begin with each of `beginnings`; on every rank."""

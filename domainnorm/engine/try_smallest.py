@@ -1,15 +1,19 @@
 """The smallest images of the training sets, tried before the first step: their coarsest level may be one number."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..data import domain_names
-from ..data.classes import kind
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, world_size
 from ..errors import UserError
 from ..layers import DomainBatchNorm
+from ..modeling.mask_rcnn import GeneralizedRCNN
+from ..modeling.retinanet import RetinaNet
 from ..statistics.preserve import preserve_state
 from ..surgery.domains import use_domains_of
 
@@ -17,8 +21,11 @@ _SIDE = 128  # pixels: of larger images the coarsest level, of stride 128, has m
 
 
 @torch.no_grad()
-def try_smallest(cfg: CfgNode, model: nn.Module) -> None:
+def try_smallest(cfg: CfgNode, model: nn.Module, datasets: Sequence[Any]) -> None:
     """Refuse a detector whose norms have one value in a channel of the smallest images. Every rank calls it.
+
+    Args:
+        datasets: those of training; the sizes of images of others than this library's are not known.
 
     Raises:
         UserError: naming the keys.
@@ -28,10 +35,10 @@ def try_smallest(cfg: CfgNode, model: nn.Module) -> None:
     mixed = cfg.DATASETS.DOMAINS and cfg.DATALOADER.COMPOSITION == "mixed"  # a domain may have one image of a batch
     alone = images == 1 or mixed or any(norm.sample_groups is not None for norm in norms)
     smallest = min(cfg.INPUT.MIN_SIZE_TRAIN)
-    if cfg.MODEL.META_ARCHITECTURE == "Classifier" or not norms or not alone or smallest > _SIDE:
+    if not isinstance(model, (RetinaNet, GeneralizedRCNN)) or not norms or not alone or smallest > _SIDE:
         return
-    sizes = (size for name in cfg.DATASETS.TRAIN for size in kind(cfg).training_set(cfg, name).sizes)
-    size = min(sizes, key=lambda size: max(_resized(cfg, size)))
+    sizes = (size for dataset in datasets for size in getattr(dataset, "sizes", ()))
+    size = min(sizes, key=lambda size: max(_resized(cfg, size)), default=(_SIDE + 1,) * 2)
     height, width = _resized(cfg, size)
     if max(height, width) > _SIDE:
         return
@@ -43,10 +50,10 @@ def try_smallest(cfg: CfgNode, model: nn.Module) -> None:
                 last = len(domain_names(cfg)) - 1
                 use_domains_of(model, [{"domain": torch.tensor(0 if k == 0 else last)} for k in range(images)])
             shape = [side + -side % 32 for side in (height, width)]
-            features = model.get_submodule("backbone")(torch.zeros(images, 3, *shape, device=device))
+            features = model.backbone(torch.zeros(images, 3, *shape, device=device))
             part = f"MODEL.RETINANET.NORM {cfg.MODEL.RETINANET.NORM!r}"
-            if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-                model.get_submodule("head")(list(features.values()))
+            if isinstance(model, RetinaNet):
+                model.head(list(features.values()))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

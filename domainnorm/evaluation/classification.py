@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -64,7 +64,9 @@ def whole_minibatches(model: nn.Module) -> Iterator[None]:
             module.minibatch_size = size
 
 
-def training_predictions(cfg: CfgNode, model: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+def training_predictions(
+    cfg: CfgNode, model: nn.Module, device: torch.device, train_data: Sequence[Any] | None = None
+) -> list[dict[str, Any]]:
     """What `model` in training mode makes of `TEST.TRAINING_IMAGES` images as it is trained on them.
 
     Normalized, augmented and with what else training does (*Rethinking "Batch"*, Figs. 3-5; *Batch Renormalization*,
@@ -77,8 +79,9 @@ def training_predictions(cfg: CfgNode, model: nn.Module, device: torch.device) -
     solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.VIRTUAL_BATCH = images, 1, 0
     number = -(-cfg.TEST.TRAINING_IMAGES // images)
     set_statistics(model.train(), "auto").training = False  # of the whole: it predicts
-    with closing(train_loader(cfg, rank=rank(), world_size=world_size())) as loader, whole_minibatches(model):
-        return predict_classes(model, itertools.islice(loader, number), device)
+    loader = train_loader(cfg, rank=rank(), world_size=world_size(), datasets=train_data)
+    with closing(loader) as batches, whole_minibatches(model):
+        return predict_classes(model, itertools.islice(batches, number), device)
 
 
 def accuracy(predictions: list[dict[str, Any]]) -> dict[str, float]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..config import STATISTICS
-from ..data import test_loader
+from ..data import own_sets, test_loader
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
@@ -26,7 +27,13 @@ from .weigh import choose_weight
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    statistics: str | Sequence[str] | None = None,
+    *,
+    train_data: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
+) -> dict[str, Any]:
     """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table.
 
     Every rank calls it. Running statistics that differ between ranks are merged for it. Training goes on after it as if
@@ -36,8 +43,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 
     Args:
         cfg: from `load_config`.
-        model: from `build_model` or `train`.
+        model: from `build_model` or `train`, or any that `model(images)`, in eval mode, makes a list of dicts of: in
+            pixels of the image `boxes` (n, 4), XYXY, `labels` (n,) int64 and `scores` (n,), with `MODEL.MASK_ON` also
+            `masks` (n, 1, H, W), as torchvision's detectors.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
+        train_data: as in `train`: what statistics are recomputed on, with its transforms; None: the config's.
 
     Returns:
         On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, of a
@@ -67,22 +77,23 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     if "recomputed" in names and cfg.TEST.RECOMPUTE.DATASET:
         test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())  # its categories must fit
     device = get_device(cfg.MODEL.DEVICE)
+    own = None if train_data is None else own_sets(train_data)
     results: dict[str, Any] = {}
     for name in names:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             merge_population_statistics(model)
             if name == "recomputed":
-                recompute(cfg, set_statistics(model, "auto"))
+                recompute(cfg, set_statistics(model, "auto"), own)
             set_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
             results[name] = _on_each(cfg, model, tests, name)
             if cfg.TEST.EXAMPLE_WEIGHTS and name != "minibatch":
-                weighed = choose_weight(cfg, model, validation, f"{name}_weighed")
+                weighed = choose_weight(cfg, model, validation, f"{name}_weighed", own)
                 if weighed is None:
                     continue
                 results[f"{name}_weighed"] = _on_each(cfg, weighed, tests, f"{name}_weighed")
     if cfg.MODEL.META_ARCHITECTURE == "Classifier" and cfg.TEST.TRAINING_IMAGES:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            scores = {"classification": accuracy(training_predictions(cfg, model, device))}
+            scores = {"classification": accuracy(training_predictions(cfg, model, device, own))}
         results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
         table = format_table(results)
