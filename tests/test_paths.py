@@ -72,7 +72,7 @@ def test_every_path_may_begin_with_the_home_folder(home, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", "~/sets")
     assert datasets_root() == home / "sets"
     torch.save({"model": {"w": torch.ones(1)}}, home / "w.pth")
-    assert read_weights("~/w.pth").keys() == {"w"}
+    assert read_weights("~/w.pth").state_dict.keys() == {"w"}
     save_checkpoint("~/run", "model_0.pth", {"iteration": 0})
     assert last_checkpoint("~/run") == home / "run" / "model_0.pth"
     assert read_checkpoint("~/run/model_0.pth") == {"iteration": 0}

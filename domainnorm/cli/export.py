@@ -14,7 +14,6 @@ from ..config import load_config
 from ..engine.checkpoint import other_choices
 from ..errors import UserError
 from ..modeling import build_model
-from ..modeling.weights import load_weights, read_weights
 from ..statistics.example_weight import set_example_weight
 from ..surgery.export import FORMATS, Exported, export_model
 from . import Parser
@@ -44,14 +43,12 @@ def export(args: argparse.Namespace) -> Exported:
     cfg = load_config(args.config_file, args.opts)
     if not cfg.MODEL.WEIGHTS:
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to export")
-    model = build_model(cfg)
+    model = build_model(cfg, trained=True)
     if others := other_choices(cfg, cfg.MODEL.WEIGHTS):
         print(f"warning: {others}", file=sys.stderr)
     options = {}
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
         options["size"] = (cfg.INPUT.CROP_SIZE, cfg.INPUT.CROP_SIZE)
-    else:  # weights of a backbone alone would do to build it
-        load_weights(model, read_weights(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
     if args.example_weight is not None:
         try:
             set_example_weight(model, args.example_weight)

@@ -24,8 +24,6 @@ from ..engine.streams import tolerant_streams
 from ..errors import UserError
 from ..evaluation import evaluate
 from ..modeling import build_model
-from ..modeling.checkpoint_file import read_checkpoint, state_dict_of
-from ..modeling.weights import load_weights
 from . import Parser
 
 logger = logging.getLogger(__name__)
@@ -62,15 +60,22 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
     with tolerant_streams(), logged_end(), RunFolder(cfg.OUTPUT_DIR) as folder, StopSignals():
         setup_logging()
         folder.claim(new=False)
-        model = build_model(cfg)
-        if file is not None:
-            load_weights(model, state_dict_of(read_checkpoint(file), file), file)
+        weights = str(file or cfg.MODEL.WEIGHTS)
+        model = build_model(_with_weights(cfg, weights), trained=True)
         setup_logging(folder.open())
-        for line in describe_run(cfg, get_device(cfg.MODEL.DEVICE), file or cfg.MODEL.WEIGHTS):
+        for line in describe_run(cfg, get_device(cfg.MODEL.DEVICE), weights):
             logger.info("%s", line)
-        if others := other_choices(cfg, file or cfg.MODEL.WEIGHTS):
+        if others := other_choices(cfg, weights):
             logger.warning("%s", others)
         evaluate(cfg, model)
+
+
+def _with_weights(cfg: CfgNode, weights: str) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = weights
+    cfg.freeze()
+    return cfg
 
 
 def run(cfg: CfgNode, resume: bool, eval_only: bool) -> None:

@@ -9,7 +9,7 @@ from ..errors import UserError, quote
 from .node import get_value, iteration_of
 from .option import not_among
 from .schema import OPTIONS
-from .schema.model import BACKBONES
+from .schema.model import BACKBONES, NUM_CLASSES
 from .schema.norm import BATCH_NORMS
 
 # Choices of a normalization batch: refused where the model has no use for them, which nobody would notice.
@@ -63,6 +63,11 @@ def _architecture(cfg: CfgNode) -> _Contradictions:
         raise UserError(f"MODEL.BACKBONE.NAME takes depths and widths up to 9999, got {quote(name)}")
     if architecture == "Classifier" and cfg.MODEL.BACKBONE.FREEZE_AT and _chosen(cfg, "MODEL.BACKBONE.FREEZE_AT"):
         yield "MODEL.BACKBONE.FREEZE_AT", key, "all of its layers are trained; leave FREEZE_AT out"
+    names = cfg.MODEL.CLASS_NAMES
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"MODEL.CLASS_NAMES takes names that differ, none of them empty, got {quote(names)}")
+    if names and 0 < get_value(cfg, NUM_CLASSES[architecture]) < len(names):
+        yield NUM_CLASSES[architecture], "MODEL.CLASS_NAMES", f"there are {len(names)} names; set the first to 0"
     for chosen in _chosen(cfg, *_OF_ONE_ARCHITECTURE):
         if architecture not in (users := OPTIONS[chosen].used_by):
             yield chosen, key, f"it has no effect there; leave it out, or choose {' or '.join(users)}"

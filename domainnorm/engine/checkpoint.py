@@ -18,9 +18,11 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..config import OPTIONS, RENAMED, flatten
+from ..config.schema.model import NUM_CLASSES
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError, cut, one_line, quote
 from ..modeling.checkpoint_file import read_checkpoint, write_checkpoint
+from ..modeling.description import describe_model
 from ..modeling.weights import load_weights
 from ..output import remove_leftovers, replace_file
 from ..paths import user_path
@@ -29,6 +31,8 @@ from ..statistics.preserve import preserve_state
 from .average import WeightAverage
 from .checkpoint_check import PARTS
 
+# What a run fills in where a config leaves it open: see `data.classes.with_classes`.
+_FILLED_IN = ("MODEL.CLASS_NAMES", *NUM_CLASSES.values())
 # What a resumed run may choose anew: nothing here changes the weights that training arrives at.
 _FREE_KEYS = (
     "OUTPUT_DIR",
@@ -103,6 +107,7 @@ def save_training(
                 "iteration": iteration,
                 "ranks": ranks,
                 "config": cfg.dump(),
+                "description": describe_model(cfg),
             }
             if average:
                 state["average"] = average.average.state_dict()
@@ -131,7 +136,7 @@ def remove_older(folder: str | Path, iteration: int, keep: int) -> None:
 def save_model(cfg: CfgNode, name: str, model: nn.Module) -> None:
     """Save the weights alone, for evaluation and fine-tuning. Rank 0 writes."""
     if rank() == 0:
-        content = {"model": model.state_dict(), "config": cfg.dump()}
+        content = {"model": model.state_dict(), "config": cfg.dump(), "description": describe_model(cfg)}
         write_checkpoint(content, user_path(cfg.OUTPUT_DIR) / name)
     barrier()
 
@@ -161,7 +166,10 @@ def read_training(cfg: CfgNode, file: Path) -> dict[str, Any]:
     changed = [
         f"{key} was {quote(then[key])}, is {quote(now[key])}"
         for key in now
-        if key in then and then[key] != now[key] and (not key.startswith(free) or key.startswith(bound))
+        if key in then
+        and then[key] != now[key]
+        and (not key.startswith(free) or key.startswith(bound))
+        and (now[key] or key not in _FILLED_IN)
     ]
     if changed:
         rest = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -184,7 +192,9 @@ def other_choices(cfg: CfgNode, file: str | Path) -> str:
     free = ("MODEL.WEIGHTS", "MODEL.DEVICE")
     keys = [key for key in now if key.startswith("MODEL.") and key not in free and not key.endswith("_TEST")]
     changed = [
-        f"{key} {quote(then[key])} (here: {quote(now[key])})" for key in keys if key in then and then[key] != now[key]
+        f"{key} {quote(then[key])} (here: {quote(now[key])})"
+        for key in keys
+        if key in then and then[key] != now[key] and key not in _FILLED_IN
     ]
     return f"{file} was trained with another model: {', '.join(changed[:5])}" if changed else ""
 

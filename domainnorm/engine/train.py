@@ -14,12 +14,14 @@ from torch.utils.data import Dataset
 
 from ..config import iteration_of, save_config
 from ..data import own_sets, train_loader, training_sets
+from ..data.classes import known_classes, with_classes
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
 from ..evaluation import evaluate, recompute
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
+from ..modeling.description import class_names_in
 from ..statistics.merge import merge_population_statistics
 from .average import WeightAverage
 from .check import check_model, check_test_sets
@@ -122,6 +124,7 @@ def _train(
     file = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
     checkpoint = read_training(cfg, file) if file else None
     start = checkpoint["iteration"] if checkpoint else 0
+    cfg = _with_classes(cfg, class_names_in(checkpoint, file) if checkpoint else [])
     ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
     datasets = training_sets(cfg, transforms) if train_data is None else own_sets(train_data, transforms)
     make_batches = partial(train_loader, cfg, **ranks, start_iteration=start, datasets=datasets)
@@ -245,6 +248,13 @@ def _train(
         _score(cfg, model, None, solver.MAX_ITER, log, datasets)
     log.close()
     return model
+
+
+def _with_classes(cfg: CfgNode, names: list[str]) -> CfgNode:
+    """What the config says of classes, else `names`, of a run that goes on, else those of the training sets."""
+    if not cfg.MODEL.CLASS_NAMES and not names and not cfg.DATASETS.TRAIN:
+        return cfg  # which the loader refuses
+    return with_classes(cfg, cfg.MODEL.CLASS_NAMES or names or known_classes(cfg))
 
 
 def _is_due(period: int, done: int) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ..config import STATISTICS
 from ..data import own_sets, test_loader
+from ..data.classes import with_classes
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
@@ -45,7 +46,8 @@ def evaluate(
         cfg: from `load_config`.
         model: from `build_model` or `train`, or any that `model(images)`, in eval mode, makes a list of dicts of: in
             pixels of the image `boxes` (n, 4), XYXY, `labels` (n,) int64 and `scores` (n,), with `MODEL.MASK_ON` also
-            `masks` (n, 1, H, W), as torchvision's detectors.
+            `masks` (n, 1, H, W), as torchvision's detectors. Label k is the k-th of its classes, which a model of this
+            library names, and `MODEL.CLASS_NAMES` that of others; test sets' categories are found by their names.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
         train_data: as in `train`: what statistics are recomputed on, with its transforms; None: the config's.
 
@@ -72,28 +74,30 @@ def evaluate(
             raise UserError(f"statistics take any of {list(STATISTICS)}, got {name!r}")
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
+    if own := getattr(model, "description", {}).get("class_names"):
+        cfg = with_classes(cfg, own)
     tests = {data_set: TestSet(cfg, data_set) for data_set in cfg.DATASETS.TEST}
     validation = TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET) if cfg.TEST.EXAMPLE_WEIGHT_DATASET else None
     if "recomputed" in names and cfg.TEST.RECOMPUTE.DATASET:
         test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())  # its categories must fit
     device = get_device(cfg.MODEL.DEVICE)
-    own = None if train_data is None else own_sets(train_data)
+    own_data = None if train_data is None else own_sets(train_data)
     results: dict[str, Any] = {}
     for name in names:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             merge_population_statistics(model)
             if name == "recomputed":
-                recompute(cfg, set_statistics(model, "auto"), own)
+                recompute(cfg, set_statistics(model, "auto"), own_data)
             set_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
             results[name] = _on_each(cfg, model, tests, name)
             if cfg.TEST.EXAMPLE_WEIGHTS and name != "minibatch":
-                weighed = choose_weight(cfg, model, validation, f"{name}_weighed", own)
+                weighed = choose_weight(cfg, model, validation, f"{name}_weighed", own_data)
                 if weighed is None:
                     continue
                 results[f"{name}_weighed"] = _on_each(cfg, weighed, tests, f"{name}_weighed")
     if cfg.MODEL.META_ARCHITECTURE == "Classifier" and cfg.TEST.TRAINING_IMAGES:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            scores = {"classification": accuracy(training_predictions(cfg, model, device, own))}
+            scores = {"classification": accuracy(training_predictions(cfg, model, device, own_data))}
         results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
         table = format_table(results)

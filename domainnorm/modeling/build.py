@@ -6,6 +6,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from ..data import domain_names, num_classes
+from ..data.classes import known_classes, with_classes
 from ..distributed import get_device
 from ..errors import UserError
 from ..layers import BatchGroupNorm
@@ -14,26 +15,33 @@ from .anchors import AnchorGenerator, ExactAnchorGenerator
 from .backbone import build_backbone
 from .channels_last import Transform
 from .classifier import build_classifier
+from .description import describe_model
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, RPNHead, box_head, mask_head
 from .norm import fix_weights, own_options, roi_norm_options
 from .retinanet import RetinaNet, RetinaNetHead
 from .roi_align import RoIAlign
-from .weights import initialize
+from .weights import initialize, read_weights
 
 NUM_LEVELS = 5  # of the pyramid
 
 
-def build_model(cfg: CfgNode) -> nn.Module:
+def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
     """The detector or classifier of `cfg`, on this rank's device, with the weights of `MODEL.WEIGHTS`.
 
     In training `model(images, targets)` returns a dict of losses, in inference `model(images)` a list of detections;
     or logits; images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet`, `GeneralizedRCNN` and `Classifier`.
 
+    Its classes are those of `MODEL.CLASS_NAMES`, else of the training sets, else of the weights: the config that a run
+    saved, or any other with its weights, needs no data set. Weights of classes in another order are brought into that
+    of the model.
+
     Args:
         cfg: from `load_config`.
+        trained: whether the weights are to be those of the whole model, for predictions, and not only its first ones.
 
     Returns:
-        The model.
+        The model; its attribute `description` says in plain values what it is: `class_names`, `num_classes`, `domains`,
+        sizes of images, `pixel_mean`, `pixel_std`, `versions`.
 
     Raises:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.
@@ -45,12 +53,18 @@ def build_model(cfg: CfgNode) -> nn.Module:
         >>> sorted(detections[0])
         ['boxes', 'labels', 'scores']
     """
+    weights = read_weights(cfg.MODEL.WEIGHTS)
+    cfg = with_classes(cfg, known_classes(cfg) or weights.class_names)
+    model: nn.Module
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        return fix_weights(cfg, _name_domains(cfg, build_classifier(cfg))).to(get_device(cfg.MODEL.DEVICE))
-    model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
-    _check_pieces(model)
-    _name_domains(cfg, model)
-    initialize(model, cfg.MODEL.WEIGHTS)
+        model = _name_domains(cfg, build_classifier(cfg, weights, trained=trained))
+    else:
+        model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
+        _check_pieces(model)
+        _name_domains(cfg, model)
+        if weights.source:
+            initialize(model, weights, cfg.MODEL.CLASS_NAMES, trained=trained)
+    model.description = describe_model(cfg)
     return fix_weights(cfg, model).to(get_device(cfg.MODEL.DEVICE))
 
 

@@ -20,7 +20,8 @@ from ..surgery.domains import use_domains_of
 from ..surgery.replace import replace_layers
 from .cifar_resnet import CifarResNet
 from .norm import norm_options
-from .weights import load_weights, read_weights
+from .predictors import ClassRows, Predictors, class_entries
+from .weights import Weights, by_class_names, load_weights
 from .wide_resnet import SimpleNet, WideResNet
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,10 @@ class Classifier(nn.Module):
     image_mean: Tensor
     image_std: Tensor
 
+    def predictors(self) -> Predictors:
+        """The layers that have rows for each class."""
+        return {f"body.{_last_layer(self.body)}": ClassRows()}
+
     def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` of one size, in [0, 1], and targets with `labels` `()` -> losses, in eval logits.
 
@@ -71,26 +76,25 @@ class Classifier(nn.Module):
         return self.body(x)
 
 
-def build_classifier(cfg: CfgNode) -> Classifier:
-    """The classifier of `cfg`, with the weights of `MODEL.WEIGHTS`.
+def build_classifier(cfg: CfgNode, weights: Weights, *, trained: bool) -> Classifier:
+    """The classifier of `cfg`, with `weights`.
 
-    Weights are a checkpoint of such a classifier, or those of the torchvision or timm model itself, which are loaded
-    before its norms are exchanged; a last layer for another number of classes is left out.
+    They are a checkpoint of such a classifier, or those of the torchvision or timm model itself, which are loaded
+    before its norms are exchanged; a last layer for another number of classes is left out, if not `trained`.
 
     Raises:
         UserError: unknown backbone, weights that do not fit, a frozen norm without weights.
     """
     name, norm = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NORM
-    if norm == "FrozenBN" and not cfg.MODEL.WEIGHTS:
+    if norm == "FrozenBN" and not weights.source:
         raise UserError(
             "MODEL.BACKBONE.NORM 'FrozenBN' contradicts MODEL.WEIGHTS '': random statistics would be frozen; choose "
             "another norm, such as BN, or name weights"
         )
     body = _body(name, num_classes(cfg), cfg.INPUT.CROP_SIZE)
-    state = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else {}
-    whole = any(key.startswith("body.") for key in state)
-    if state and not whole:
-        load_weights(body, _with_own_last_layer(body, state), cfg.MODEL.WEIGHTS)
+    whole = any(key.startswith("body.") for key in weights.state_dict)
+    if weights.source and not whole:
+        _load(body, {_last_layer(body): ClassRows()}, weights, cfg.MODEL.CLASS_NAMES, trained)
     if norm:
         try:
             body = convert_batchnorm(body, norm, **norm_options(cfg, norm))
@@ -102,7 +106,7 @@ def build_classifier(cfg: CfgNode) -> Classifier:
     mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
     model = Classifier(body, mean, std, cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING)
     if whole:
-        load_weights(model, _with_own_last_layer(model, state), cfg.MODEL.WEIGHTS)
+        _load(model, model.predictors(), weights, cfg.MODEL.CLASS_NAMES, trained)
     _try_image(cfg, model)
     return model
 
@@ -167,11 +171,18 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"the nearest name is {difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]}"
 
 
-def _with_own_last_layer(body: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the weights that `body` has in its last layer, if that is for another number of classes."""
-    last = [name for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-    own = {key: value for key, value in body.state_dict().items() if key.startswith(f"{last}.")}
-    if any(key in state and state[key].shape != value.shape for key, value in own.items()):
-        logger.warning("%s: its last layer is for another number of classes, and is left out", last)
-        return state | own
-    return state
+def _last_layer(body: nn.Module) -> str:
+    """The name of the layer that computes the logits."""
+    return [name for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+
+
+def _load(model: nn.Module, predictors: Predictors, weights: Weights, class_names: list[str], trained: bool) -> None:
+    """With the weights that `model` has in its last layer, if those given are for another number of classes."""
+    state, own = weights.state_dict, model.state_dict()
+    keys = [key for key, _ in class_entries(predictors, own)]
+    if not trained and any(key in state and state[key].shape != own[key].shape for key in keys):
+        logger.warning("%s: its last layer is for another number of classes, and is left out", weights.source)
+        state = state | {key: own[key] for key in keys}
+    else:
+        state = by_class_names(predictors, weights, class_names)
+    load_weights(model, state, weights.source)

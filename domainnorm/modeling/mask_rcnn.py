@@ -18,6 +18,7 @@ from ..layers import DomainBatchNorm, get_norm
 from ..ops.moments import wide
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast
+from .predictors import ClassRows, Predictors
 
 SMOOTH_L1_BETA = 1 / 9  # torchvision's
 
@@ -177,6 +178,13 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN, ChannelsLast):
         "a GeneralizedRCNN cannot be exported: its heads run on RoIs whose number differs from image to image; "
         "export a RetinaNet or a classifier"
     )
+
+    def predictors(self) -> Predictors:
+        """The layers that have rows for each class."""
+        rows = {"box_predictor.cls_score": ClassRows(background=1), "box_predictor.bbox_pred": ClassRows(1, 1, 4)}
+        if self.roi_heads.has_mask():
+            rows["mask_predictor.mask_fcn_logits"] = ClassRows(background=1)
+        return {f"roi_heads.{layer}": of_classes for layer, of_classes in rows.items()}
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` in [0, 1] and targets -> losses in training, in inference a list of detections.

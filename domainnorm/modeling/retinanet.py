@@ -22,6 +22,7 @@ from ..ops.moments import wide
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast, Transform
 from .focal_loss import focal_loss
+from .predictors import ClassRows, Predictors
 
 
 class RetinaNetHead(retinanet.RetinaNetHead):
@@ -199,6 +200,10 @@ class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
         super().__init__(backbone, num_classes, **options)
         made = self.transform
         self.transform = Transform(made.min_size, made.max_size, made.image_mean, made.image_std, _skip_resize=True)
+
+    def predictors(self) -> Predictors:
+        """The layers that have rows for each class."""
+        return {"head.classification_head.cls_logits": ClassRows(repeats=self.head.classification_head.num_anchors)}
 
     def for_export(self) -> "DenseRetinaNet":
         """What an exported program computes."""

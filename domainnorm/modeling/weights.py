@@ -1,15 +1,22 @@
 """Loading weights: all of them, or an error and nothing."""
 
 import copy
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torchvision
 from torch import Tensor, nn
 
-from ..errors import UserError, cut, one_line
+from ..data.classes import equal_classes
+from ..errors import UserError, cut, one_line, quote
 from .checkpoint_file import read_checkpoint, state_dict_of
+from .description import class_names_in
+from .predictors import Predictors, class_entries, in_order
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
@@ -51,44 +58,72 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def initialize(model: nn.Module, weights: str) -> None:
-    """Load what `MODEL.WEIGHTS` names into a detector.
+def initialize(model: nn.Module, weights: "Weights", class_names: Sequence[str], *, trained: bool) -> None:
+    """Load `weights` into a detector.
 
     Args:
         model: with its torchvision body at `model.backbone.body`.
-        weights: `""`: nothing is loaded. A name of torchvision, such as `ResNet50_Weights.IMAGENET1K_V2`, is
-            downloaded by torchvision. Otherwise a file: a checkpoint of the whole model, or of a classifier or its
-            state dict (without its last layer).
+        weights: of the whole model, or of a classifier, of which the last layer is left out.
+        class_names: of the model.
+        trained: whether it takes only those of the whole model.
 
     Raises:
-        UserError: no such weights, a broken file, or weights that do not fit; the model is left as it was.
+        UserError: they do not fit; the model is left as it was.
     """
-    if not weights:
-        return
-    state = read_weights(weights)
-    if any(key.startswith("backbone.") for key in state):
-        load_weights(model, state, weights)
+    state, file = by_class_names(model.predictors(), weights, class_names), weights.source  # type: ignore[operator]
+    if trained or any(key.startswith("backbone.") for key in state):
+        load_weights(model, state, file)
     else:
         # of one of our classifiers, or as torchvision names it
         state = {key.removeprefix("body.").removeprefix("features."): value for key, value in state.items()}
         body = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
-        load_weights(model.get_submodule("backbone.body"), body, weights)
+        load_weights(model.get_submodule("backbone.body"), body, file)
 
 
-def read_weights(weights: str) -> dict[str, Tensor]:
-    """The state dict that `MODEL.WEIGHTS` names: weights of torchvision, or those in a file.
+class Weights(NamedTuple):
+    """A state dict, where it is from, and the names of the classes that its predictions are of; []: not known."""
+
+    state_dict: dict[str, Tensor]
+    source: str
+    class_names: list[str]
+
+
+def by_class_names(predictors: Predictors, weights: Weights, class_names: Sequence[str]) -> dict[str, Tensor]:
+    """The state dict of `weights` with its classes in the order of `class_names`; as it is if either is not known.
+
+    Raises:
+        UserError: the names are others.
+    """
+    state, then, now = weights.state_dict, weights.class_names, list(class_names)
+    if not then or not now or then == now or not any(class_entries(predictors, state)):
+        return state
+    if not equal_classes(then, now):
+        raise UserError(
+            f"{weights.source}: weights do not fit the model: they are of the classes {quote(then)}, it has "
+            f"{quote(now)}; set MODEL.CLASS_NAMES to those of the weights, or DATASETS.RENAME"
+        )
+    logger.info("%s: its classes are %s: brought into the order of the model, %s", weights.source, then, now)
+    return in_order(predictors, state, then, now)
+
+
+def read_weights(weights: str) -> Weights:
+    """What `MODEL.WEIGHTS` names: weights of torchvision, or those in a file; `""`: none.
 
     Raises:
         UserError: no such weights, or a broken file.
     """
+    if not weights:
+        return Weights({}, "", [])
     if re.fullmatch(r"\w+_Weights\.\w+", weights):
         try:
-            return torchvision.models.get_weight(weights).get_state_dict(check_hash=True)
+            known = torchvision.models.get_weight(weights)
+            return Weights(known.get_state_dict(check_hash=True), weights, [])
         except (ValueError, KeyError) as error:  # no such enum, no such member
             raise UserError(f"MODEL.WEIGHTS {weights}: torchvision knows no such weights") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: the file is not the one that torchvision knows
             raise UserError(f"MODEL.WEIGHTS {weights}: cannot be downloaded ({error}); give a file instead") from error
-    return state_dict_of(read_checkpoint(weights), weights)
+    content = read_checkpoint(weights)
+    return Weights(state_dict_of(content, weights), weights, class_names_in(content, weights))
 
 
 def _mismatches(message: str, most: int = 3) -> str:

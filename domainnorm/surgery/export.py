@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from .fuse import fuse
 from .resize_domains import keep_domain
 
 FORMATS = ("torch", "onnx")
+DESCRIPTION = "description.json"  # in a file of torch.export, as torch.export.load(extra_files=...) names it
 Sizes = list[tuple[int, int, int]]  # of batches of images: (N, H, W)
 
 
@@ -62,6 +64,10 @@ def export_model(
     boxes (`torchvision.models.detection._utils.BoxCoder`) and NMS stay with whoever runs it. Under minibatch
     statistics, where a prediction depends on its own image only, N is 1.
 
+    A model of `build_model` has a `description`: names of classes and domains, sizes of images, mean and standard
+    deviation of pixels, versions. In ONNX its entries are metadata (`session.get_modelmeta().custom_metadata_map`, as
+    JSON but for texts); `torch.export.load(file, extra_files={"description.json": ""})` fills it in there.
+
     The file is loaded again, compared with the model on random images of several batch sizes and sizes, and takes its
     name only then.
 
@@ -93,6 +99,7 @@ def export_model(
         _check_onnx()
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
         raise UserError(f"{file}: cannot be written: expected a file in a folder that exists and may be written to")
+    description = getattr(model, "description", {})
     model = _prepared(model, domain, statistics, fused)
     if hasattr(model, "for_export"):
         model = model.for_export()  # type: ignore[operator]
@@ -106,7 +113,7 @@ def export_model(
             stride = getattr(model, "stride", 32)
             sizes += [(1, height + stride, width), (sizes[-1][0], height, width + 2 * stride)]
         try:
-            content, difference = _attempt(model, format, dims, sizes)
+            content, difference = _attempt(model, format, dims, sizes, description)
             break
         except Exception as error:  # of many kinds: torch.export runs all of the model's code
             failure = error
@@ -173,7 +180,9 @@ def _prepared(model: nn.Module, domain: int | str | None, statistics: str, fused
 
 
 @torch.no_grad()
-def _attempt(model: nn.Module, format: str, dims: dict[int, Any], sizes: Sizes) -> tuple[bytes, float]:
+def _attempt(
+    model: nn.Module, format: str, dims: dict[int, Any], sizes: Sizes, description: dict[str, Any]
+) -> tuple[bytes, float]:
     """What the file is to hold, and the largest difference of its outputs for batches of `sizes`."""
     like = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.zeros(()))
     random = torch.Generator().manual_seed(0)
@@ -181,7 +190,7 @@ def _attempt(model: nn.Module, format: str, dims: dict[int, Any], sizes: Sizes) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
         program = torch.export.export(model, (batches[0],), dynamic_shapes=(dims,))
-        content, run = (_onnx if format == "onnx" else _torch)(program, _named(model(batches[0])))
+        content, run = (_onnx if format == "onnx" else _torch)(program, _named(model(batches[0])), description)
     differences = [
         _difference(own, other)
         for images in batches
@@ -190,20 +199,27 @@ def _attempt(model: nn.Module, format: str, dims: dict[int, Any], sizes: Sizes) 
     return content, float(torch.stack(differences).max())
 
 
-def _torch(program: Any, outputs: dict[str, Tensor]) -> tuple[bytes, Callable[[Tensor], Sequence[Tensor]]]:
+def _torch(
+    program: Any, outputs: dict[str, Tensor], description: dict[str, Any]
+) -> tuple[bytes, Callable[[Tensor], Sequence[Tensor]]]:
     stream = io.BytesIO()
-    torch.export.save(program, stream)
+    torch.export.save(program, stream, extra_files={DESCRIPTION: json.dumps(description)} if description else None)
     loaded: Any = torch.export.load(io.BytesIO(stream.getvalue())).module()
     return stream.getvalue(), lambda images: list(_named(loaded(images)).values())
 
 
-def _onnx(program: Any, outputs: dict[str, Tensor]) -> tuple[bytes, Callable[[Tensor], Sequence[Tensor]]]:
+def _onnx(
+    program: Any, outputs: dict[str, Tensor], description: dict[str, Any]
+) -> tuple[bytes, Callable[[Tensor], Sequence[Tensor]]]:
     import onnxruntime
 
     made: Any = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=["images"], output_names=list(outputs)
     )
-    content = made.model_proto.SerializeToString()
+    proto = made.model_proto
+    for key, value in description.items():
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: [torch.as_tensor(v) for v in session.run(None, {"images": images.numpy()})]
 

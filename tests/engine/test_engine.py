@@ -12,6 +12,7 @@ from ranks import run_ranks
 from torch import nn
 
 from domainnorm.config import UserError, load_config
+from domainnorm.data.classes import with_classes
 from domainnorm.distributed import launch, rank
 from domainnorm.engine import train
 from domainnorm.engine.log import TrainingLog
@@ -101,7 +102,7 @@ def test_a_detector_learns_and_leaves_the_output_folder(data_set, tmp_path):
     }
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    assert load_config(tmp_path / "config.yaml") == cfg
+    assert load_config(tmp_path / "config.yaml") == with_classes(cfg, ["kind 3", "kind 7"])
     lines = metrics_of(tmp_path)
     assert [line["iteration"] for line in lines] == [3, 5, 5]  # evaluation, training, evaluation
     assert {"lr", "total_loss", "loss_cls", "loss_box_reg", "time", "data_time", "eta_seconds"} <= lines[1].keys()

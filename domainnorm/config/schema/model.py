@@ -17,6 +17,11 @@ from .norm import NORMS, SHARED
 
 RETINANET, RCNN, CLASSIFIER = ("RetinaNet",), ("GeneralizedRCNN",), ("Classifier",)
 DETECTORS = RETINANET + RCNN
+NUM_CLASSES = {  # where each architecture has its number of classes
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "Classifier": "MODEL.CLASSIFIER.NUM_CLASSES",
+}
 SMOOTH_L1 = "Where the loss of boxes, smooth L1, turns linear, in units of the box code; 0: L1, as detectron2."
 ROI_ALIGN = "ROIAlignV2 is aligned by half a pixel, as detectron2's default."
 BETA = Range(min=0, limit=100)
@@ -30,6 +35,9 @@ class Model(Section, key="MODEL"):
     META_ARCHITECTURE = Option("RetinaNet", "Model; GeneralizedRCNN is Faster or Mask R-CNN.", DETECTORS + CLASSIFIER)
     DEVICE = Option("auto", "Device; auto: cuda where there is a GPU, else cpu.", ("auto", "cuda", "cpu"))
     WEIGHTS = Option("", "Initial weights: a file, or torchvision's, as ResNet50_Weights.IMAGENET1K_V2; '': random.")
+    CLASS_NAMES = Option(
+        [], "Name of each class; []: those of the training sets, which a run writes here. Labels are found by name."
+    )
     MASK_ON = Option(False, "Predict masks too: Mask R-CNN, not Faster R-CNN.", used_by=RCNN)
     PIXEL_MEAN = Option([0.485, 0.456, 0.406], "Mean of R, G and B, in [0, 1].", SHARE, length=3)
     PIXEL_STD = Option(
