@@ -10,6 +10,7 @@ from ..data import test_loader
 from ..data.sampler import images_per_forward
 from ..distributed import rank, world_size
 from ..errors import UserError
+from ..evaluation.compare import check_statistics
 from ..evaluation.recompute import batch_size
 from ..evaluation.test_set import TestSet
 from ..layers import BatchGroupNorm, DomainBatchNorm
@@ -34,6 +35,10 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
                 f"SOLVER.FREEZE_NORM_LAYERS: no BatchNorm has a name that begins with {beginning!r}; "
                 f"the model has {parts}"
             )
+    if cfg.DATASETS.TEST:
+        check_statistics(model, cfg.TEST.STATISTICS)
+    if world_size() > 1:
+        _check_torchs_norms(model)
     if cfg.SOLVER.VIRTUAL_BATCH:
         try:
             with virtual_batch(model, None):
@@ -55,6 +60,17 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
             convert_groupnorm(copy.deepcopy(model))
         except TypeError as error:
             raise UserError(f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS}: {error}") from error
+
+
+def _check_torchs_norms(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        own = isinstance(layer, (DomainBatchNorm, nn.SyncBatchNorm))
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats and not own:
+            raise UserError(
+                f"{name} is torch's {type(layer).__name__}, whose running statistics would differ between the "
+                f"{world_size()} processes: dn.convert_batchnorm(model, 'DomainBatchNorm') makes it a layer whose "
+                "statistics are merged, nn.SyncBatchNorm.convert_sync_batchnorm(model) a synchronized one"
+            )
 
 
 def _check_pieces_of_rois(cfg: CfgNode, norms: dict[str, DomainBatchNorm]) -> None:

@@ -16,8 +16,9 @@ from ..data import own_sets, test_loader
 from ..data.classes import with_classes
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
+from ..layers import DomainBatchNorm
 from ..output import output_folder, write_json
-from ..statistics.choose import set_statistics
+from ..statistics.choose import refuse_torch_batch_norm, set_statistics
 from ..statistics.merge import merge_population_statistics
 from ..statistics.preserve import preserve_state
 from .classification import accuracy, training_predictions
@@ -72,6 +73,7 @@ def evaluate(
     for name in names:
         if name not in STATISTICS:
             raise UserError(f"statistics take any of {list(STATISTICS)}, got {name!r}")
+    check_statistics(model, names)
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
     if own := getattr(model, "description", {}).get("class_names"):
@@ -87,8 +89,8 @@ def evaluate(
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             merge_population_statistics(model)
             if name == "recomputed":
-                recompute(cfg, set_statistics(model, "auto"), own_data)
-            set_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
+                recompute(cfg, _with_statistics(model, "auto"), own_data)
+            _with_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
             results[name] = _on_each(cfg, model, tests, name)
             if cfg.TEST.EXAMPLE_WEIGHTS and name != "minibatch":
                 weighed = choose_weight(cfg, model, validation, f"{name}_weighed", own_data)
@@ -108,6 +110,23 @@ def evaluate(
     if rank() == 0:
         write_json(output_folder(cfg.OUTPUT_DIR) / "results.json", _nan_to_none(results))
     return results
+
+
+def check_statistics(model: nn.Module, names: Sequence[str]) -> None:
+    """UserError if `evaluate` cannot score `model` with the statistics `names`: torch's norms cannot choose them."""
+    if "minibatch" in names:
+        try:
+            refuse_torch_batch_norm(model)
+        except TypeError as error:
+            raise UserError(f"TEST.STATISTICS 'minibatch': {error}") from error
+
+
+def _with_statistics(model: nn.Module, statistics: str) -> nn.Module:
+    """`set_statistics` of this library's layers; torch's have population statistics in eval mode, and no other."""
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            set_statistics(module, statistics)
+    return model
 
 
 def _on_each(cfg: CfgNode, model: nn.Module, tests: dict[str, TestSet], name: str) -> dict[str, Any]:

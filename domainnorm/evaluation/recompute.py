@@ -28,7 +28,8 @@ def recompute(cfg: CfgNode, model: nn.Module, train_data: Sequence[Any] | None =
     Args:
         train_data: instead of the training sets of the config.
     """
-    if not any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules()):
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if all(isinstance(m, DomainBatchNorm) and m.frozen for m in norms):
         logger.warning("nothing to recompute: no norm of the model follows its batches")
         return
     options = cfg.TEST.RECOMPUTE
