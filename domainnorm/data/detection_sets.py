@@ -25,7 +25,7 @@ def training_set(cfg: CfgNode, name: str) -> CocoDataset:
         keep_empty=not options.FILTER_EMPTY_ANNOTATIONS,
         invalid_boxes=options.INVALID_BOXES,
         masks=cfg.MODEL.MASK_ON,
-        trained_at=(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN),
+        trained_at=_largest_sizes(cfg),
         max_intensity=cfg.INPUT.MAX_INTENSITY,
         transforms=train_transforms(cfg),
     )
@@ -35,6 +35,16 @@ def training_set(cfg: CfgNode, name: str) -> CocoDataset:
             "objects, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False if images without any are meant"
         )
     return dataset
+
+
+def _largest_sizes(cfg: CfgNode) -> tuple[list[int], int] | None:
+    """The shorter sides, and the largest longer side, at which an object under a pixel is never trained on."""
+    if cfg.INPUT.RANDOM_IOU_CROP:  # which may enlarge any
+        return None
+    if cfg.INPUT.SCALE_JITTER:
+        side = max(round(cfg.INPUT.SCALE_JITTER[1] * cfg.INPUT.MAX_SIZE_TRAIN), 1)
+        return [side], side
+    return list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
 
 
 def evaluation_set(cfg: CfgNode, name: str) -> CocoDataset:

@@ -18,6 +18,7 @@ from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
 from .sampler import evaluation_indices, images_per_forward
 from .set_sampler import SetBatchSampler
+from .workers import num_workers
 
 logger = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()  # of which test and training sets it was told whether they share images
@@ -118,7 +119,7 @@ def _training_batches(
     samples: list[Any] = list(datasets)
     if cfg.DATASETS.DOMAINS:
         samples = [WithDomain(dataset, domain) for dataset, domain in zip(datasets, domains, strict=True)]
-    return _batches(_loader(_Seeded(ConcatDataset(samples)), sampler, cfg.DATALOADER.NUM_WORKERS))
+    return _batches(_loader(_Seeded(ConcatDataset(samples)), sampler, num_workers(cfg)))
 
 
 class EvaluationLoader:
@@ -164,7 +165,7 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
     indices, size = evaluation_indices(len(dataset), rank, world_size), cfg.TEST.IMS_PER_BATCH
     batches = [indices[i : i + size] for i in range(0, len(indices), size)]
     domain = domain_of(cfg, name) if cfg.DATASETS.DOMAINS else None
-    return EvaluationLoader(dataset, batches, cfg.DATALOADER.NUM_WORKERS, domain)
+    return EvaluationLoader(dataset, batches, num_workers(cfg), domain)
 
 
 def _tell_shared_images(cfg: CfgNode, dataset: AnySet) -> None:

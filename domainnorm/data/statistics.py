@@ -69,6 +69,9 @@ def statistics_of(dataset: Any, side: int, max_side: int) -> SetStatistics:
 
 
 def training_size(cfg: CfgNode) -> tuple[int, int]:
-    """The shorter side that is drawn as often as smaller ones as larger ones are, and the largest longer side."""
+    """The shorter side below which as many are drawn as above, and the largest longer side."""
+    if cfg.INPUT.SCALE_JITTER:
+        side = max(round(sum(cfg.INPUT.SCALE_JITTER) / 2 * cfg.INPUT.MAX_SIZE_TRAIN), 1)
+        return side, side
     sides = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     return sides[len(sides) // 2], cfg.INPUT.MAX_SIZE_TRAIN

@@ -34,7 +34,8 @@ def try_smallest(cfg: CfgNode, model: nn.Module, datasets: Sequence[Any]) -> Non
     images = images_per_forward(cfg, world_size())
     mixed = cfg.DATASETS.DOMAINS and cfg.DATALOADER.COMPOSITION == "mixed"  # a domain may have one image of a batch
     alone = images == 1 or mixed or any(norm.sample_groups is not None for norm in norms)
-    smallest = min(cfg.INPUT.MIN_SIZE_TRAIN)
+    jitter = cfg.INPUT.SCALE_JITTER
+    smallest = min(cfg.INPUT.MIN_SIZE_TRAIN) if not jitter else jitter[0] * cfg.INPUT.MAX_SIZE_TRAIN
     if not isinstance(model, (RetinaNet, GeneralizedRCNN)) or not norms or not alone or smallest > _SIDE:
         return
     sizes = (size for dataset in datasets for size in getattr(dataset, "sizes", ()))
@@ -43,6 +44,7 @@ def try_smallest(cfg: CfgNode, model: nn.Module, datasets: Sequence[Any]) -> Non
     if max(height, width) > _SIDE:
         return
     device = get_device(cfg.MODEL.DEVICE)
+    key = f"INPUT.SCALE_JITTER {list(jitter)}" if jitter else f"INPUT.MIN_SIZE_TRAIN {smallest}"
     part, keys = "MODEL.BACKBONE.NORM or MODEL.FPN.NORM", f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
     try:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -58,14 +60,21 @@ def try_smallest(cfg: CfgNode, model: nn.Module, datasets: Sequence[Any]) -> Non
         if "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            f"INPUT.MIN_SIZE_TRAIN {smallest}: an image of {size[0]} x {size[1]} pixels becomes {height} x {width}, "
-            f"whose coarsest features are 1 x 1: {part} has one value per channel there, with {keys} over "
-            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; raise INPUT.MIN_SIZE_TRAIN or "
+            f"{key}: an image of {size[0]} x {size[1]} pixels may become {height} x {width}, whose coarsest "
+            f"features are 1 x 1: {part} has one value per channel there, with {keys} over "
+            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; raise {key.split()[0]} or "
             "SOLVER.IMS_PER_BATCH, or choose GN"
         ) from error
 
 
 def _resized(cfg: CfgNode, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) after `RandomShortestSize` of the smallest choice."""
+    """(height, width) of the smallest that training may make of an image."""
+    options = cfg.INPUT
+    if options.RANDOM_IOU_CROP:
+        size = (min(size),) * 2  # the crop may be square
+    if options.SCALE_JITTER:
+        scale = options.SCALE_JITTER[0] * options.MAX_SIZE_TRAIN / max(size)
+        height, width = (max(min(int(side * scale), options.MAX_SIZE_TRAIN), 1) for side in size)
+        return height, width
     scale = min(min(cfg.INPUT.MIN_SIZE_TRAIN) / min(size), cfg.INPUT.MAX_SIZE_TRAIN / max(size))
     return int(size[0] * scale), int(size[1] * scale)
