@@ -19,6 +19,7 @@ COMMANDS = {  # the module of each, and the arguments that it begins with
     "export": ("export", []),
     "explain": ("explain", []),
     "show": ("show", []),
+    "analyze": ("analyze", []),
 }
 USAGE = f"usage: domainnorm {{{','.join(COMMANDS)}}} …   (domainnorm COMMAND --help says more)"
 

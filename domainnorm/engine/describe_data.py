@@ -1,7 +1,7 @@
 """What a run is trained and tested on, in numbers, for its log: what is wrong with a data set often shows there."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def describe_data(cfg: CfgNode, model: nn.Module, datasets: Sequence[Any], tests
     for row, dataset in zip(rows[len(training) :], tests, strict=True):
         shared = sum(kind(cfg).shared_images(dataset, name) for name in cfg.DATASETS.TRAIN)
         row |= {"in training, too": str(shared)}
-    lines = ["data sets", *_table(rows)]
+    lines = ["data sets", *table(rows)]
     boxes = any(len(own.boxes) for own in training)
     if boxes:
         lines.append(
@@ -109,13 +109,16 @@ def _short(name: str) -> str:
     return shown if len(shown) <= _LONGEST else f"…{shown[1 - _LONGEST :]}"
 
 
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    """Lines, of which the first names the columns; the first column is aligned to the left."""
+def table(rows: Sequence[Mapping[str, str]], *, left: bool = False) -> list[str]:
+    """Lines, of which the first names the columns; the first column, or all with `left`, is aligned to the left."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([row.get(name, "-") for name in names] for row in rows)]
     widths = [max(len(line[k]) for line in cells) for k in range(len(names))]
     return [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            cell.ljust(width) if left or not k else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in cells
     ]
 
@@ -148,7 +151,7 @@ def _classes(training: Sequence[SetStatistics], tested: Sequence[SetStatistics])
     ]
     if not rows:
         return []
-    lines = _table(rows)
+    lines = table(rows)
     if len(shown) < len(order):
         lines.insert(half + 1, f"… {len(order) - len(shown)} classes between")
     return lines
