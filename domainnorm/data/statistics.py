@@ -21,6 +21,7 @@ class SetStatistics:
     Attributes:
         images: their number.
         class_names, class_counts: of each class, its objects, int64; of a classifier its images.
+        absent: the classes that its file has, and of which it has nothing.
         crowds: their number.
         objects: of each image, int64 (images,).
         boxes: of all objects, in their images as they are resized: XYXY, float32 (n, 4).
@@ -32,6 +33,7 @@ class SetStatistics:
     images: int
     class_names: Sequence[str] = ()
     class_counts: np.ndarray = field(default_factory=lambda: _NONE)
+    absent: Sequence[str] = ()
     crowds: int = 0
     objects: np.ndarray = field(default_factory=lambda: _NONE)
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))
@@ -47,7 +49,7 @@ def statistics_of(dataset: Any, side: int, max_side: int) -> SetStatistics:
     """
     if isinstance(dataset, ClassificationDataset):
         counts = np.bincount(dataset.labels.numpy(), minlength=len(dataset.class_names))
-        return SetStatistics(dataset.name, len(dataset), dataset.class_names, counts)
+        return SetStatistics(dataset.name, len(dataset), dataset.class_names, counts, _absent(dataset, counts))
     if not isinstance(dataset, CocoDataset):
         return SetStatistics(getattr(dataset, "name", type(dataset).__name__), len(dataset))
     records, columns = dataset.records, dataset.records.columns
@@ -55,17 +57,25 @@ def statistics_of(dataset: Any, side: int, max_side: int) -> SetStatistics:
     images, sizes = columns.images[rows], columns.sizes[columns.images[rows]]
     new = resized(sizes, side, max_side)
     scale = (new / sizes)[:, ::-1].astype(np.float32)
+    counts = np.bincount(records.labels[rows], minlength=len(dataset.class_names))
     return SetStatistics(
         name=dataset.name,
         images=len(dataset),
         class_names=dataset.class_names,
-        class_counts=np.bincount(records.labels[rows], minlength=len(dataset.class_names)),
+        class_counts=counts,
+        absent=_absent(dataset, counts),
         crowds=int(columns.crowds.sum()),
         objects=np.bincount(images, minlength=len(columns.image_ids))[records.images],
         boxes=records.boxes[rows] * np.tile(scale, 2),
         sizes=new,
         counts=records.counts,
     )
+
+
+def _absent(dataset: Any, counts: np.ndarray) -> list[str]:
+    ids = getattr(dataset, "category_ids", range(len(counts)))  # None of a class of the model that the file has not
+    found = zip(dataset.class_names, counts, ids, strict=True)
+    return [name for name, count, id_ in found if not count and id_ is not None]
 
 
 def training_size(cfg: CfgNode) -> tuple[int, int]:

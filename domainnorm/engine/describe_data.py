@@ -160,10 +160,9 @@ def _classes(training: Sequence[SetStatistics], tested: Sequence[SetStatistics])
 def _warnings(cfg: CfgNode, training: Sequence[SetStatistics], ious: Tensor | None, shapes: Tensor | None) -> list[str]:
     found = []
     for own in training:
-        absent = [name for name, count in zip(own.class_names, own.class_counts, strict=True) if not count]
-        if absent and len(training) == 1:
-            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-            found.append(f"{_short(own.name)}: nothing of the classes {', '.join(absent[:5])}{more}")
+        if own.absent:
+            more = f" and {len(own.absent) - 5} more" if len(own.absent) > 5 else ""
+            found.append(f"{_short(own.name)}: nothing of the classes {', '.join(own.absent[:5])}{more}")
     if ious is None or shapes is None or (share := float((ious < 0.5).float().mean())) <= _FEW:
         return found
     sides = [(own.boxes[:, 2:] - own.boxes[:, :2]).prod(1) for own in training]
