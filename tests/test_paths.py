@@ -15,7 +15,8 @@ from domainnorm.data.catalog import datasets_root, resolve_dataset
 from domainnorm.data.classification import resolve_classes
 from domainnorm.engine.checkpoint import last_checkpoint, save_checkpoint
 from domainnorm.errors import MAX_MESSAGE, MAX_QUOTED, quote
-from domainnorm.modeling.weights import read_checkpoint, read_weights
+from domainnorm.modeling.checkpoint_file import read_checkpoint
+from domainnorm.modeling.pretrained import read_weights
 from domainnorm.output import output_folder
 from domainnorm.paths import user_path
 

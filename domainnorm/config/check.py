@@ -9,7 +9,7 @@ from ..errors import UserError, quote
 from .node import get_value, iteration_of
 from .option import not_among
 from .schema import OPTIONS
-from .schema.model import BACKBONES, NUM_CLASSES
+from .schema.model import NUM_CLASSES
 from .schema.norm import BATCH_NORMS
 
 # Choices of a normalization batch: refused where the model has no use for them, which nobody would notice.
@@ -56,8 +56,11 @@ def _chosen(cfg: CfgNode, *keys: str) -> list[str]:
 
 def _architecture(cfg: CfgNode) -> _Contradictions:
     name, architecture, key = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE"
-    if architecture != "Classifier" and name not in BACKBONES:
-        raise not_among("MODEL.BACKBONE.NAME takes one of", name, BACKBONES)
+    levels, sizes = "MODEL.FPN.NUM_LEVELS", "MODEL.ANCHOR_GENERATOR.SIZES"
+    if architecture != "Classifier" and len(get_value(cfg, sizes)) != get_value(cfg, levels):
+        yield sizes, levels, f"there are {len(get_value(cfg, sizes))} sizes; give one for each level"
+    if not re.fullmatch(r"(timm/)?[\w.-]{1,100}", name):
+        raise UserError(f"MODEL.BACKBONE.NAME takes a name of torchvision.models, or timm/NAME, got {quote(name)}")
     own = name.startswith(("cifar_", "simplenet"))  # whose depth and width are in their names
     if own and any(len(number) > 4 for number in re.findall(r"\d+", name)):
         raise UserError(f"MODEL.BACKBONE.NAME takes depths and widths up to 9999, got {quote(name)}")

@@ -41,7 +41,7 @@ from .environment import describe_run
 from .folder import RunFolder
 from .freeze import freeze_norm
 from .hooks import Hooks, Trainer
-from .log import TrainingLog, logged_end, setup_logging
+from .log import FILE_ONLY, TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
 from .step import check_finite, distributed, first_backward, losses_of, only_here
 from .stop import StopSignals, signals_blocked
@@ -152,6 +152,8 @@ def _train(
     weights = file or (cfg.MODEL.WEIGHTS if own_model is None else f"those of the {type(own_model).__name__} given")
     for line in describe_run(cfg, device, weights):
         logger.info("%s", line)
+    if loaded := getattr(model, "loaded", ""):
+        logger.info("%s", loaded, extra=FILE_ONLY)  # the console has it
     warn_about_schedule(cfg)
     network = distributed(model, device)
     seed_generators(cfg.SEED + rank())

@@ -11,7 +11,7 @@ from torch import nn
 from ..distributed import rank
 from ..errors import UserError
 from ..layers import DomainBatchNorm
-from ..modeling import NUM_LEVELS, RetinaNet
+from ..modeling import RetinaNet
 from ..output import output_folder, write_json
 from ..statistics.example_weight import choose_example_weight
 from ..surgery.convert import convert_groupnorm
@@ -67,10 +67,11 @@ def _with_statistics(cfg: CfgNode, model: nn.Module, train_data: Sequence[Any] |
         return model
     twin = copy.deepcopy(model)
     if isinstance(twin, RetinaNet):
-        convert_groupnorm(twin.head, num_domains=NUM_LEVELS, track_total_var=True)
+        levels = twin.head.num_levels
+        convert_groupnorm(twin.head, num_domains=levels, track_total_var=True)
         for layer in twin.head.modules():
             if isinstance(layer, DomainBatchNorm):
-                layer.domains_per_name = NUM_LEVELS
+                layer.domains_per_name = levels
     convert_groupnorm(twin, track_total_var=True)
     recompute(cfg, twin, train_data)  # of the new layers only: the others are under population statistics
     return twin.eval()

@@ -1,5 +1,8 @@
 """A config -> a model."""
 
+import logging
+from typing import Any
+
 from fvcore.common.config import CfgNode
 from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -16,13 +19,14 @@ from .backbone import build_backbone
 from .channels_last import Transform
 from .classifier import build_classifier
 from .description import describe_model
+from .initialize import Loading, initialize_detector
 from .mask_rcnn import GeneralizedRCNN, RegionProposalNetwork, RoIHeads, RPNHead, box_head, mask_head
 from .norm import fix_weights, own_options, roi_norm_options
+from .pretrained import read_weights
 from .retinanet import RetinaNet, RetinaNetHead
 from .roi_align import RoIAlign
-from .weights import initialize, read_weights
 
-NUM_LEVELS = 5  # of the pyramid
+logger = logging.getLogger(__name__)
 
 
 def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
@@ -33,7 +37,8 @@ def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
 
     Its classes are those of `MODEL.CLASS_NAMES`, else of the training sets, else of the weights: the config that a run
     saved, or any other with its weights, needs no data set. Weights of classes in another order are brought into that
-    of the model.
+    of the model. Those of another number of classes, ours or torchvision's, with or without a mask branch, are taken as
+    far as they fit, rows of the same class name too; the log says what is initialized anew.
 
     Args:
         cfg: from `load_config`.
@@ -41,7 +46,7 @@ def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
 
     Returns:
         The model; its attribute `description` says in plain values what it is: `class_names`, `num_classes`, `domains`,
-        sizes of images, `pixel_mean`, `pixel_std`, `versions`.
+        sizes of images, `pixel_mean`, `pixel_std`, `versions`; and `loaded` what of the weights was loaded.
 
     Raises:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.
@@ -55,15 +60,17 @@ def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
     """
     weights = read_weights(cfg.MODEL.WEIGHTS)
     cfg = with_classes(cfg, known_classes(cfg) or weights.class_names)
-    model: nn.Module
+    loading = Loading(cfg.MODEL.CLASS_NAMES, trained=trained, strict=cfg.MODEL.WEIGHTS_STRICT)
+    model: Any
     if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        model = _name_domains(cfg, build_classifier(cfg, weights, trained=trained))
+        model = _name_domains(cfg, build_classifier(cfg, weights, loading))
     else:
         model = _build_retinanet(cfg) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else _build_rcnn(cfg)
         _check_pieces(model)
         _name_domains(cfg, model)
-        if weights.source:
-            initialize(model, weights, cfg.MODEL.CLASS_NAMES, trained=trained)
+        model.loaded = initialize_detector(model, weights, loading) if weights.source else ""
+    if model.loaded:
+        logger.log(logging.WARNING if ";" in model.loaded else logging.INFO, "%s", model.loaded)
     model.description = describe_model(cfg)
     return fix_weights(cfg, model).to(get_device(cfg.MODEL.DEVICE))
 
@@ -94,7 +101,7 @@ def _build_retinanet(cfg: CfgNode) -> RetinaNet:
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         classes,
-        num_levels=NUM_LEVELS,
+        num_levels=cfg.MODEL.FPN.NUM_LEVELS,
         num_convs=options.NUM_CONVS,
         norm=options.NORM,
         norm_options=own_options(cfg, options.NORM),
@@ -148,7 +155,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
 
     options, box, mask = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
     branches = {
-        "box_roi_pool": _roi_align(box),
+        "box_roi_pool": _roi_align(cfg, box),
         "box_head": box_head(
             channels,
             box.POOLER_RESOLUTION,
@@ -163,7 +170,7 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     }
     if cfg.MODEL.MASK_ON:
         branches |= {
-            "mask_roi_pool": _roi_align(mask),
+            "mask_roi_pool": _roi_align(cfg, mask),
             "mask_head": mask_head(
                 channels,
                 num_conv=mask.NUM_CONV,
@@ -196,16 +203,17 @@ def _build_rcnn(cfg: CfgNode) -> GeneralizedRCNN:
     return GeneralizedRCNN(backbone, rpn, roi_heads, transform)
 
 
-def _roi_align(head: CfgNode) -> RoIAlign:
+def _roi_align(cfg: CfgNode, head: CfgNode) -> RoIAlign:
     """Features of P2 to P5 for a box or mask head."""
+    levels = [str(k) for k in range(min(cfg.MODEL.FPN.NUM_LEVELS, 4))]
     aligned = head.POOLER_TYPE == "ROIAlignV2"
-    return RoIAlign(["0", "1", "2", "3"], head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, aligned=aligned)
+    return RoIAlign(levels, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, aligned=aligned)
 
 
 def _anchors(cfg: CfgNode, octave_scales: int) -> AnchorGenerator:
     options = cfg.MODEL.ANCHOR_GENERATOR
     sizes = [[size * 2 ** (i / 3) for i in range(octave_scales)] for size in options.SIZES]
-    ratios = (tuple(options.ASPECT_RATIOS),) * NUM_LEVELS
+    ratios = (tuple(options.ASPECT_RATIOS),) * cfg.MODEL.FPN.NUM_LEVELS
     if options.ROUNDED:
         return AnchorGenerator(tuple(tuple(map(int, own)) for own in sizes), ratios)
     return ExactAnchorGenerator(tuple(map(tuple, sizes)), ratios)

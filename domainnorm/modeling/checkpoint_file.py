@@ -17,6 +17,7 @@ from ..paths import user_path
 # The file is a zip archive, whose comment the checksum is: other programs read the file as they always did.
 _MARK = b"sha256 "
 _COMMENT = len(_MARK) + 64  # bytes
+_UNDER = ("model", "state_dict", "model_state_dict")  # where checkpoints of this library and of others have weights
 
 
 def write_checkpoint(content: dict[str, Any], file: str | Path) -> None:
@@ -57,7 +58,7 @@ class _Writer:
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """What `torch.save` wrote to `file`, on the CPU. Never runs code from the file (`weights_only=True`).
+    """What `torch.save` or safetensors wrote to `file`, on the CPU. Never runs code from it (`weights_only=True`).
 
     Raises:
         UserError: no such file, one that is broken, truncated or changed since it was written, or one that holds more
@@ -68,6 +69,8 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "no such file"
             raise UserError(f"checkpoint {file}: {what}")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         _check_sum(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -89,15 +92,24 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     return content
 
 
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"checkpoint {file}: safetensors is not installed; pip install safetensors") from None
+    return load_file(file)
+
+
 def state_dict_of(content: dict[str, Any], file: str | Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint: those under "model" or, without it, all of it.
+    """The weights in a checkpoint: those under "model", "state_dict" or, without these, all of it.
 
     Raises:
         UserError: what is there is no state dict of plain tensors.
     """
-    state = content.get("model", content)
+    under = next((key for key in _UNDER if key in content), "")
+    state = content[under] if under else content
     if not isinstance(state, dict):
-        raise UserError(f"checkpoint {file}: expected a state_dict under 'model', got {type(state).__name__}")
+        raise UserError(f"checkpoint {file}: expected a state_dict under {under!r}, got {type(state).__name__}")
     for key, value in state.items():
         if problem := _no_name(key) or not_plain(value):
             raise UserError(f"checkpoint {file}: {quote(key)} is no weight: expected a plain tensor, got {problem}")

@@ -1,7 +1,6 @@
 """Classifiers whose backbones have a chosen norm."""
 
 import difflib
-import logging
 from typing import Any
 
 import torch
@@ -15,16 +14,13 @@ from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..ops.moments import wide
 from ..statistics.preserve import preserve_state
-from ..surgery.convert import convert_batchnorm
 from ..surgery.domains import use_domains_of
-from ..surgery.replace import replace_layers
 from .cifar_resnet import CifarResNet
-from .norm import norm_options
-from .predictors import ClassRows, Predictors, class_entries
-from .weights import Weights, by_class_names, load_weights
+from .initialize import Loading, load_pretrained
+from .norm import norm_options, with_norm
+from .predictors import ClassRows, Predictors
+from .pretrained import Weights
 from .wide_resnet import SimpleNet, WideResNet
-
-logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
@@ -36,6 +32,7 @@ class Classifier(nn.Module):
         label_smoothing: the share of a target that all classes have equally.
 
     Attributes:
+        loaded: what of the weights to begin with was loaded, and what was not; "": nothing.
         minibatch_size: how many images, one after the other, are normalized together in inference under minibatch
             statistics. 1: a prediction depends on its own image only, as under population statistics.
     """
@@ -46,6 +43,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.label_smoothing = label_smoothing
         self.body = body
+        self.loaded = ""
         self.minibatch_size = 1
         for name, value in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
@@ -76,11 +74,11 @@ class Classifier(nn.Module):
         return self.body(x)
 
 
-def build_classifier(cfg: CfgNode, weights: Weights, *, trained: bool) -> Classifier:
+def build_classifier(cfg: CfgNode, weights: Weights, loading: Loading) -> Classifier:
     """The classifier of `cfg`, with `weights`.
 
     They are a checkpoint of such a classifier, or those of the torchvision or timm model itself, which are loaded
-    before its norms are exchanged; a last layer for another number of classes is left out, if not `trained`.
+    before its norms are exchanged.
 
     Raises:
         UserError: unknown backbone, weights that do not fit, a frozen norm without weights.
@@ -92,21 +90,15 @@ def build_classifier(cfg: CfgNode, weights: Weights, *, trained: bool) -> Classi
             "another norm, such as BN, or name weights"
         )
     body = _body(name, num_classes(cfg), cfg.INPUT.CROP_SIZE)
-    whole = any(key.startswith("body.") for key in weights.state_dict)
+    loaded, whole = "", any("body." in key for key in weights.state_dict)
     if weights.source and not whole:
-        _load(body, {_last_layer(body): ClassRows()}, weights, cfg.MODEL.CLASS_NAMES, trained)
-    if norm:
-        try:
-            body = convert_batchnorm(body, norm, **norm_options(cfg, norm))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"MODEL.BACKBONE.NORM {norm!r} of {name}: {error}") from error
-    else:
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        body = replace_layers(body, lambda _, m: nn.Identity() if isinstance(m, batch_norm) else m)
+        loaded = load_pretrained(body, {_last_layer(body): ClassRows()}, weights, loading)
+    body = with_norm(body, norm, norm_options(cfg, norm) if norm else {}, name)
     mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
     model = Classifier(body, mean, std, cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING)
     if whole:
-        _load(model, model.predictors(), weights, cfg.MODEL.CLASS_NAMES, trained)
+        loaded = load_pretrained(model, model.predictors(), weights, loading)
+    model.loaded = loaded
     _try_image(cfg, model)
     return model
 
@@ -174,15 +166,3 @@ def _nearest(name: str, names: list[str]) -> str:
 def _last_layer(body: nn.Module) -> str:
     """The name of the layer that computes the logits."""
     return [name for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-
-
-def _load(model: nn.Module, predictors: Predictors, weights: Weights, class_names: list[str], trained: bool) -> None:
-    """With the weights that `model` has in its last layer, if those given are for another number of classes."""
-    state, own = weights.state_dict, model.state_dict()
-    keys = [key for key, _ in class_entries(predictors, own)]
-    if not trained and any(key in state and state[key].shape != own[key].shape for key in keys):
-        logger.warning("%s: its last layer is for another number of classes, and is left out", weights.source)
-        state = state | {key: own[key] for key in keys}
-    else:
-        state = by_class_names(predictors, weights, class_names)
-    load_weights(model, state, weights.source)

@@ -179,6 +179,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN, ChannelsLast):
         "export a RetinaNet or a classifier"
     )
 
+    optional = ("roi_heads.mask_head", "roi_heads.mask_predictor")  # what weights to begin with may lack, or have
+
     def predictors(self) -> Predictors:
         """The layers that have rows for each class."""
         rows = {"box_predictor.cls_score": ClassRows(background=1), "box_predictor.bbox_pred": ClassRows(1, 1, 4)}

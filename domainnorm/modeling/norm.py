@@ -11,6 +11,8 @@ from ..data import domain_names
 from ..distributed.collectives import sub_group, world_size
 from ..errors import UserError
 from ..layers import is_norm
+from ..surgery.convert import convert_batchnorm
+from ..surgery.replace import replace_layers
 
 
 def norm_options(cfg: CfgNode, name: str) -> dict[str, Any]:
@@ -43,6 +45,17 @@ def own_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     if cfg.TEST.EXAMPLE_WEIGHTS and name in BATCH_NORMS:
         options["track_total_var"] = True
     return options
+
+
+def with_norm(model: nn.Module, norm: str, options: dict[str, Any], name: str) -> nn.Module:
+    """The backbone `name` with `norm` in place of its BatchNorms; "": with none."""
+    if not norm:
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        return replace_layers(model, lambda _, m: nn.Identity() if isinstance(m, batch_norm) else m)
+    try:
+        return convert_batchnorm(model, norm, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"MODEL.BACKBONE.NORM {norm!r} of {name}: {error}") from error
 
 
 def fix_weights(cfg: CfgNode, model: nn.Module) -> nn.Module:

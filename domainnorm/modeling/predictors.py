@@ -1,6 +1,6 @@
 """The layers of a model that have rows for each class, and these rows by the names of the classes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,26 +33,25 @@ class ClassRows(NamedTuple):
 Predictors = Mapping[str, ClassRows]  # by the name of the layer
 
 
-def class_entries(predictors: Predictors, state: Mapping[str, Tensor]) -> Iterator[tuple[str, ClassRows]]:
-    """The keys of `state` that are the weights and biases of `predictors`."""
-    for name, rows in predictors.items():
-        yield from ((key, rows) for key in (f"{name}.weight", f"{name}.bias") if key in state)
+def corresponding(names: Sequence[str], own_names: Sequence[str], number: int, own_number: int) -> list[int | None]:
+    """For each of `own_number` classes which one of `number` others it is: that of its name; None: none of them.
 
-
-def in_order(
-    predictors: Predictors, state: Mapping[str, Tensor], names: Sequence[str], own_names: Sequence[str]
-) -> dict[str, Tensor]:
-    """`state`, of the classes `names`, with its rows in the order of `own_names`, which are the same names.
-
-    Rows after those of the named classes stay where they are.
+    Classes after the named ones, and all where either have no names, are those of the same position if there are as
+    many.
     """
-    arranged = dict(state)
-    order = [names.index(name) for name in own_names]
-    for key, rows in class_entries(predictors, state):
-        if rows.num_classes(state[key]) >= len(order):
-            old = rows.by_class(state[key])
-            new = old.clone()
-            begin, end = rows.background, rows.background + len(order)
-            new[:, begin:end] = old[:, begin:end][:, order]
-            arranged[key] = new.flatten(0, 2)
-    return arranged
+    if not names or not own_names or len(names) > number:
+        return list(range(number)) if number == own_number else [None] * own_number
+    place = {name: k for k, name in enumerate(names)}
+    rest = range(len(own_names), own_number)
+    same = len(names) == len(own_names) and number == own_number
+    return [*(place.get(name) for name in own_names), *(k if same else None for k in rest)]
+
+
+def with_rows(rows: ClassRows, own: Tensor, other: Tensor, which: Sequence[int | None]) -> Tensor:
+    """`own` with the rows of background, and of each class that `which` has a class of `other` for, from there."""
+    old, new = rows.by_class(other), rows.by_class(own.clone())
+    new[:, : rows.background] = old[:, : rows.background]
+    for k, source in enumerate(which):
+        if source is not None:
+            new[:, rows.background + k] = old[:, rows.background + source]
+    return new.flatten(0, 2)

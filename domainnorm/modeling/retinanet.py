@@ -195,6 +195,7 @@ class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
     """
 
     transform: Transform
+    optional: tuple[str, ...] = ()  # modules that weights to begin with may lack, or have beside others
 
     def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
         super().__init__(backbone, num_classes, **options)
@@ -227,14 +228,15 @@ class DenseRetinaNet(nn.Module):
 
     Attributes:
         stride: of the levels that come from the backbone: sides of images are multiples of it.
-        min_side: of images: torch.export makes a constant of a side of 1, as P7 has below.
+        min_side: of images: torch.export makes a constant of a side of 1, as the last level has below (160: P7).
     """
 
-    stride, min_side = 32, 160
+    stride = 32
 
     def __init__(self, model: RetinaNet) -> None:
         super().__init__()
         self.model = model
+        self.min_side = max(4 << model.head.num_levels, 32) + 32
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images `(N, 3, H, W)` in [0, 1] -> `cls_logits` `(N, A, classes)`, `bbox_regression` `(N, A, 4)` and the

@@ -123,7 +123,10 @@ def test_base_files_and_overrides_take_precedence(tmp_path):
         (["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5"], "FOCAL_LOSS_ALPHA takes a number from 0 to 1, got 1.5"),
         (["MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-1"], "FOCAL_LOSS_GAMMA takes a number from 0 on, got -1"),
         (["MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "MODEL.PIXEL_MEAN takes a number from 0 to 1"),
-        (["MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64]"], "MODEL.ANCHOR_GENERATOR.SIZES takes 5 numbers"),
+        (
+            ["MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64]"],
+            r"MODEL.ANCHOR_GENERATOR.SIZES \[32, 64\] contradicts MODEL.FPN.NUM_LEVELS 5: there are 2 sizes",
+        ),
         (["SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"], "SOLVER.NESTEROV True contradicts SOLVER.MOMENTUM 0"),
         (["MODEL.NORM.EPS", "1e-30"], "MODEL.NORM.EPS takes 0 or a number from 1e-12 on, got 1e-30"),
         (["SOLVER.FREEZE_NORM_AT", "1.5"], "FREEZE_NORM_AT takes an iteration, a whole number, or a share below 1"),

@@ -25,6 +25,7 @@ NUM_CLASSES = {  # where each architecture has its number of classes
 SMOOTH_L1 = "Where the loss of boxes, smooth L1, turns linear, in units of the box code; 0: L1, as detectron2."
 ROI_ALIGN = "ROIAlignV2 is aligned by half a pixel, as detectron2's default."
 BETA = Range(min=0, limit=100)
+LEVELS = Range(above=0, max=7)  # of stride 512, or 256
 SAMPLING_RATIO = "Points along a side of a bin; 0: as many as it has pixels, as detectron2."
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "mobilenet_v3_small")
 
@@ -35,6 +36,9 @@ class Model(Section, key="MODEL"):
     META_ARCHITECTURE = Option("RetinaNet", "Model; GeneralizedRCNN is Faster or Mask R-CNN.", DETECTORS + CLASSIFIER)
     DEVICE = Option("auto", "Device; auto: cuda where there is a GPU, else cpu.", ("auto", "cuda", "cpu"))
     WEIGHTS = Option("", "Initial weights: a file, or torchvision's, as ResNet50_Weights.IMAGENET1K_V2; '': random.")
+    WEIGHTS_STRICT = Option(
+        True, "Refuse weights that differ in more than classes and masks; False: begin anew where they do not fit."
+    )
     CLASS_NAMES = Option(
         [], "Name of each class; []: those of the training sets, which a run writes here. Labels are found by name."
     )
@@ -51,8 +55,8 @@ class Backbone(Section, key="MODEL.BACKBONE"):
 
     NAME = Option(
         "resnet50",
-        f"One of {', '.join(BACKBONES)}; for a Classifier also any other model of torchvision, cifar_resnet18, "
-        "cifar_resnet20 (any 6n + 2), cifar_wide_resnet28_10, simplenet_512_300 or timm/NAME.",
+        "A model of torchvision (such as resnet50 or mobilenet_v3_large) or timm/NAME; for a Classifier also "
+        "cifar_resnet18, cifar_resnet20 (any 6n + 2), cifar_wide_resnet28_10 or simplenet_512_300.",
     )
     NORM = Option("FrozenBN", "Norm layer, with the options of MODEL.NORM; '': none.", NORMS)
     FREEZE_AT = Option(2, "Number of frozen stages, stem first; 0: none.", Range(min=0, max=5), used_by=DETECTORS)
@@ -62,6 +66,12 @@ class Backbone(Section, key="MODEL.BACKBONE"):
 class FPN(Section, key="MODEL.FPN", used_by=DETECTORS):
     """The feature pyramid network."""
 
+    NUM_LEVELS = Option(
+        5, "Number of levels, from stride 8 (P3) on in a RetinaNet, from stride 4 (P2) on in a GeneralizedRCNN.", LEVELS
+    )
+    P6_FROM = Option(
+        "c5", "What P6 is computed of: C5, or P5 as in torchvision's first RetinaNet.", ("c5", "p5"), used_by=RETINANET
+    )
     OUT_CHANNELS = Option(256, "Number of channels of every pyramid level, and of the dense head.", CHANNELS)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
 
@@ -70,7 +80,7 @@ class AnchorGenerator(Section, key="MODEL.ANCHOR_GENERATOR", used_by=DETECTORS):
     """The anchor boxes."""
 
     SIZES = Option(
-        [32, 64, 128, 256, 512], "One size a level, in pixels; a RetinaNet has 3 scales of each.", PIXELS, length=5
+        [32, 64, 128, 256, 512], "One size a level, in pixels; a RetinaNet has 3 scales of each.", PIXELS, min_length=1
     )
     ASPECT_RATIOS = Option([0.5, 1.0, 2.0], "Height / width, at every size.", Range(min=0.01, max=100), min_length=1)
     ROUNDED = Option(True, "Sides of whole pixels, as torchvision's; False: as detectron2's.")
