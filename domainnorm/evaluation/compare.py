@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..statistics.merge import merge_population_statistics
 from ..statistics.preserve import preserve_state
 from .classification import accuracy, training_predictions
 from .recompute import recompute
+from .tables import file_name, format_classes, format_table
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
 
@@ -82,10 +82,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
                 results[f"{name}_weighed"] = _on_each(cfg, weighed, tests, f"{name}_weighed")
     if cfg.MODEL.META_ARCHITECTURE == "Classifier" and cfg.TEST.TRAINING_IMAGES:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            scores = {"classification": accuracy(training_predictions(cfg, model, device))}
+            classes = next(iter(tests.values())).loader.dataset.class_names  # the model's
+            scores = {"classification": accuracy(training_predictions(cfg, model, device), classes)}
         results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
-        table = format_table(results)
+        table = "\n\n".join(filter(None, [format_table(results), format_classes(results)]))
         print(table, flush=True)
         logger.info("results\n%s", table, extra={"file_only": True})  # the console has it
     if len(tests) == 1:
@@ -98,33 +99,12 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 def _on_each(cfg: CfgNode, model: nn.Module, tests: dict[str, TestSet], name: str) -> dict[str, Any]:
     folder = output_folder(cfg.OUTPUT_DIR) / "inference" / name
     found = {
-        data_set: test.scores(model, folder / (_file_name(data_set) if len(tests) > 1 else ""))
+        data_set: test.scores(model, folder / (file_name(data_set) if len(tests) > 1 else ""))
         for data_set, test in tests.items()
     }
     if len(tests) > 1 and cfg.DATASETS.DOMAINS:
         found["overall"] = overall_scores(list(tests.values()))
     return found
-
-
-def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """`{statistics: {data set: {"bbox": {"AP": …}}}}` as lines of text, one a statistics, data set and kind of AP."""
-    several = len(next(iter(results.values()))) > 1
-    rows: list[list[str]] = []
-    metrics: list[str] = []
-    for name, sets in results.items():
-        for data_set, scores in sets.items():
-            for kind, values in scores.items():
-                cells = ["-" if math.isnan(value) else f"{value:.2f}" for value in values.values()]
-                labels = [name, *([data_set] if several else []), *([kind] if len(scores) > 1 else [])]
-                rows.append([" ".join(labels), *cells])
-                metrics = list(values)
-    width = max(len("statistics"), *(len(row[0]) for row in rows))
-    rows.insert(0, ["statistics", *metrics])
-    return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows)
-
-
-def _file_name(data_set: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", data_set)
 
 
 def _nan_to_none(tree: Any) -> Any:
