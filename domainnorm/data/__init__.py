@@ -1,3 +1,4 @@
+from .catalog import by_name, split_name
 from .classes import num_classes
 from .classification import ClassificationDataset
 from .coco import CocoDataset, resolve_dataset
@@ -9,12 +10,14 @@ __all__ = [
     "ClassificationDataset",
     "CocoDataset",
     "EvaluationLoader",
+    "by_name",
     "domain_names",
     "minibatch_loader",
     "num_classes",
     "one_set_loader",
     "read_image",
     "resolve_dataset",
+    "split_name",
     "test_loader",
     "train_loader",
 ]

@@ -5,7 +5,7 @@ import copy
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data import test_loader
+from ..data import by_name, test_loader
 from ..data.sampler import images_per_forward
 from ..distributed import rank, world_size
 from ..errors import UserError
@@ -74,6 +74,7 @@ def check_test_sets(cfg: CfgNode) -> None:
         UserError: naming the key, or the data set.
     """
     batch_size(cfg)
+    by_name(cfg.DATASETS.TEST)  # two data sets of one name
     for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
         TestSet(cfg, name)
     if cfg.TEST.RECOMPUTE.DATASET:

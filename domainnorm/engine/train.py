@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import iteration_of, save_config
-from ..data import train_loader
+from ..data import by_name, train_loader
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
@@ -208,7 +208,7 @@ def _is_due(period: int, done: int) -> bool:
 
 def _score(cfg: CfgNode, model: nn.Module, average: WeightAverage | None, done: int, log: TrainingLog) -> None:
     """Evaluate after `done` steps, and keep the best model; nothing where a run that was resumed had done so."""
-    sets = cfg.DATASETS.TEST if len(cfg.DATASETS.TEST) > 1 else [""]
+    sets = list(by_name(cfg.DATASETS.TEST)) if len(cfg.DATASETS.TEST) > 1 else [""]
     if log.evaluated(done, [f"{name}/{data_set}" for name in cfg.TEST.STATISTICS for data_set in sets]):
         logger.info("iteration %d is evaluated already: %s has the results", done, log.metrics)
         return

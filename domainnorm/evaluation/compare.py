@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..config import STATISTICS
-from ..data import test_loader
+from ..data import by_name, test_loader
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
 from ..output import output_folder, write_json
@@ -45,7 +45,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
         With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
         `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
         samples' own moments. With `TEST.TRAINING_IMAGES` there is also "training": a classifier in training mode on
-        images of the training sets. With several test sets `{statistics: {data set: {"bbox": …}}}`.
+        images of the training sets. With several test sets `{statistics: {name of the data set: {"bbox": …}}}`.
 
     Raises:
         UserError: a test set that cannot be read, or statistics that the model does not have.
@@ -62,7 +62,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
             raise UserError(f"statistics take any of {list(STATISTICS)}, got {name!r}")
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
-    tests = {data_set: TestSet(cfg, data_set) for data_set in cfg.DATASETS.TEST}
+    tests = {name: TestSet(cfg, entry) for name, entry in by_name(cfg.DATASETS.TEST).items()}
     validation = TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET) if cfg.TEST.EXAMPLE_WEIGHT_DATASET else None
     if "recomputed" in names and cfg.TEST.RECOMPUTE.DATASET:
         test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())  # its categories must fit
