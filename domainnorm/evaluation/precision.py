@@ -53,7 +53,7 @@ def precision_and_recall(
 def coco_evaluation(
     images: list[dict[str, Any]], objects: list[dict[str, Any]], predictions: list[dict[str, Any]], iou_type: str
 ) -> COCOeval_faster:
-    """An evaluation that has yet to run, of the categories of `objects`. Prediction i has id i + 1."""
+    """An evaluation that has yet to run, of all categories in it. Prediction i has id i + 1."""
     shape = SHAPES[iou_type]
     kept = ("image_id", "category_id", "score", shape)
     results = [
@@ -63,7 +63,7 @@ def coco_evaluation(
     used = {entry["image_id"] for entry in (*objects, *results)}
     shared = {
         "images": [image for image in images if image["id"] in used],
-        "categories": [{"id": id_} for id_ in sorted({entry["category_id"] for entry in objects})],
+        "categories": [{"id": id_} for id_ in sorted({entry["category_id"] for entry in (*objects, *results)})],
     }
     truth, found = (COCO(shared | {"annotations": entries}) for entries in (objects, results))
     # One worker: more cost more than they gain, an image has few masks of a category.
