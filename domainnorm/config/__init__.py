@@ -3,7 +3,7 @@
 from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
-from .node import flatten, iteration_of
+from .node import changed_options, flatten, iteration_of
 from .schema import OPTIONS, RENAMED
 from .schema.evaluation import STATISTICS
 
@@ -12,6 +12,7 @@ __all__ = [
     "RENAMED",
     "STATISTICS",
     "UserError",
+    "changed_options",
     "explain",
     "flatten",
     "iteration_of",

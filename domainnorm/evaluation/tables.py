@@ -57,7 +57,7 @@ def format_classes(results: Results) -> str:
     return "\n\n".join(tables)
 
 
-def overall(values: dict[str, float]) -> dict[str, float]:
+def overall(values: dict[str, Any]) -> dict[str, Any]:
     """The metrics of all classes together."""
     return {metric: value for metric, value in values.items() if "-" not in metric}
 
