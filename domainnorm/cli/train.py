@@ -22,7 +22,7 @@ from ..engine.log import logged_end, setup_logging
 from ..engine.stop import StopSignals
 from ..engine.streams import tolerant_streams
 from ..errors import UserError
-from ..evaluation import evaluate
+from ..evaluation import evaluate, write_report
 from ..modeling import build_model
 from ..modeling.checkpoint_file import read_checkpoint, state_dict_of
 from ..modeling.weights import load_weights
@@ -71,6 +71,7 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
         if others := other_choices(cfg, file or cfg.MODEL.WEIGHTS):
             logger.warning("%s", others)
         evaluate(cfg, model)
+        write_report(cfg)
 
 
 def run(cfg: CfgNode, resume: bool, eval_only: bool) -> None:

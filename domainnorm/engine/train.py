@@ -16,7 +16,7 @@ from ..data import by_name, train_loader
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
-from ..evaluation import evaluate, recompute
+from ..evaluation import evaluate, recompute, write_report
 from ..layers import DomainBatchNorm
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
@@ -199,6 +199,7 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
     if cfg.DATASETS.TEST:
         _score(cfg, model, None, solver.MAX_ITER, log)
     log.close()
+    write_report(cfg)
     return model
 
 
@@ -214,10 +215,11 @@ def _score(cfg: CfgNode, model: nn.Module, average: WeightAverage | None, done: 
         return
     if average:
         model = average.model(cfg, model)
-    results = evaluate(cfg, model)
+    pictures: dict[str, Tensor] = {}
+    results = evaluate(cfg, model, pictures=pictures)
     if cfg.TEST.EVAL_PERIOD and log.is_best(results):
         save_model(cfg, "model_best.pth", model)
-    log.evaluation(done, results)
+    log.evaluation(done, results, pictures)
 
 
 def _distributed(model: nn.Module, device: torch.device) -> nn.Module:

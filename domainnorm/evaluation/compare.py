@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import STATISTICS
 from ..data import by_name, test_loader
@@ -18,6 +18,7 @@ from ..statistics.choose import set_statistics
 from ..statistics.merge import merge_population_statistics
 from ..statistics.preserve import preserve_state
 from .classification import accuracy, training_predictions
+from .pictures import draw_some
 from .recompute import recompute
 from .tables import file_name, format_classes, format_table
 from .test_set import TestSet, overall_scores
@@ -26,8 +27,14 @@ from .weigh import choose_weight
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
-    """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table.
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    statistics: str | Sequence[str] | None = None,
+    *,
+    pictures: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table, and by class.
 
     Every rank calls it. Running statistics that differ between ranks are merged for it. Training goes on after it as if
     it had not been: modes, statistics, example weights, buffers and random states are put back. The results also go,
@@ -38,10 +45,13 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
         cfg: from `load_config`.
         model: from `build_model` or `train`.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
+        pictures: None, or where rank 0 puts `cfg.TEST.PICTURES` images of each data set with what is predicted there
+            under the first of `statistics`, by `"predictions[/<data set>]/<file>"`.
 
     Returns:
         On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, of a
         classifier `{statistics: {"classification": {"top1": …, …}}}`; in percent, nan where there is nothing to find.
+        Those of one class are "AP-NAME", "AR-NAME" and "top1-NAME".
         With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
         `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
         samples' own moments. With `TEST.TRAINING_IMAGES` there is also "training": a classifier in training mode on
@@ -75,6 +85,8 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
                 recompute(cfg, set_statistics(model, "auto"))
             set_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
             results[name] = _on_each(cfg, model, tests, name)
+            if pictures is not None and rank() == 0 and name == names[0]:
+                pictures.update(_draw(cfg, tests))
             if cfg.TEST.EXAMPLE_WEIGHTS and name != "minibatch":
                 weighed = choose_weight(cfg, model, validation, f"{name}_weighed")
                 if weighed is None:
@@ -105,6 +117,14 @@ def _on_each(cfg: CfgNode, model: nn.Module, tests: dict[str, TestSet], name: st
     if len(tests) > 1 and cfg.DATASETS.DOMAINS:
         found["overall"] = overall_scores(list(tests.values()))
     return found
+
+
+def _draw(cfg: CfgNode, tests: dict[str, TestSet]) -> dict[str, Tensor]:
+    return {
+        f"predictions/{f'{name}/' if len(tests) > 1 else ''}{file}": picture
+        for name, test in tests.items()
+        for file, picture in draw_some(test.loader.dataset, test.predictions, cfg.TEST.PICTURES).items()
+    }
 
 
 def _nan_to_none(tree: Any) -> Any:

@@ -55,8 +55,8 @@ def find_in_mistakes(mistakes: Mistakes, where: str) -> list[str]:
     if best is None:
         return [f"No prediction is right at an IoU of 0.5{where}."]
     found = [
-        f"Keep predictions that score {curve.threshold:.2f} or more: then {100 * curve.precision[best]:.0f} % of them "
-        f"are right, {100 * curve.recall[best]:.0f} % of {curve.objects} objects are found, F1 is "
+        f"Keep predictions that score {curve.threshold:.2f} or more: then {100 * curve.precision[best]:.0f}% of them "
+        f"are right, {100 * curve.recall[best]:.0f}% of {curve.objects} objects are found, F1 is "
         f"{curve.f1[best]:.3f}{where}."
     ]
     found += find_confused(mistakes.confusion[:-1, :-1], mistakes.class_names, where)

@@ -37,7 +37,8 @@ def report_page(run: Run) -> str:
     _training(sections, run)
     findings += find_in_training(run)
     sections.heading("Options that are not at their defaults")
-    sections.table(["option", "value"], [[key, str(value)] for key, value in changed_options(run.cfg).items()])
+    options = [[key, str(value)] for key, value in changed_options(run.cfg).items()]
+    sections.table(["option", "value"], options, text=True)
     page, model = Page(f"Report of {run.folder.resolve().name}"), run.cfg.MODEL
     page.text(f"{model.META_ARCHITECTURE} with {model.BACKBONE.NAME}, {run.cfg.SOLVER.MAX_ITER} iterations")
     page.heading("Findings")

@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import resize
 
 from .draw import draw_objects
 
-MIN_SIDE, MAX_SIDE = 320, 640  # pixels of the longer side of one of the two
+MIN_SIDE, MAX_SIDE = 320, 512  # pixels of the longer side of one of the two
 _GAP = 6
 
 
@@ -35,7 +35,7 @@ def side_by_side(image: Tensor, truth: Objects, predictions: Objects, classes: S
     """The image twice: with its objects on the left, with what was predicted on the right.
 
     Args:
-        image: uint8 (3, H, W); it is enlarged or reduced so that its longer side has 320 to 640 pixels.
+        image: uint8 (3, H, W); it is enlarged or reduced so that its longer side has 320 to 512 pixels.
         classes: all names that there are, in the order of their colors.
 
     Returns:
@@ -53,7 +53,7 @@ def side_by_side(image: Tensor, truth: Objects, predictions: Objects, classes: S
 
 
 def fit(image: Tensor) -> Tensor:
-    """An image, uint8 (3, H, W), enlarged or reduced so that its longer side has 320 to 640 pixels."""
+    """An image, uint8 (3, H, W), enlarged or reduced so that its longer side has 320 to 512 pixels."""
     longer = max(image.shape[1:])
     scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
     size = [max(1, round(side * scale)) for side in image.shape[1:]]

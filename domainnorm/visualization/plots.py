@@ -81,7 +81,7 @@ def f1_by_score(curves: Series, best: tuple[float, float] | None) -> Figure:
     if best:
         axes.plot(*best, "ko", label=f"F1 {best[1]:.3f} from a score of {best[0]:.3f} on")
     axes.set(xlabel="lowest score that is kept", ylabel="F1 at an IoU of 0.5", xlim=(0, 1.01), ylim=(0, 1.02))
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="upper right")
     return figure
 
 
@@ -111,7 +111,7 @@ def confusion_matrix(confusion: np.ndarray, rows: Sequence[str], columns: Sequen
 
 
 def _axes(figure: Figure, number: int) -> list[Axes]:
-    axes = figure.subplots(number, 1, squeeze=False)[:, 0].tolist()
+    axes = figure.subplots(number, 1, squeeze=False, sharex=True)[:, 0].tolist()
     for one in axes:
         one.grid(True, color="#dddddd", linewidth=0.6)
         one.set_axisbelow(True)

@@ -51,6 +51,7 @@ def options(sets, output, **others):
         "SOLVER.CHECKPOINT_PERIOD": 2,
         "TEST.IMS_PER_BATCH": 7,
         "TEST.RECOMPUTE.NUM_SAMPLES": 16,
+        "TEST.REPORT": False,
     }
     chosen |= {key.replace("__", "."): value for key, value in others.items()}
     return [word for pair in chosen.items() for word in pair]
