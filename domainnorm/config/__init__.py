@@ -3,7 +3,7 @@
 from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
-from .node import changed_options, flatten, iteration_of
+from .node import changed_options, flatten, get_value, iteration_of
 from .schema import OPTIONS, RENAMED
 from .schema.evaluation import STATISTICS
 
@@ -15,6 +15,7 @@ __all__ = [
     "changed_options",
     "explain",
     "flatten",
+    "get_value",
     "iteration_of",
     "load_config",
     "save_config",

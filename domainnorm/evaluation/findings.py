@@ -61,7 +61,7 @@ def find_in_mistakes(mistakes: Mistakes, where: str) -> list[str]:
     ]
     found += find_confused(mistakes.confusion[:-1, :-1], mistakes.class_names, where)
     missed, invented = int(mistakes.confusion[:-1, -1].sum()), int(mistakes.confusion[-1, :-1].sum())
-    found.append(f"At that score {missed} objects are missed, and {invented} predictions are where nothing is{where}.")
+    found.append(f"At that score, objects that are missed{where}: {missed}; predictions where nothing is: {invented}.")
     return found
 
 

@@ -38,7 +38,7 @@ def report_page(run: Run) -> str:
     findings += find_in_training(run)
     sections.heading("Options that are not at their defaults")
     options = [[key, str(value)] for key, value in changed_options(run.cfg).items()]
-    sections.table(["option", "value"], options, text=True)
+    sections.table(["option", "value"], options, words=2)
     page, model = Page(f"Report of {run.folder.resolve().name}"), run.cfg.MODEL
     page.text(f"{model.META_ARCHITECTURE} with {model.BACKBONE.NAME}, {run.cfg.SOLVER.MAX_ITER} iterations")
     page.heading("Findings")

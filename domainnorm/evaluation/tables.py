@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import cut
@@ -57,6 +58,20 @@ def format_classes(results: Results) -> str:
     return "\n\n".join(tables)
 
 
+def format_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text, of columns as wide as what is in them; numbers end below each other."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [all(_is_number(row[k]) for row in rows) for k in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if of_numbers else cell.ljust(width)
+            for cell, width, of_numbers in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
 def overall(values: dict[str, Any]) -> dict[str, Any]:
     """The metrics of all classes together."""
     return {metric: value for metric, value in values.items() if "-" not in metric}
@@ -106,6 +121,10 @@ def _classes(title: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
     for line in range(lines):
         text.append("    ".join(f"{cut(name, width):<{width}}{cells[name]}" for name in names[line::lines]))
     return "\n".join([title, *text])
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text.replace(".", "", 1).replace("-", "", 1).isdecimal()
 
 
 def _order(value: float) -> float:

@@ -20,7 +20,7 @@ figcaption, .note { color: #555; font-size: 0.9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums;
        overflow-wrap: normal; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
-th:first-child, td:first-child, .text th, .text td { text-align: left; }
+.word { text-align: left; }
 thead th { border-bottom: 2px solid #999; position: sticky; top: 0; background: #fff; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0 1rem; }
 .grid figure { margin: 0.5rem 0; } .grid img { width: 100%; }
@@ -63,14 +63,14 @@ class Page:
         """A list."""
         self._parts.append("<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>")
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> None:
-        """A table, which scrolls if it is long; its columns but the first are numbers unless they are `text`."""
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-        look = "scroll" + " long" * (len(rows) > _LONG) + " text" * text
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
+        """A table, which scrolls if it is long. Its first `words` columns are text, the others are numbers."""
+        header = _cells("th", head, words)
+        lines = [f"<tr>{_cells('td', row, words)}</tr>" for row in rows]
+        look = "scroll long" if len(rows) > _LONG else "scroll"
         body = "\n".join(lines)
         self._parts.append(
-            f'<div class="{look}"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="{look}"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
     def picture(self, image: bytes | Tensor, caption: str = "") -> None:
@@ -88,6 +88,12 @@ class Page:
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>"
         )
         return "\n".join([head, *self._parts, "</body></html>\n"])
+
+
+def _cells(tag: str, texts: Sequence[str], words: int) -> str:
+    return "".join(
+        f"<{tag}{' class=word' if k < words else ''}>{html.escape(text)}</{tag}>" for k, text in enumerate(texts)
+    )
 
 
 def _figure(image: bytes | Tensor, caption: str) -> str:

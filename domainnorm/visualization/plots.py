@@ -115,6 +115,7 @@ def _axes(figure: Figure, number: int) -> list[Axes]:
     for one in axes:
         one.grid(True, color="#dddddd", linewidth=0.6)
         one.set_axisbelow(True)
+        one.tick_params(labelbottom=True)
         one.spines[["top", "right"]].set_visible(False)
     return axes
 
