@@ -64,7 +64,7 @@ def evaluate(
 
         >>> results = dn.evaluate(cfg, model, statistics=["population", "minibatch"])  # doctest: +SKIP
         >>> results["population"]["bbox"]["AP"]  # doctest: +SKIP
-        54.97
+        55.54
     """
     names = [statistics] if isinstance(statistics, str) else list(statistics or cfg.TEST.STATISTICS)
     for name in names:

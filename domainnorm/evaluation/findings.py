@@ -43,7 +43,7 @@ def find_results(results: dict[str, Values], where: str) -> list[str]:
     classes = [(name, own[metric]) for name, own in by_class(values).items() if own[metric] is not None]
     if len(classes) > 1:
         classes.sort(key=lambda item: item[1])
-        lowest = ", ".join(f"{name} {value:.1f}" for name, value in classes[:_FEW])
+        lowest = ", ".join(f"{name} {value:.1f}" for name, value in classes[:-1][:_FEW])
         name, value = classes[-1]
         found.append(f"The lowest {metric} of a class: {lowest}; the highest: {name} {value:.1f}{where}.")
     return found

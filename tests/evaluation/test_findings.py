@@ -32,7 +32,7 @@ def test_what_to_do_where_population_statistics_do_not_fit():
 def test_nothing_to_find():
     assert find_results({"population": values(None)}, " on x") == ["There is nothing to find on x."]
     _, other = find_results({"a": values(10.0) | {"AP-cat": None, "AP-dog": 1.0, "AP-cow": 2.0}}, "")
-    assert other == "The lowest AP of a class: dog 1.0, cow 2.0; the highest: cow 2.0."
+    assert other == "The lowest AP of a class: dog 1.0; the highest: cow 2.0."
 
 
 def test_the_course_of_training():
