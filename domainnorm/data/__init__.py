@@ -1,3 +1,4 @@
+from .catalog import by_name, split_name
 from .classes import num_classes
 from .classification import ClassificationDataset
 from .coco import CocoDataset, resolve_dataset
@@ -10,6 +11,7 @@ __all__ = [
     "ClassificationDataset",
     "CocoDataset",
     "EvaluationLoader",
+    "by_name",
     "domain_names",
     "minibatch_loader",
     "num_classes",
@@ -17,6 +19,7 @@ __all__ = [
     "own_sets",
     "read_image",
     "resolve_dataset",
+    "split_name",
     "test_loader",
     "train_loader",
     "training_sets",

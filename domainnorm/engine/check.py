@@ -6,7 +6,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data import test_loader
+from ..data import by_name, test_loader
 from ..data.sampler import images_per_forward
 from ..distributed import rank, world_size
 from ..errors import UserError
@@ -94,6 +94,7 @@ def check_test_sets(cfg: CfgNode) -> list[Any]:
         UserError: naming the key, or the data set.
     """
     batch_size(cfg)
+    by_name(cfg.DATASETS.TEST)  # two data sets of one name
     tests = [TestSet(cfg, name).loader.dataset for name in cfg.DATASETS.TEST]
     if cfg.TEST.EXAMPLE_WEIGHT_DATASET:
         TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET)

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ..data.annotations import listed
+from ..data.catalog import split_name
 from ..data.classes import kind
 from ..data.statistics import SetStatistics, statistics_of, training_size
 from ..modeling import anchors
@@ -102,8 +103,9 @@ def _row(own: SetStatistics, ious: Tensor | None) -> dict[str, str]:
     return row
 
 
-def _short(name: str) -> str:
-    """The annotation file of two paths, and of a long one its end."""
+def _short(entry: str) -> str:
+    """The name of a data set or, of two paths without one, its annotation file; of a long one its end."""
+    name = split_name(entry)[0]
     file, _, folder = name.rpartition(":")
     shown = file if file and folder else name
     return shown if len(shown) <= _LONGEST else f"…{shown[1 - _LONGEST :]}"

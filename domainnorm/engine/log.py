@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..distributed import gather_objects, rank
@@ -146,10 +147,12 @@ class TrainingLog:
         before = [line[name] for line in self.evaluations.values() if line.get(name) is not None]
         return gather_objects(not math.isnan(value) and all(value > other for other in before))[0]
 
-    def evaluation(self, iteration: int, results: dict[str, Any]) -> None:
-        """Note what `evaluate` returned."""
+    def evaluation(self, iteration: int, results: dict[str, Any], pictures: Mapping[str, Tensor] | None = None) -> None:
+        """Note what `evaluate` returned, and show `pictures` of it, uint8 (3, H, W), in TensorBoard."""
         if rank() == 0:
             metrics = dict(_leaves(results))
+            for tag, picture in (pictures or {}).items():
+                self.tensorboard.add_image(tag, picture, iteration)
             self._write(iteration, metrics)
             self.evaluations.setdefault(iteration, {}).update(_finite(metrics))
             shown = "  ".join(

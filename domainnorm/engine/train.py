@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..config import iteration_of, save_config
-from ..data import own_sets, train_loader, training_sets
+from ..data import by_name, own_sets, train_loader, training_sets
 from ..data.classes import known_classes, with_classes
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
-from ..evaluation import evaluate, recompute
+from ..evaluation import evaluate, recompute, write_report
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
 from ..modeling.description import class_names_in
@@ -249,6 +249,7 @@ def _train(
     if cfg.DATASETS.TEST:
         _score(cfg, model, None, solver.MAX_ITER, log, datasets)
     log.close()
+    write_report(cfg)
     return model
 
 
@@ -272,13 +273,14 @@ def _score(
     train_data: Sequence[Any],
 ) -> None:
     """Evaluate after `done` steps, and keep the best model; nothing where a run that was resumed had done so."""
-    sets = cfg.DATASETS.TEST if len(cfg.DATASETS.TEST) > 1 else [""]
+    sets = list(by_name(cfg.DATASETS.TEST)) if len(cfg.DATASETS.TEST) > 1 else [""]
     if log.evaluated(done, [f"{name}/{data_set}" for name in cfg.TEST.STATISTICS for data_set in sets]):
         logger.info("iteration %d is evaluated already: %s has the results", done, log.metrics)
         return
     if average:
         model = average.model(cfg, model)
-    results = evaluate(cfg, model, train_data=train_data)
+    pictures: dict[str, Tensor] = {}
+    results = evaluate(cfg, model, train_data=train_data, pictures=pictures)
     if cfg.TEST.EVAL_PERIOD and log.is_best(results):
         save_model(cfg, "model_best.pth", model)
-    log.evaluation(done, results)
+    log.evaluation(done, results, pictures)

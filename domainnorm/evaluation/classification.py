@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
@@ -84,11 +85,16 @@ def training_predictions(
         return predict_classes(model, itertools.islice(batches, number), device)
 
 
-def accuracy(predictions: list[dict[str, Any]]) -> dict[str, float]:
-    """`top1` and `top5` in percent, and the mean cross-entropy `loss` in nats."""
+def accuracy(predictions: list[dict[str, Any]], class_names: Sequence[str]) -> dict[str, float]:
+    """`top1` and `top5` in percent, the mean cross-entropy `loss` in nats; and `top1-NAME` of each class, or nan."""
     count = len(predictions)
+    labels = np.array([p["label"] for p in predictions])
+    right = np.array([p["predicted"][0] for p in predictions]) == labels
+    number = np.bincount(labels, minlength=len(class_names))
+    of_class = np.bincount(labels[right], minlength=len(class_names)) / np.where(number, number, np.nan)
     return {
         "top1": 100 * sum(p["predicted"][0] == p["label"] for p in predictions) / count,
         "top5": 100 * sum(p["label"] in p["predicted"] for p in predictions) / count,
         "loss": sum(p["loss"] for p in predictions) / count,
+        **{f"top1-{name}": 100 * float(value) for name, value in zip(class_names, of_class, strict=True)},
     }

@@ -1,8 +1,5 @@
 """Many small pictures as one: a contact sheet, or a page of HTML that needs no other file."""
 
-import base64
-import html
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +13,10 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import UserError
 from ..output import replace_file
 from .draw import font_of_size
+from .page import Page
 
 SUFFIXES = (".png", ".html")
 _GAP, _LETTERS, _NARROWEST = 12, 13, 150  # pixels: between pictures; of letters; of a caption
-_STYLE = """body{font:14px sans-serif;margin:24px;color:#222;background:#fff}h1{font-size:20px}
-h2{font-size:16px;margin:28px 0 8px;overflow-wrap:anywhere}p{margin:4px 0;overflow-wrap:anywhere}
-div{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}figure{margin:0}img{display:block;max-width:100%}
-figcaption{font-size:12px;margin-top:3px;overflow-wrap:anywhere;white-space:pre-line}"""
 
 
 @dataclass(frozen=True)
@@ -91,28 +85,11 @@ def contact_sheet(groups: Sequence[Group]) -> Tensor:
 
 def page(title: str, groups: Sequence[Group]) -> str:
     """A page of HTML in which all pictures are."""
-    parts = [
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
-    ]
+    content = Page(title)
     for group in groups:
-        parts.append(f"<h2>{html.escape(group.title)}</h2><div>")
-        for picture, caption in zip(group.pictures, group.captions, strict=True):
-            height, width = picture.shape[1:]
-            text = html.escape(caption)
-            parts.append(
-                f'<figure style="width:{width}px"><img src="{data_url(picture)}" width="{width}" height="{height}" '
-                f'alt="{text}"><figcaption>{text}</figcaption></figure>'
-            )
-        parts.append("</div>")
-    return "\n".join([*parts, "</body></html>\n"])
-
-
-def data_url(picture: Tensor) -> str:
-    """A picture, uint8 (3, H, W), as an address that holds it, for `<img src>`."""
-    stream = io.BytesIO()
-    F.to_pil_image(picture).save(stream, "JPEG", quality=90, subsampling=0)  # a fifth of a PNG, lines as sharp
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        content.heading(group.title)
+        content.pictures(list(zip(group.pictures, group.captions, strict=True)), large=True)
+    return str(content)
 
 
 def _figure(picture: Tensor, caption: str) -> Image.Image:

@@ -56,9 +56,10 @@ class Datasets(Section, key="DATASETS"):
 
     A data set is a name (shapes_train, coco_2017_train, …) or "annotations.json:image_folder"; for a Classifier
     patches_train, a folder with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte".
+    "NAME=" before it is what tables, tags and results call it.
     """
 
-    TRAIN = Option([], "Training sets: names, or pairs of paths such as annotations.json:image_folder.")
+    TRAIN = Option([], "Training sets: names, or pairs of paths such as NAME=annotations.json:image_folder.")
     VALIDATION = Option(
         0.0,
         "Share of each class of TRAIN that is held out: the data set NAME@validation for each NAME.",
