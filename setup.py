@@ -66,6 +66,7 @@ setup(
         "fvcore>=0.1.5.post20221221",
         "pycocotools>=2.0.8",
         "faster-coco-eval>=1.8",
+        "matplotlib",
         "numpy",
         "pillow",
         "pyyaml",
@@ -78,7 +79,6 @@ setup(
             *("timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"),
         ],
         "export": ["onnx", "onnxscript", "onnxruntime"],
-        "studies": ["matplotlib"],
         "svhn": ["scipy"],
     },
 )

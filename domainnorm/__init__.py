@@ -11,7 +11,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import load_config as load_config
     from .distributed.roi_shuffle import RoIShuffle as RoIShuffle
-    from .engine import train as train
+    from .engine import (
+        HookBase as HookBase,
+    )
+    from .engine import (
+        train as train,
+    )
     from .errors import UserError as UserError
     from .evaluation import evaluate as evaluate
     from .layers import (
@@ -65,7 +70,7 @@ if TYPE_CHECKING:
 _MODULES = {  # of the public names, separated by spaces
     "config": "load_config",
     "distributed.roi_shuffle": "RoIShuffle",
-    "engine": "train",
+    "engine": "HookBase train",
     "errors": "UserError",
     "evaluation": "evaluate",
     "layers": "BatchGroupNorm BatchRenorm DomainBatchNorm DomainSequential FrozenBatchNorm GhostBatchNorm "

@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 # Before torch: two threads in each of several test processes slow each other down many times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,3 +48,14 @@ def _interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_plots():
+    """A training draws its data in a second: only where a test asks for it."""
+    from domainnorm.engine import train
+
+    module = sys.modules[train.__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "draw_data", lambda report, folder: None)
+        yield

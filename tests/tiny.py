@@ -64,6 +64,7 @@ def options(data_set: str, output: Path, **others: object) -> list[object]:
         "SOLVER.MAX_ITER": 4,
         "SOLVER.WARMUP_ITERS": 0,
         "SOLVER.CHECKPOINT_PERIOD": 2,
+        "TEST.REPORT": False,
     }
     chosen |= {key.replace("__", "."): value for key, value in others.items()}
     return [word for pair in chosen.items() for word in pair]

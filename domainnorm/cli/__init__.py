@@ -16,8 +16,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 COMMANDS = {  # the module of each, and the arguments that it begins with
     "train": ("train", []),
     "eval": ("train", ["--eval-only"]),
+    "compare": ("compare", []),
     "export": ("export", []),
     "explain": ("explain", []),
+    "show": ("show", []),
+    "analyze": ("analyze", []),
 }
 USAGE = f"usage: domainnorm {{{','.join(COMMANDS)}}} …   (domainnorm COMMAND --help says more)"
 

@@ -22,7 +22,7 @@ from ..engine.log import logged_end, setup_logging
 from ..engine.stop import StopSignals
 from ..engine.streams import tolerant_streams
 from ..errors import UserError
-from ..evaluation import evaluate
+from ..evaluation import evaluate, write_report
 from ..modeling import build_model
 from . import Parser
 
@@ -68,6 +68,7 @@ def evaluate_only(cfg: CfgNode, resume: bool) -> None:
         if others := other_choices(cfg, weights):
             logger.warning("%s", others)
         evaluate(cfg, model)
+        write_report(cfg)
 
 
 def _with_weights(cfg: CfgNode, weights: str) -> CfgNode:

@@ -3,7 +3,7 @@
 from ..errors import UserError
 from .explain import explain
 from .load import load_config, save_config
-from .node import flatten, iteration_of
+from .node import changed_options, flatten, get_value, iteration_of
 from .schema import OPTIONS, RENAMED
 from .schema.evaluation import STATISTICS
 
@@ -12,8 +12,10 @@ __all__ = [
     "RENAMED",
     "STATISTICS",
     "UserError",
+    "changed_options",
     "explain",
     "flatten",
+    "get_value",
     "iteration_of",
     "load_config",
     "save_config",

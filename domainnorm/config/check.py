@@ -137,6 +137,9 @@ def _data_sets(cfg: CfgNode) -> _Contradictions:
             raise UserError(f"DATASETS.RENAME takes entries such as 'old=new', got {quote(entry)}")
         if sum(other[0] == names[0] for other in renamed) > 1:
             raise UserError(f"DATASETS.RENAME has several new names for {quote(names[0])}: {quote(sets.RENAME)}")
+    jitter = cfg.INPUT.SCALE_JITTER
+    if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):
+        raise UserError(f"INPUT.SCALE_JITTER takes two increasing numbers, or [], got {quote(jitter)}")
     for which, smallest in (("TRAIN", max(cfg.INPUT.MIN_SIZE_TRAIN)), ("TEST", cfg.INPUT.MIN_SIZE_TEST)):
         if smallest > cfg.INPUT[f"MAX_SIZE_{which}"]:
             remedy = "the shorter side cannot be longer than the longer one"

@@ -27,6 +27,12 @@ def get_value(cfg: CfgNode, key: str) -> Any:
     return reduce(getitem, key.split("."), cfg)
 
 
+def changed_options(cfg: CfgNode) -> dict[str, Any]:
+    """The options that are not at their defaults, by key."""
+    values = {key: get_value(cfg, key) for key in OPTIONS}
+    return {key: value for key, value in values.items() if value != OPTIONS[key].default}
+
+
 def flatten(tree: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
     """The value of every option by its key, as it is written in `tree`."""
     return dict(walk(tree, section))

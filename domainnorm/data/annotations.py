@@ -1,7 +1,7 @@
 """The annotations of a data set as it is used: what is left out, by which rule, and how much of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Annotations(Sequence[ImageRecord]):
         labels: of all objects: int64 (m,).
         kept: which objects are used: bool (m,).
         images: positions in the columns of the images that are kept.
+        counts: what was left out or changed, by its rule.
 
     Raises:
         UserError: what is invalid; objects of which none is left.
@@ -99,7 +100,7 @@ class Annotations(Sequence[ImageRecord]):
             counts["under a pixel at some"] = int((sometimes & ~always).sum())
         if objects.any() and not self.kept.any():
             raise UserError(
-                f"{columns.source}: none of its {objects.sum()} objects is left to use: {_listed(counts)}; correct the "
+                f"{columns.source}: none of its {objects.sum()} objects is left to use: {listed(counts)}; correct the "
                 "boxes, which COCO has as x, y, width and height in pixels"
             )
         self._index(keep_empty)
@@ -110,14 +111,15 @@ class Annotations(Sequence[ImageRecord]):
             "crowds without a mask, whose box is taken": sum(bool(columns.crowds[row]) for row in self.unusable),
             "images without an object left out": len(columns.image_ids) - len(self.images),
         }
-        if rank() == 0 and any((counts | usual).values()):
+        self.counts = counts | usual
+        if rank() == 0 and any(self.counts.values()):
             logger.log(
                 logging.WARNING if any(counts.values()) else logging.INFO,
                 "%s: %d images, %d objects; %s",
                 columns.source,
                 len(self.images),
                 self.kept.sum(),
-                _listed(counts | usual),
+                listed(self.counts),
             )
 
     def __len__(self) -> int:
@@ -229,5 +231,6 @@ def read_annotations(file: Path, *, masks: bool = False, **options: Any) -> Anno
     return Annotations(read_columns(file, masks=masks), masks=masks, **options)
 
 
-def _listed(counts: dict[str, int]) -> str:
+def listed(counts: Mapping[str, int]) -> str:
+    """Those that are not 0, in words."""
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..paths import user_path
 from . import archives, patches
 from .arrays import LabelledImages, read_idx_pair, read_npz
-from .catalog import datasets_root
+from .catalog import datasets_root, split_name
 from .columns import Strings
 from .image import IntensityRange, read_image
 from .scene import CLASSES
@@ -25,12 +25,13 @@ from .scene import CLASSES
 def resolve_classes(name: str) -> tuple[Path, ...]:
     """The paths of a data set of classes: (folder,), (file.npz,) or (images, labels).
 
-    `name` is a known name (`patches_train`, `cifar10_train`, …) or a path. The patches are generated on first use.
-    Whether the other paths exist is not checked here.
+    `name` is a known name (`patches_train`, `cifar10_train`, …) or a path, also behind "NAME=". The patches are
+    generated on first use. Whether the other paths exist is not checked here.
 
     Raises:
         UserError: the patches cannot be written.
     """
+    _, name = split_name(name)
     if name in patches.COUNTS:
         return (patches.patches_file(name),)
     if name in archives.NAMES:
@@ -48,6 +49,7 @@ def read_class_names(name: str) -> list[str]:
     Raises:
         UserError: as `ClassificationDataset`.
     """
+    _, name = split_name(name)
     if name in patches.COUNTS:
         return list(CLASSES)
     paths = resolve_classes(name)
@@ -80,6 +82,7 @@ class ClassificationDataset(Dataset[tuple[Any, dict[str, Any]]]):
     def __init__(self, name: str, transforms: Callable[[Any], Any] | None = None, max_intensity: float = 0.0) -> None:
         self.name = name
         self.transforms = transforms
+        _, name = split_name(name)
         self.path, *others = paths = resolve_classes(name)
         self.folder = not others and self.path.is_dir() and name not in archives.NAMES
         if self.folder:

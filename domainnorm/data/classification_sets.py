@@ -11,13 +11,13 @@ from torch.utils.data import Sampler
 
 from ..errors import UserError
 from .arrays import held_out
+from .catalog import VALIDATION, split_name
 from .class_sampler import ClassBatchSampler
 from .classification import ClassificationDataset, read_class_names, resolve_classes
 from .patches import COUNTS
 from .sampler import TrainingBatchSampler, images_per_forward
 from .transforms import classifier_test_transforms, classifier_train_transforms
 
-VALIDATION = "@validation"
 _MINIBATCHES = 4  # the name of a random stream that a seed starts; see class_sampler.py
 
 EXAMPLES = "patches_train, or a folder with one subfolder for each class"
@@ -37,7 +37,8 @@ def _open(cfg: CfgNode, name: str, transforms: Any) -> ClassificationDataset:
     """The part of a data set that a config means: `NAME@validation` is what its training set NAME holds out."""
     whole = name.removesuffix(VALIDATION)
     dataset = ClassificationDataset(whole, transforms, cfg.INPUT.MAX_INTENSITY)
-    if whole in cfg.DATASETS.TRAIN and cfg.DATASETS.VALIDATION:
+    trained = [split_name(entry)[1] for entry in cfg.DATASETS.TRAIN]
+    if split_name(whole)[1] in trained and cfg.DATASETS.VALIDATION:
         validation = held_out(dataset.labels.numpy(), cfg.DATASETS.VALIDATION)
         dataset.keep(validation if whole != name else ~validation)
         dataset.name = name
@@ -56,7 +57,7 @@ def _open(cfg: CfgNode, name: str, transforms: Any) -> ClassificationDataset:
 
 def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
     """The names of the classes of data set `name`; None if it is not on this machine."""
-    name = name.removesuffix(VALIDATION)
+    _, name = split_name(name.removesuffix(VALIDATION))
     if not must_exist and name not in COUNTS and not all(path.exists() for path in resolve_classes(name)):
         return None
     return read_class_names(name)
@@ -67,7 +68,9 @@ def shared_images(dataset: ClassificationDataset, name: str) -> int:
     own, others = ([os.path.realpath(path) for path in resolve_classes(of)] for of in (dataset.name, name))
     if dataset.name.endswith(VALIDATION):
         return 0
-    if own == others and dataset.name.rpartition("_")[2] == name.rpartition("_")[2]:  # archives have several sets
+    if (
+        own == others and len({split_name(of)[1].rpartition("_")[2] for of in (dataset.name, name)}) == 1
+    ):  # archives have several sets
         return len(dataset)
     if not dataset.folder or not os.path.isdir(others[0]):
         return 0
@@ -84,13 +87,17 @@ def batch_sampler(
     cfg: CfgNode, datasets: Sequence[ClassificationDataset], *, rank: int, world_size: int, start: int
 ) -> Sampler[list[tuple[int, int]]]:
     """Which images of `datasets`, one after the other, form the batches of this rank."""
-    labels = np.concatenate([dataset.labels.numpy() for dataset in datasets])
     size, parts = images_per_forward(cfg, world_size), cfg.SOLVER.ACCUMULATE
     place: dict[str, Any] = {"seed": cfg.SEED, "rank": rank, "world_size": world_size, "start": start}
     if cfg.DATALOADER.BATCHES == "iid":
-        return TrainingBatchSampler([(1, 1)] * len(labels), size * parts, group=False, **place)
+        return TrainingBatchSampler([(1, 1)] * sum(map(len, datasets)), size * parts, group=False, **place)
+    if any(not hasattr(dataset, "labels") for dataset in datasets):
+        raise UserError(
+            f"DATALOADER.BATCHES {cfg.DATALOADER.BATCHES!r} needs the labels of all images before they are read: give "
+            "train_data an attribute `labels`, int64 (N,), or choose iid"
+        )
     return ClassBatchSampler(
-        labels,
+        np.concatenate([np.asarray(dataset.labels) for dataset in datasets]),
         size,
         batches=cfg.DATALOADER.BATCHES,
         classes_per_batch=cfg.DATALOADER.CLASSES_PER_BATCH,

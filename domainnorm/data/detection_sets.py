@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -24,7 +25,7 @@ def training_set(cfg: CfgNode, name: str) -> CocoDataset:
         keep_empty=not options.FILTER_EMPTY_ANNOTATIONS,
         invalid_boxes=options.INVALID_BOXES,
         masks=cfg.MODEL.MASK_ON,
-        trained_at=(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN),
+        trained_at=_largest_sizes(cfg),
         max_intensity=cfg.INPUT.MAX_INTENSITY,
         transforms=train_transforms(cfg),
     )
@@ -34,6 +35,16 @@ def training_set(cfg: CfgNode, name: str) -> CocoDataset:
             "objects, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False if images without any are meant"
         )
     return dataset
+
+
+def _largest_sizes(cfg: CfgNode) -> tuple[list[int], int] | None:
+    """The shorter sides, and the largest longer side, at which an object under a pixel is never trained on."""
+    if cfg.INPUT.RANDOM_IOU_CROP:  # which may enlarge any
+        return None
+    if cfg.INPUT.SCALE_JITTER:
+        side = max(round(cfg.INPUT.SCALE_JITTER[1] * cfg.INPUT.MAX_SIZE_TRAIN), 1)
+        return [side], side
+    return list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
 
 
 def evaluation_set(cfg: CfgNode, name: str) -> CocoDataset:
@@ -76,7 +87,13 @@ def _paths(folder: Path, names: Iterable[str]) -> set[str]:
 def wide_images(cfg: CfgNode, dataset: CocoDataset) -> np.ndarray:
     """Which images are wider than high, bool (n,), where batches do not mix shapes; else none."""
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    return np.array([group and width > height for height, width in dataset.sizes])
+    return np.array([group and width > height for height, width in _sizes(dataset)])
+
+
+def _sizes(dataset: Any) -> list[tuple[int, int]]:
+    """(height, width) of each image; where a data set of others does not say it, as if all were square."""
+    sizes: list[tuple[int, int]] = getattr(dataset, "sizes", None) or [(1, 1)] * len(dataset)
+    return sizes
 
 
 def batch_sampler(
@@ -84,7 +101,7 @@ def batch_sampler(
 ) -> TrainingBatchSampler:
     """Which images of `datasets`, one after the other, form the batches of this rank."""
     return TrainingBatchSampler(
-        [size for dataset in datasets for size in dataset.sizes],
+        [size for dataset in datasets for size in _sizes(dataset)],
         images_per_forward(cfg, world_size) * cfg.SOLVER.ACCUMULATE,
         seed=cfg.SEED,
         rank=rank,

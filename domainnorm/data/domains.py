@@ -6,6 +6,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import Dataset
 
+from .catalog import VALIDATION, split_name
+
 
 def domain_names(cfg: CfgNode) -> list[str]:
     """The names of `DATASETS.DOMAINS`, each once: domain k is the k-th. Empty: data sets have no domains."""
@@ -21,11 +23,15 @@ def training_domains(cfg: CfgNode) -> list[int]:
 def domain_of(cfg: CfgNode, name: str) -> int:
     """The domain of data set `name` in evaluation: what `TEST_DOMAINS` says, else `DOMAINS`; -1 if it is unknown."""
     # Not strict: either list may be empty.
-    training = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.DOMAINS, strict=False))
-    tested = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.TEST_DOMAINS, strict=False))
-    held_out = {f"{whole}@validation": domain for whole, domain in training.items()}
-    domain, names = (held_out | training | tested).get(name, ""), domain_names(cfg)
+    training = dict(zip(_locations(cfg.DATASETS.TRAIN), cfg.DATASETS.DOMAINS, strict=False))
+    tested = dict(zip(_locations(cfg.DATASETS.TEST), cfg.DATASETS.TEST_DOMAINS, strict=False))
+    held_out = {whole + VALIDATION: domain for whole, domain in training.items()}
+    domain, names = (held_out | training | tested).get(split_name(name)[1], ""), domain_names(cfg)
     return names.index(domain) if domain else -1
+
+
+def _locations(entries: list[str]) -> list[str]:
+    return [split_name(entry)[1] for entry in entries]
 
 
 class WithDomain(Dataset[Any]):

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from .classification_sets import minibatch_size, minibatches
 from .domains import WithDomain, domain_of, training_domains
 from .sampler import evaluation_indices, images_per_forward
 from .set_sampler import SetBatchSampler
+from .workers import num_workers
 
 logger = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()  # of which test and training sets it was told whether they share images
@@ -26,7 +27,32 @@ Sample = tuple[torch.Tensor, dict[str, Any]]
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
-def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: int = 0) -> Generator[Batch, None, None]:
+def training_sets(cfg: CfgNode, transforms: Callable[..., Any] | None = None) -> list[AnySet]:
+    """The data sets of `DATASETS.TRAIN`, opened and checked, with the labels of the model.
+
+    Args:
+        transforms: of image and target (of a classifier, of the image alone); None: those of the config.
+
+    Raises:
+        UserError: what is wrong with the config or the annotations.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {kind(cfg).EXAMPLES}")
+    datasets: list[AnySet] = [kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
+    label_training_sets(cfg, datasets)
+    for dataset in datasets if transforms is not None else ():
+        dataset.transforms = transforms
+    return datasets
+
+
+def train_loader(
+    cfg: CfgNode,
+    *,
+    rank: int,
+    world_size: int,
+    start_iteration: int = 0,
+    datasets: Sequence[Any] | None = None,
+) -> Generator[Batch, None, None]:
     """The infinite batches of this rank: `(images, targets)`, lists of `IMS_PER_BATCH // world_size` and, in each
     of its `ACCUMULATE` parts, `VIRTUAL_BATCH` more.
 
@@ -36,14 +62,14 @@ def train_loader(cfg: CfgNode, *, rank: int, world_size: int, start_iteration: i
     `SEED` and the position only: not on the number of workers, nor on whether the run began at `start_iteration` or
     came there. Closing the generator ends the workers.
 
+    Args:
+        datasets: what is loaded, with its transforms; None: `training_sets(cfg)`.
+
     Raises:
         UserError: here, for the config and the annotations; from the iterator, for an image.
     """
     _check_share(cfg, world_size)
-    if not cfg.DATASETS.TRAIN:
-        raise UserError(f"DATASETS.TRAIN is empty; name a data set, such as {kind(cfg).EXAMPLES}")
-    datasets = [kind(cfg).training_set(cfg, name) for name in cfg.DATASETS.TRAIN]
-    label_training_sets(cfg, datasets)
+    datasets = training_sets(cfg) if datasets is None else datasets
     place = {"rank": rank, "world_size": world_size, "start": start_iteration}
     composed = cfg.DATALOADER.RATIOS or cfg.DATALOADER.COMPOSITION != "mixed"
     sampler = _by_ratios(cfg, datasets, **place) if composed else kind(cfg).batch_sampler(cfg, datasets, **place)
@@ -74,7 +100,7 @@ def _check_share(cfg: CfgNode, world_size: int) -> None:
         )
 
 
-def _by_ratios(cfg: CfgNode, datasets: list[AnySet], **place: int) -> SetBatchSampler:
+def _by_ratios(cfg: CfgNode, datasets: Sequence[Any], **place: int) -> SetBatchSampler:
     return SetBatchSampler(
         [kind(cfg).wide_images(cfg, dataset) for dataset in datasets],
         images_per_forward(cfg, place["world_size"]),
@@ -88,12 +114,12 @@ def _by_ratios(cfg: CfgNode, datasets: list[AnySet], **place: int) -> SetBatchSa
 
 
 def _training_batches(
-    cfg: CfgNode, datasets: list[AnySet], domains: list[int], sampler: Sampler[list[tuple[int, int]]]
+    cfg: CfgNode, datasets: Sequence[Any], domains: list[int], sampler: Sampler[list[tuple[int, int]]]
 ) -> Generator[Batch, None, None]:
     samples: list[Any] = list(datasets)
     if cfg.DATASETS.DOMAINS:
         samples = [WithDomain(dataset, domain) for dataset, domain in zip(datasets, domains, strict=True)]
-    return _batches(_loader(_Seeded(ConcatDataset(samples)), sampler, cfg.DATALOADER.NUM_WORKERS))
+    return _batches(_loader(_Seeded(ConcatDataset(samples)), sampler, num_workers(cfg)))
 
 
 class EvaluationLoader:
@@ -139,7 +165,7 @@ def test_loader(cfg: CfgNode, name: str, *, rank: int, world_size: int) -> Evalu
     indices, size = evaluation_indices(len(dataset), rank, world_size), cfg.TEST.IMS_PER_BATCH
     batches = [indices[i : i + size] for i in range(0, len(indices), size)]
     domain = domain_of(cfg, name) if cfg.DATASETS.DOMAINS else None
-    return EvaluationLoader(dataset, batches, cfg.DATALOADER.NUM_WORKERS, domain)
+    return EvaluationLoader(dataset, batches, num_workers(cfg), domain)
 
 
 def _tell_shared_images(cfg: CfgNode, dataset: AnySet) -> None:

@@ -8,18 +8,37 @@ from torchvision.transforms import v2
 
 
 def train_transforms(cfg: CfgNode) -> v2.Transform:
-    """Resize to a drawn shorter side, flip with probability `INPUT.RANDOM_FLIP`, drop objects under a pixel, [0, 1]."""
+    """Crop, resize, flip and colours by the keys of `INPUT`; objects under a pixel are dropped; [0, 1]."""
+    options = cfg.INPUT
+    crop = [v2.RandomApply([IoUCrop()], p=options.RANDOM_IOU_CROP)] if options.RANDOM_IOU_CROP else []
+    resize = [ShortestSize(list(options.MIN_SIZE_TRAIN), max_size=options.MAX_SIZE_TRAIN)]
+    if options.SCALE_JITTER:
+        side = options.MAX_SIZE_TRAIN
+        resize = [ScaleJitter((side, side), tuple(options.SCALE_JITTER)), CropLonger(side)]
     return v2.Compose(
         [
-            ShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), max_size=cfg.INPUT.MAX_SIZE_TRAIN),
-            v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP),
+            *crop,
+            *resize,
+            *_flips(cfg),
             # A box on the border leaves the image by a rounding error when resized: without the clamp it
             # would be taken for an invalid one and removed.
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(),
+            *_colors(cfg),
             v2.ToDtype(torch.float32, scale=True),
         ]
     )
+
+
+def _flips(cfg: CfgNode) -> list[v2.Transform]:
+    vertical = cfg.INPUT.RANDOM_VERTICAL_FLIP
+    # None where there is none: it would draw a number, and all that come after would be others.
+    return [v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP), *([v2.RandomVerticalFlip(vertical)] if vertical else [])]
+
+
+def _colors(cfg: CfgNode) -> list[v2.Transform]:
+    probability = cfg.INPUT.PHOTOMETRIC_DISTORT
+    return [v2.RandomPhotometricDistort(p=probability)] if probability else []
 
 
 class ShortestSize(v2.RandomShortestSize):
@@ -28,6 +47,38 @@ class ShortestSize(v2.RandomShortestSize):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         params = super().make_params(flat_inputs)
         return params | {"size": tuple(max(side, 1) for side in params["size"])}
+
+
+class ScaleJitter(v2.ScaleJitter):
+    """torchvision's, but that no side becomes 0."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        return params | {"size": tuple(max(side, 1) for side in params["size"])}
+
+
+class IoUCrop(v2.RandomIoUCrop):
+    """torchvision's, but that an image of up to three pixels stays whole: a crop of it may be empty."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) > 3 else {}
+
+
+class CropLonger(v2.Transform):
+    """A random part of images with a side longer than `side`, in which that side is as long."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        sizes = v2.query_size(flat_inputs)
+        height, width = (min(size, self.side) for size in sizes)
+        top, left = (int(torch.randint(size - kept + 1, ())) for size, kept in zip(sizes, (height, width), strict=True))
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        return v2.functional.crop(image, **params)
 
 
 class NotTooNarrow(v2.Transform):
@@ -50,7 +101,7 @@ def test_transforms(cfg: CfgNode) -> v2.Transform:
 
 
 def classifier_train_transforms(cfg: CfgNode) -> v2.Transform:
-    """To `INPUT.CROP_SIZE` square as `INPUT.CROP` says, flip with probability `INPUT.RANDOM_FLIP`, [0, 1]."""
+    """To `INPUT.CROP_SIZE` square as `INPUT.CROP` says, flips and colours by the keys of `INPUT`, [0, 1]."""
     side = cfg.INPUT.CROP_SIZE
     crop = {
         "random_resized": [v2.RandomResizedCrop(side)],
@@ -58,8 +109,8 @@ def classifier_train_transforms(cfg: CfgNode) -> v2.Transform:
         "none": [v2.Resize((side, side))],
     }[cfg.INPUT.CROP]
     cutout = [Cutout(cfg.INPUT.CUTOUT, list(cfg.MODEL.PIXEL_MEAN))] if cfg.INPUT.CUTOUT else []
-    flip = v2.RandomHorizontalFlip(p=cfg.INPUT.RANDOM_FLIP)
-    return v2.Compose([*crop, flip, v2.ToDtype(torch.float32, scale=True), *cutout])
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([*crop, *_flips(cfg), *_colors(cfg), to_float, *cutout])
 
 
 class Cutout(v2.Transform):

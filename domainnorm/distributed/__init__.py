@@ -10,7 +10,7 @@ from .collectives import (
     rank,
     world_size,
 )
-from .launch import SHARED_FOLDER, get_device, launch, to_device
+from .launch import SHARED_FOLDER, get_device, launch, local_world_size, to_device
 from .watch import set_progress, this_rank, timeout
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "gather_objects",
     "get_device",
     "launch",
+    "local_world_size",
     "rank",
     "set_progress",
     "this_rank",

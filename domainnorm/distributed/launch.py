@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .collectives import world_size
 from .rendezvous import check_url, is_lost, process_group, ranks_of_environment
 from .supervise import run_ranks
 from .watch import timeout
@@ -93,6 +94,12 @@ def launch(
         run_ranks(_run_child, own, range(first, first + num_processes))
 
 
+def local_world_size() -> int:
+    """How many ranks this machine has; where a launcher does not say it, all of them."""
+    found = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(int(found), world_size()) if found.isdecimal() and int(found) else world_size()
+
+
 def _run_child(
     local_rank: int,
     rank: int,
@@ -105,7 +112,7 @@ def _run_child(
     folder: str,
     report: Callable[[Exception], None],
 ) -> None:
-    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local_rank), str(num_processes)
     os.environ[SHARED_FOLDER] = folder
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))  # else ranks spin against each other

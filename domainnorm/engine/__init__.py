@@ -1,3 +1,4 @@
+from .hooks import HookBase
 from .train import train
 
-__all__ = ["train"]
+__all__ = ["HookBase", "train"]

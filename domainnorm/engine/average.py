@@ -1,5 +1,8 @@
 """Averages of the weights along the way of training, with population statistics of their own."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -14,9 +17,13 @@ class WeightAverage:
 
     Running statistics are not averaged: those of other weights are not those of the average (*Rethinking "Batch"*,
     §3.3). They are recomputed for it.
+
+    Args:
+        train_data: what they are recomputed on; None: the training sets of the config.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+    def __init__(self, cfg: CfgNode, model: nn.Module, train_data: Sequence[Any] | None = None) -> None:
+        self.train_data = train_data
         solver = cfg.SOLVER
         ema = solver.AVERAGE_WEIGHTS == "EMA"
         average = get_ema_multi_avg_fn(solver.AVERAGE_WEIGHTS_DECAY) if ema else get_swa_multi_avg_fn()
@@ -39,5 +46,5 @@ class WeightAverage:
         with torch.no_grad():
             for own, other in zip(module.buffers(), trained.buffers(), strict=True):
                 own.copy_(other)
-        recompute(cfg, module)
+        recompute(cfg, module, self.train_data)
         return module

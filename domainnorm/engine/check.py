@@ -1,14 +1,16 @@
 """What only the built model shows to be wrong with a config, before training begins."""
 
 import copy
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data import test_loader
+from ..data import by_name, test_loader
 from ..data.sampler import images_per_forward
 from ..distributed import rank, world_size
 from ..errors import UserError
+from ..evaluation.compare import check_statistics
 from ..evaluation.recompute import batch_size
 from ..evaluation.test_set import TestSet
 from ..layers import BatchGroupNorm, DomainBatchNorm
@@ -33,6 +35,10 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
                 f"SOLVER.FREEZE_NORM_LAYERS: no BatchNorm has a name that begins with {beginning!r}; "
                 f"the model has {parts}"
             )
+    if cfg.DATASETS.TEST:
+        check_statistics(model, cfg.TEST.STATISTICS)
+    if world_size() > 1:
+        _check_torchs_norms(model)
     if cfg.SOLVER.VIRTUAL_BATCH:
         try:
             with virtual_batch(model, None):
@@ -56,6 +62,17 @@ def check_model(cfg: CfgNode, model: nn.Module) -> None:
             raise UserError(f"TEST.EXAMPLE_WEIGHTS {cfg.TEST.EXAMPLE_WEIGHTS}: {error}") from error
 
 
+def _check_torchs_norms(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        own = isinstance(layer, (DomainBatchNorm, nn.SyncBatchNorm))
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats and not own:
+            raise UserError(
+                f"{name} is torch's {type(layer).__name__}, whose running statistics would differ between the "
+                f"{world_size()} processes: dn.convert_batchnorm(model, 'DomainBatchNorm') makes it a layer whose "
+                "statistics are merged, nn.SyncBatchNorm.convert_sync_batchnorm(model) a synchronized one"
+            )
+
+
 def _check_pieces_of_rois(cfg: CfgNode, norms: dict[str, DomainBatchNorm]) -> None:
     for name, layer in norms.items():
         if isinstance(layer, BatchGroupNorm) and name.startswith("roi_heads."):
@@ -67,14 +84,20 @@ def _check_pieces_of_rois(cfg: CfgNode, norms: dict[str, DomainBatchNorm]) -> No
                 )
 
 
-def check_test_sets(cfg: CfgNode) -> None:
+def check_test_sets(cfg: CfgNode) -> list[Any]:
     """Open every data set of the evaluation, as it will: what is wrong shows before the first step.
+
+    Returns:
+        Those of `DATASETS.TEST`.
 
     Raises:
         UserError: naming the key, or the data set.
     """
     batch_size(cfg)
-    for name in filter(None, (*cfg.DATASETS.TEST, cfg.TEST.EXAMPLE_WEIGHT_DATASET)):
-        TestSet(cfg, name)
+    by_name(cfg.DATASETS.TEST)  # two data sets of one name
+    tests = [TestSet(cfg, name).loader.dataset for name in cfg.DATASETS.TEST]
+    if cfg.TEST.EXAMPLE_WEIGHT_DATASET:
+        TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET)
     if cfg.TEST.RECOMPUTE.DATASET:
         test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())
+    return tests

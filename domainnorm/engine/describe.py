@@ -1,4 +1,4 @@
-"""What the normalization batch of each norm really is, in one line."""
+"""What the normalization batch of each norm really is."""
 
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -10,6 +10,12 @@ from ..layers.group_norm import PositionalNorm
 
 
 def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
+    """`normalization_batches` in one line."""
+    found = normalization_batches(cfg, model)
+    return "normalization batches: " + ("; ".join(f"{part} x{n}: {text}" for part, n, text in found) or "none")
+
+
+def normalization_batches(cfg: CfgNode, model: nn.Module) -> list[tuple[str, int, str]]:
     """For every part of `model` with norms, the number of layers and what one of them normalizes together in training.
 
     Gradient accumulation does not enlarge it (*Rethinking "Batch"*, App. A.5).
@@ -19,9 +25,7 @@ def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
         if isinstance(module, (DomainBatchNorm, nn.GroupNorm, PositionalNorm)):
             key = ".".join(name.split(".")[:2]), _batch(cfg, name, module)
             parts[key] = parts.get(key, 0) + 1
-    return "normalization batches: " + (
-        "; ".join(f"{part} x{n}: {text}" for (part, text), n in parts.items()) or "none"
-    )
+    return [(part, n, text) for (part, text), n in parts.items()]
 
 
 def _batch(cfg: CfgNode, name: str, layer: nn.Module) -> str:

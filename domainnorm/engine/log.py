@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..distributed import gather_objects, rank
@@ -99,6 +100,7 @@ class TrainingLog:
         self.last = last
         self.device = device
         self.history: dict[str, HistoryBuffer] = {}
+        self.scalars: dict[str, HistoryBuffer] = {}  # since the last line
         self.metrics = Path(folder) / "metrics.json"
         self.evaluations: dict[int, dict[str, float]] = {}
         if rank() == 0:
@@ -116,16 +118,23 @@ class TrainingLog:
             self.history.setdefault(name, HistoryBuffer(max_length=1000)).update(value)
         if iteration % PERIOD and iteration != self.last:
             return
-        ranks = gather_objects({name: history.avg(PERIOD) for name, history in self.history.items()})
+        histories = {**self.scalars, **self.history}
+        ranks = gather_objects({name: history.avg(PERIOD) for name, history in histories.items()})
+        self.scalars.clear()
         if rank() != 0:
             return
-        metrics = {name: sum(r[name] for r in ranks) / len(ranks) for name in values}
+        of_ranks = {name: [r[name] for r in ranks if name in r] for name in dict.fromkeys(n for r in ranks for n in r)}
+        metrics = {name: sum(found) / len(found) for name, found in of_ranks.items()}
         # the median forgives the first iterations and the odd pause for a checkpoint
         metrics["eta_seconds"] = self.history["time"].median(1000) * (self.last - iteration)
         metrics["lr"] = learning_rate
         metrics["max_memory_mb"] = self._max_memory() / 2**20
         self._write(iteration, metrics)
         logger.info(_line(iteration, self.last, metrics, list(losses)))
+
+    def put_scalar(self, name: str, value: float) -> None:
+        """Note a number for the next line."""
+        self.scalars.setdefault(name, HistoryBuffer(max_length=PERIOD)).update(float(value))
 
     def evaluated(self, iteration: int, beginnings: Sequence[str]) -> bool:
         """Whether the record has metrics of `iteration` whose names begin with each of `beginnings`; on every rank."""
@@ -138,10 +147,12 @@ class TrainingLog:
         before = [line[name] for line in self.evaluations.values() if line.get(name) is not None]
         return gather_objects(not math.isnan(value) and all(value > other for other in before))[0]
 
-    def evaluation(self, iteration: int, results: dict[str, Any]) -> None:
-        """Note what `evaluate` returned."""
+    def evaluation(self, iteration: int, results: dict[str, Any], pictures: Mapping[str, Tensor] | None = None) -> None:
+        """Note what `evaluate` returned, and show `pictures` of it, uint8 (3, H, W), in TensorBoard."""
         if rank() == 0:
             metrics = dict(_leaves(results))
+            for tag, picture in (pictures or {}).items():
+                self.tensorboard.add_image(tag, picture, iteration)
             self._write(iteration, metrics)
             self.evaluations.setdefault(iteration, {}).update(_finite(metrics))
             shown = "  ".join(

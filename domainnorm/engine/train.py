@@ -2,28 +2,27 @@
 
 import contextlib
 import logging
-import math
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from ..config import iteration_of, save_config
-from ..data import train_loader
+from ..data import by_name, own_sets, train_loader, training_sets
 from ..data.classes import known_classes, with_classes
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, rank, set_progress, to_device, world_size
 from ..errors import Stopped, UserError
-from ..evaluation import evaluate, recompute
-from ..layers import DomainBatchNorm
+from ..evaluation import evaluate, recompute, write_report
 from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
 from ..modeling.description import class_names_in
 from ..statistics.merge import merge_population_statistics
-from ..statistics.virtual_batch import virtual_batch
 from .average import WeightAverage
 from .check import check_model, check_test_sets
 from .checkpoint import (
@@ -37,19 +36,30 @@ from .checkpoint import (
 )
 from .checkpoint_check import check_training
 from .describe import describe_normalization
+from .describe_data import describe_data, draw_data
 from .environment import describe_run
 from .folder import RunFolder
 from .freeze import freeze_norm
+from .hooks import Hooks, Trainer
 from .log import FILE_ONLY, TrainingLog, logged_end, setup_logging
 from .optim import build_optimizer, clip_gradients, learning_rate, warn_about_schedule
+from .step import check_finite, distributed, first_backward, losses_of, only_here
 from .stop import StopSignals, signals_blocked
 from .streams import tolerant_streams
-from .try_smallest import ONE_VALUE, REMEDY, try_smallest
+from .try_smallest import try_smallest
 
 logger = logging.getLogger(__name__)
 
 
-def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
+def train(
+    cfg: CfgNode,
+    *,
+    resume: bool = False,
+    model: nn.Module | None = None,
+    train_data: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
+    transforms: Callable[..., Any] | None = None,
+    hooks: Sequence[Any] = (),
+) -> nn.Module:
     """Train what `cfg` says, on every rank; into `cfg.OUTPUT_DIR` go checkpoints, logs and results.
 
     Ctrl-C or SIGTERM finishes the step and saves. A second Ctrl-C ends the process at once.
@@ -59,6 +69,15 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
         resume: continue from the last checkpoint in `OUTPUT_DIR`, or start where there is none. The result equals
             that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU), with
             as many processes; with another number of them it goes on at the same step and place in the data.
+        model: what is trained instead of the config's model, from the weights that it has: in training mode
+            `model(images, targets)` is a dict of losses, whose sum is minimized; in eval mode see `evaluate`.
+        train_data: instead of `DATASETS.TRAIN`: a data set, or several, with `len(dataset)`, whose `dataset[i]` is
+            `(image, target)`: floats (3, H, W), and a dict with what the model takes. Randomness must be from torch's
+            generator, which is seeded for each sample. With `sizes`, (height, width) of each, wide and tall images are
+            not mixed.
+        transforms: `(image, target) -> (image, target)` for all training images, instead of the config's and after
+            those of `train_data`; of a classifier's own data sets `image -> image`. Seeded as `train_data` is.
+        hooks: functions of a trainer, called after each step, or objects with some of the methods of `HookBase`.
 
     Returns:
         The trained model, or the average of its weights if `SOLVER.AVERAGE_WEIGHTS`, not wrapped for several
@@ -73,14 +92,24 @@ def train(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     Example::
 
         >>> model = dn.train(dn.load_config("quickstart.yaml"))  # doctest: +SKIP
+        >>> model = dn.train(cfg, model=fasterrcnn_resnet50_fpn(), train_data=MyDataset())  # doctest: +SKIP
     """
+    called = Hooks(hooks)
     with contextlib.ExitStack() as stack:
         for context in (tolerant_streams(), logged_end()):
             stack.enter_context(context)
-        return _train(cfg, resume, stack)
+        return _train(cfg, resume, model, train_data, transforms, called, stack)
 
 
-def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module:
+def _train(
+    cfg: CfgNode,
+    resume: bool,
+    own_model: nn.Module | None,
+    train_data: Any,
+    transforms: Callable[..., Any] | None,
+    hooks: Hooks,
+    stack: contextlib.ExitStack,
+) -> nn.Module:
     run_folder, stop = stack.enter_context(RunFolder(cfg.OUTPUT_DIR)), stack.enter_context(StopSignals())
     solver = cfg.SOLVER
     device = get_device(cfg.MODEL.DEVICE)
@@ -96,21 +125,23 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
     checkpoint = read_training(cfg, file) if file else None
     start = checkpoint["iteration"] if checkpoint else 0
     cfg = _with_classes(cfg, class_names_in(checkpoint, file) if checkpoint else [])
-    ranks = {"rank": rank(), "world_size": world_size()}
-    batches = stack.enter_context(contextlib.closing(train_loader(cfg, **ranks, start_iteration=start)))
-    check_test_sets(cfg)
+    ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+    datasets = training_sets(cfg, transforms) if train_data is None else own_sets(train_data, transforms)
+    make_batches = partial(train_loader, cfg, **ranks, start_iteration=start, datasets=datasets)
+    batches = stack.enter_context(contextlib.closing(make_batches()))
+    tests = check_test_sets(cfg)
     seed_generators(cfg.SEED)  # the same weights on every rank
-    model = build_model(cfg).train()
+    model = (build_model(cfg) if own_model is None else own_model.to(device)).train()
     if isinstance(model, ChannelsLast):
         model.weights_last = device.type == "cpu" and world_size() == 1
     check_model(cfg, model)
-    try_smallest(cfg, model)
+    try_smallest(cfg, model, datasets)
     optimizer = build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler(device.type, enabled=solver.AMP.ENABLED and amp == torch.float16)
     frozen_at = iteration_of(cfg, solver.FREEZE_NORM_AT) if solver.FREEZE_NORM_AT else solver.MAX_ITER
     if frozen_at < start:
         freeze_norm(cfg, model)
-    average = WeightAverage(cfg, model) if solver.AVERAGE_WEIGHTS else None
+    average = WeightAverage(cfg, model, datasets) if solver.AVERAGE_WEIGHTS else None
     if checkpoint and file:
         check_training(checkpoint, file, model, optimizer, scaler, average)
 
@@ -118,35 +149,46 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
     setup_logging(folder)
     if rank() == 0:
         save_config(cfg, folder / "config.yaml")
-    for line in describe_run(cfg, device, file or cfg.MODEL.WEIGHTS):
+    weights = file or (cfg.MODEL.WEIGHTS if own_model is None else f"those of the {type(own_model).__name__} given")
+    for line in describe_run(cfg, device, weights):
         logger.info("%s", line)
     if loaded := getattr(model, "loaded", ""):
         logger.info("%s", loaded, extra=FILE_ONLY)  # the console has it
     warn_about_schedule(cfg)
-    network = _distributed(model, device)
+    network = distributed(model, device)
     seed_generators(cfg.SEED + rank())
     if checkpoint and file:
         if world_size() > 1:
-            _first_backward(cfg, network, device, start)
+            first_backward(cfg, network, device, make_batches())
         restore_training(checkpoint, file, model, optimizer, scaler, average, seed=cfg.SEED)
     del checkpoint  # as large as the model and its optimizer
     log = TrainingLog(folder, start, solver.MAX_ITER, device)
     logger.info("%s", describe_normalization(cfg, model))
+    if rank() == 0:
+        report = describe_data(cfg, model, datasets, tests)
+        for level, line in [(logging.INFO, report.text), *((logging.WARNING, text) for text in report.warnings)]:
+            logger.log(level, "%s", line)
+        draw_data(report, folder)
     logger.info("training from iteration %d to %d on %s, %d processes", start, solver.MAX_ITER, device, world_size())
 
     if 0 < start < solver.MAX_ITER and _is_due(cfg.TEST.EVAL_PERIOD, start):
-        _score(cfg, model, average, start, log)  # the run may have been killed while it did
+        _score(cfg, model, average, start, log, datasets)  # the run may have been killed while it did
     stop.saved, stop.later = start, True
+    stack.callback(hooks.call, "after_train")
+    trainer = Trainer(cfg, model, optimizer, start, log)
+    hooks.begin(trainer)
     for iteration in range(start, solver.MAX_ITER):
         if iteration == frozen_at:
             if solver.FREEZE_NORM_RECOMPUTE:
-                recompute(cfg, model)
+                recompute(cfg, model, datasets)
             freeze_norm(cfg, model)
-            network = _distributed(model, device)  # which parameters are trained may have changed
+            network = distributed(model, device)  # which parameters are trained may have changed
             if average:
                 freeze_norm(cfg, average.average.module)
             logger.info("from iteration %d on, %s", iteration, describe_normalization(cfg, model))
         began = time.perf_counter()
+        trainer.iter = iteration
+        hooks.call("before_step")
         set_progress(3 * iteration)
         with signals_blocked() if iteration == start else contextlib.nullcontext():  # it starts the worker processes
             images, targets = to_device(next(batches), device)
@@ -160,17 +202,17 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
         losses: dict[str, float] = {}
         for k in range(solver.ACCUMULATE):
             part = slice(k * size, (k + 1) * size)
-            with _only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
+            with only_here(network) if k < solver.ACCUMULATE - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype=amp, enabled=solver.AMP.ENABLED):
-                    output = _losses(cfg, network, images[part], targets[part])
+                    output = losses_of(cfg, network, images[part], targets[part])
                 set_progress(3 * iteration + 2)
-                for name, value in _finite("loss", output, iteration, targets[part]).items():
+                for name, value in check_finite("loss", output, iteration, targets[part]).items():
                     losses[name] = losses.get(name, 0.0) + value / solver.ACCUMULATE
                 scaler.scale(sum(output.values()) / solver.ACCUMULATE).backward()
         scaler.unscale_(optimizer)
         norm = clip_gradients(cfg, model)
         if not scaler.is_enabled():  # which skips the steps whose gradients overflow, and lowers its scale
-            _finite("gradient", {"norm": norm}, iteration, targets)
+            check_finite("gradient", {"norm": norm}, iteration, targets)
         scaler.step(optimizer)
         scaler.update()
         if average:
@@ -178,14 +220,16 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
 
         done = iteration + 1
         set_progress(None)
+        trainer.losses = losses
+        hooks.call("after_step")
         log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
         last, signal_number = done == solver.MAX_ITER, stop.number(device)
         if last and cfg.TEST.RECOMPUTE.IN_CHECKPOINT:
-            recompute(cfg, model)
+            recompute(cfg, model, datasets)
         evaluated = _is_due(cfg.TEST.EVAL_PERIOD, done) and not last
         if last or evaluated or signal_number or _is_due(checkpoint_period(cfg), done):
             weights = [value for value in model.state_dict().values() if value.is_floating_point()]
-            _finite("model", {"norm of its weights": nn.utils.get_total_norm(weights)}, iteration, targets)
+            check_finite("model", {"norm of its weights": nn.utils.get_total_norm(weights)}, iteration, targets)
             name = "model_final.pth" if last else f"model_{done:07d}.pth"
             save_training(cfg, name, model, optimizer, scaler, done, average)
             stop.saved = done
@@ -193,17 +237,19 @@ def _train(cfg: CfgNode, resume: bool, stack: contextlib.ExitStack) -> nn.Module
             raise Stopped(signal_number)
         if evaluated:
             with stop.at_once():
-                _score(cfg, model, average, done, log)
+                _score(cfg, model, average, done, log, datasets)
 
     stop.later = False
+    trainer.iter = solver.MAX_ITER
     batches.close()  # ends its worker processes
     merge_population_statistics(model)  # what is returned is what was saved, on every rank
     if average:
         model = average.model(cfg, model)
         save_model(cfg, "model_averaged.pth", model)
     if cfg.DATASETS.TEST:
-        _score(cfg, model, None, solver.MAX_ITER, log)
+        _score(cfg, model, None, solver.MAX_ITER, log, datasets)
     log.close()
+    write_report(cfg)
     return model
 
 
@@ -218,69 +264,23 @@ def _is_due(period: int, done: int) -> bool:
     return period > 0 and done % period == 0
 
 
-def _score(cfg: CfgNode, model: nn.Module, average: WeightAverage | None, done: int, log: TrainingLog) -> None:
+def _score(
+    cfg: CfgNode,
+    model: nn.Module,
+    average: WeightAverage | None,
+    done: int,
+    log: TrainingLog,
+    train_data: Sequence[Any],
+) -> None:
     """Evaluate after `done` steps, and keep the best model; nothing where a run that was resumed had done so."""
-    sets = cfg.DATASETS.TEST if len(cfg.DATASETS.TEST) > 1 else [""]
+    sets = list(by_name(cfg.DATASETS.TEST)) if len(cfg.DATASETS.TEST) > 1 else [""]
     if log.evaluated(done, [f"{name}/{data_set}" for name in cfg.TEST.STATISTICS for data_set in sets]):
         logger.info("iteration %d is evaluated already: %s has the results", done, log.metrics)
         return
     if average:
         model = average.model(cfg, model)
-    results = evaluate(cfg, model)
+    pictures: dict[str, Tensor] = {}
+    results = evaluate(cfg, model, train_data=train_data, pictures=pictures)
     if cfg.TEST.EVAL_PERIOD and log.is_best(results):
         save_model(cfg, "model_best.pth", model)
-    log.evaluation(done, results)
-
-
-def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, wrapped where there are several processes."""
-    if world_size() == 1:
-        return model
-    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    network.broadcast_buffers = False  # here, because torch 2.13 renamed the argument
-    return network
-
-
-def _first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, start: int) -> None:
-    """One that counts for nothing. DDP sums gradients in another order after its first one, as the stopped run did."""
-    with contextlib.closing(train_loader(cfg, rank=rank(), world_size=world_size(), start_iteration=start)) as batches:
-        images, targets = to_device(next(batches), device)
-    size, amp = images_per_forward(cfg, world_size()), cfg.SOLVER.AMP
-    with torch.autocast(device.type, dtype=getattr(torch, amp.DTYPE), enabled=amp.ENABLED):
-        losses = _losses(cfg, network, images[:size], targets[:size])
-    torch.stack(list(losses.values())).sum().backward()
-    network.zero_grad()
-
-
-def _losses(cfg: CfgNode, network: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Of one forward pass; its last `SOLVER.VIRTUAL_BATCH` images take part in the statistics alone."""
-    own = len(images) - cfg.SOLVER.VIRTUAL_BATCH
-    model = network.module if isinstance(network, DistributedDataParallel) else network
-    follow_batches = any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules())
-    virtual = own < len(images) and follow_batches
-    with virtual_batch(model, images[own:], targets[own:]) if virtual else contextlib.nullcontext():
-        try:
-            losses: dict[str, Tensor] = network(images[:own], targets[:own])
-        except ValueError as error:
-            if ONE_VALUE not in str(error):
-                raise
-            raise UserError(f"the features of a batch are too small: {error}; here: {REMEDY}") from error
-    return losses
-
-
-def _only_here(network: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Gradients of this block stay on this rank; the next ones carry them along to the others."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
-
-
-def _finite(what: str, tensors: dict[str, Tensor], iteration: int, targets: list[dict[str, Any]]) -> dict[str, float]:
-    """Numbers of the loss, gradient or model, in one copy from the device; refused before they do harm."""
-    values = dict(zip(tensors, torch.stack([v.detach().float() for v in tensors.values()]).tolist(), strict=True))
-    if all(math.isfinite(value) for value in values.values()):
-        return values
-    shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-    files = ", ".join(str(target.get("file_name", target.get("image_id"))) for target in targets)
-    raise UserError(
-        f"the {what} is not finite at iteration {iteration + 1}: {shown}; images of rank {rank()}: {files}; "
-        "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS"
-    )
+    log.evaluation(done, results, pictures)

@@ -2,10 +2,11 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
@@ -64,7 +65,9 @@ def whole_minibatches(model: nn.Module) -> Iterator[None]:
             module.minibatch_size = size
 
 
-def training_predictions(cfg: CfgNode, model: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+def training_predictions(
+    cfg: CfgNode, model: nn.Module, device: torch.device, train_data: Sequence[Any] | None = None
+) -> list[dict[str, Any]]:
     """What `model` in training mode makes of `TEST.TRAINING_IMAGES` images as it is trained on them.
 
     Normalized, augmented and with what else training does (*Rethinking "Batch"*, Figs. 3-5; *Batch Renormalization*,
@@ -77,15 +80,21 @@ def training_predictions(cfg: CfgNode, model: nn.Module, device: torch.device) -
     solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.VIRTUAL_BATCH = images, 1, 0
     number = -(-cfg.TEST.TRAINING_IMAGES // images)
     set_statistics(model.train(), "auto").training = False  # of the whole: it predicts
-    with closing(train_loader(cfg, rank=rank(), world_size=world_size())) as loader, whole_minibatches(model):
-        return predict_classes(model, itertools.islice(loader, number), device)
+    loader = train_loader(cfg, rank=rank(), world_size=world_size(), datasets=train_data)
+    with closing(loader) as batches, whole_minibatches(model):
+        return predict_classes(model, itertools.islice(batches, number), device)
 
 
-def accuracy(predictions: list[dict[str, Any]]) -> dict[str, float]:
-    """`top1` and `top5` in percent, and the mean cross-entropy `loss` in nats."""
+def accuracy(predictions: list[dict[str, Any]], class_names: Sequence[str]) -> dict[str, float]:
+    """`top1` and `top5` in percent, the mean cross-entropy `loss` in nats; and `top1-NAME` of each class, or nan."""
     count = len(predictions)
+    labels = np.array([p["label"] for p in predictions])
+    right = np.array([p["predicted"][0] for p in predictions]) == labels
+    number = np.bincount(labels, minlength=len(class_names))
+    of_class = np.bincount(labels[right], minlength=len(class_names)) / np.where(number, number, np.nan)
     return {
         "top1": 100 * sum(p["predicted"][0] == p["label"] for p in predictions) / count,
         "top5": 100 * sum(p["label"] in p["predicted"] for p in predictions) / count,
         "loss": sum(p["loss"] for p in predictions) / count,
+        **{f"top1-{name}": 100 * float(value) for name, value in zip(class_names, of_class, strict=True)},
     }

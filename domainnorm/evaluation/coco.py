@@ -16,7 +16,7 @@ from ..data.columns import Columns, columns_of
 from ..data.masks import rle_of_polygons
 from ..distributed import gather_objects, rank
 from ..errors import UserError
-from .precision import MAX_DETECTIONS, SHAPES, area_of, precision_of_category
+from .precision import AR_DETECTIONS, MAX_DETECTIONS, SHAPES, area_of, precision_and_recall
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def evaluate_coco(
     *,
     max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float]:
-    """AP of `predictions` (in COCO's results format) against all of `ground_truth`, in percent.
+    """AP and AR of `predictions` (in COCO's results format) against all of `ground_truth`, in percent.
 
     Args:
         ground_truth: the contents of a COCO annotation file, as `CocoDataset.ground_truth` returns them. Fields are
@@ -56,8 +56,10 @@ def evaluate_coco(
             are never taken: what finds all of 200 objects would not have an AP of 100.
 
     Returns:
-        AP (mean over IoU 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects; nan where the ground
-        truth has no such object.
+        COCO's twelve numbers: AP (mean over IoU 0.5 to 0.95), AP50, AP75, and APs, APm, APl, of small, medium and large
+        objects; AR1, AR10 and AR100, the recall of as many detections of a category in an image (mean over the same
+        IoU), and ARs, ARm, ARl, of as many as AP counts. Then of each category AP-NAME and AR-NAME, of as many. nan
+        where the ground truth has no such object.
 
     Raises:
         UserError: a field of the ground truth is not what COCO has there; predictions of an image that it does not
@@ -67,6 +69,36 @@ def evaluate_coco(
     if iou_type == "segm" and any("segmentation" not in prediction for prediction in predictions):
         raise UserError("the model predicts no masks: set MODEL.MASK_ON False to evaluate its boxes")
     columns = columns_of(ground_truth, "the ground truth", masks=iou_type == "segm")
+    images, objects, found = by_category(columns, predictions, iou_type)
+    count = max(max_detections, MAX_DETECTIONS)
+    number = len(columns.categories)
+    precision, recall = np.full((10, 101, number, 4), -1.0), np.full((10, number, 4, 1 + len(AR_DETECTIONS)), -1.0)
+    for k, category in enumerate(columns.categories):  # one at a time, they need a fraction of the memory
+        if own := objects.get(category["id"]):
+            precision[:, :, k], recall[:, k] = precision_and_recall(
+                images, own, found.get(category["id"], []), iou_type, count
+            )
+    scores = {
+        "AP": _average(precision[..., 0]),
+        "AP50": _average(precision[0, ..., 0]),
+        "AP75": _average(precision[5, ..., 0]),
+        **{f"AP{size}": _average(precision[..., k]) for k, size in enumerate("sml", start=1)},
+        **{f"AR{most}": _average(recall[..., 0, k]) for k, most in enumerate(AR_DETECTIONS)},
+        **{f"AR{size}": _average(recall[..., k, -1]) for k, size in enumerate("sml", start=1)},
+    }
+    for k, name in enumerate(category_names(columns)):
+        scores |= {f"AP-{name}": _average(precision[:, :, k, 0]), f"AR-{name}": _average(recall[:, k, 0, -1])}
+    return scores
+
+
+def by_category(
+    columns: Columns, predictions: Iterable[dict[str, Any]], iou_type: str
+) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+    """The images of a ground truth, and its objects and the predictions by the id of their category.
+
+    Raises:
+        UserError: as `evaluate_coco`.
+    """
     unknown = {prediction["image_id"] for prediction in predictions} - set(columns.image_ids.tolist())
     if unknown:
         raise UserError(f"there are predictions of image {min(unknown)}, which the ground truth does not have")
@@ -74,21 +106,16 @@ def evaluate_coco(
         {"id": id_, "height": height, "width": width}
         for id_, (height, width) in zip(columns.image_ids.tolist(), columns.sizes.tolist(), strict=True)
     ]
-    objects, found = _by_category(_objects(columns, iou_type)), _by_category(predictions)
-    category_ids = [category["id"] for category in columns.categories]
-    count = max(max_detections, MAX_DETECTIONS)
-    precision = np.full((10, 101, len(category_ids), 4), -1.0)
-    for k, id_ in enumerate(category_ids):  # one at a time, they need a fraction of the memory
-        if id_ in objects:
-            precision[:, :, k] = precision_of_category(images, objects[id_], found.get(id_, []), iou_type, count)
-    return {
-        "AP": _average(precision[..., 0]),
-        "AP50": _average(precision[0, ..., 0]),
-        "AP75": _average(precision[5, ..., 0]),
-        "APs": _average(precision[..., 1]),
-        "APm": _average(precision[..., 2]),
-        "APl": _average(precision[..., 3]),
-    }
+    return images, _by_category(_objects(columns, iou_type)), _by_category(predictions)
+
+
+def category_names(columns: Columns) -> list[str]:
+    """The name of each category, with its id where another one has the same name."""
+    names = [category["name"] for category in columns.categories]
+    return [
+        name if names.count(name) == 1 else f"{name} ({category['id']})"
+        for name, category in zip(names, columns.categories, strict=True)
+    ]
 
 
 def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
@@ -166,7 +193,7 @@ def _by_category(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, 
     return found
 
 
-def _average(precision: np.ndarray) -> float:
+def _average(values: np.ndarray) -> float:
     """In percent, over what there is to find; nan if there is nothing."""
-    found = precision[precision > -1]
+    found = values[values > -1]
     return float(found.mean()) * 100 if len(found) else float("nan")

@@ -2,33 +2,43 @@
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..config import STATISTICS
-from ..data import test_loader
+from ..data import by_name, own_sets, test_loader
 from ..data.classes import with_classes
 from ..distributed import get_device, rank, world_size
 from ..errors import UserError
+from ..layers import DomainBatchNorm
 from ..output import output_folder, write_json
-from ..statistics.choose import set_statistics
+from ..statistics.choose import refuse_torch_batch_norm, set_statistics
 from ..statistics.merge import merge_population_statistics
 from ..statistics.preserve import preserve_state
 from .classification import accuracy, training_predictions
+from .pictures import draw_some
 from .recompute import recompute
+from .tables import file_name, format_classes, format_table
 from .test_set import TestSet, overall_scores
 from .weigh import choose_weight
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | None = None) -> dict[str, Any]:
-    """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table.
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    statistics: str | Sequence[str] | None = None,
+    *,
+    train_data: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
+    pictures: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table, and by class.
 
     Every rank calls it. Running statistics that differ between ranks are merged for it. Training goes on after it as if
     it had not been: modes, statistics, example weights, buffers and random states are put back. The results also go,
@@ -37,16 +47,23 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 
     Args:
         cfg: from `load_config`.
-        model: from `build_model` or `train`. Labels of the test sets are found by the names of its classes.
+        model: from `build_model` or `train`, or any that `model(images)`, in eval mode, makes a list of dicts of: in
+            pixels of the image `boxes` (n, 4), XYXY, `labels` (n,) int64 and `scores` (n,), with `MODEL.MASK_ON` also
+            `masks` (n, 1, H, W), as torchvision's detectors. Label k is the k-th of its classes, which a model of this
+            library names, and `MODEL.CLASS_NAMES` that of others; test sets' categories are found by their names.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
+        train_data: as in `train`: what statistics are recomputed on, with its transforms; None: the config's.
+        pictures: None, or where rank 0 puts `cfg.TEST.PICTURES` images of each data set with what is predicted there
+            under the first of `statistics`, by `"predictions[/<data set>]/<file>"`.
 
     Returns:
         On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, of a
         classifier `{statistics: {"classification": {"top1": …, …}}}`; in percent, nan where there is nothing to find.
+        Those of one class are "AP-NAME", "AR-NAME" and "top1-NAME".
         With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
         `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
         samples' own moments. With `TEST.TRAINING_IMAGES` there is also "training": a classifier in training mode on
-        images of the training sets. With several test sets `{statistics: {data set: {"bbox": …}}}`.
+        images of the training sets. With several test sets `{statistics: {name of the data set: {"bbox": …}}}`.
 
     Raises:
         UserError: a test set that cannot be read, or statistics that the model does not have.
@@ -55,40 +72,45 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
 
         >>> results = dn.evaluate(cfg, model, statistics=["population", "minibatch"])  # doctest: +SKIP
         >>> results["population"]["bbox"]["AP"]  # doctest: +SKIP
-        54.97
+        55.54
     """
     names = [statistics] if isinstance(statistics, str) else list(statistics or cfg.TEST.STATISTICS)
     for name in names:
         if name not in STATISTICS:
             raise UserError(f"statistics take any of {list(STATISTICS)}, got {name!r}")
+    check_statistics(model, names)
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
     if own := getattr(model, "description", {}).get("class_names"):
         cfg = with_classes(cfg, own)
-    tests = {data_set: TestSet(cfg, data_set) for data_set in cfg.DATASETS.TEST}
+    tests = {name: TestSet(cfg, entry) for name, entry in by_name(cfg.DATASETS.TEST).items()}
     validation = TestSet(cfg, cfg.TEST.EXAMPLE_WEIGHT_DATASET) if cfg.TEST.EXAMPLE_WEIGHT_DATASET else None
     if "recomputed" in names and cfg.TEST.RECOMPUTE.DATASET:
         test_loader(cfg, cfg.TEST.RECOMPUTE.DATASET, rank=rank(), world_size=world_size())  # its categories must fit
     device = get_device(cfg.MODEL.DEVICE)
+    own_data = None if train_data is None else own_sets(train_data)
     results: dict[str, Any] = {}
     for name in names:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             merge_population_statistics(model)
             if name == "recomputed":
-                recompute(cfg, set_statistics(model, "auto"))
-            set_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
+                recompute(cfg, _with_statistics(model, "auto"), own_data)
+            _with_statistics(model.eval(), "minibatch" if name == "minibatch" else "population")
             results[name] = _on_each(cfg, model, tests, name)
+            if pictures is not None and rank() == 0 and name == names[0]:
+                pictures.update(_draw(cfg, tests))
             if cfg.TEST.EXAMPLE_WEIGHTS and name != "minibatch":
-                weighed = choose_weight(cfg, model, validation, f"{name}_weighed")
+                weighed = choose_weight(cfg, model, validation, f"{name}_weighed", own_data)
                 if weighed is None:
                     continue
                 results[f"{name}_weighed"] = _on_each(cfg, weighed, tests, f"{name}_weighed")
     if cfg.MODEL.META_ARCHITECTURE == "Classifier" and cfg.TEST.TRAINING_IMAGES:
         with preserve_state(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            scores = {"classification": accuracy(training_predictions(cfg, model, device))}
+            classes = next(iter(tests.values())).loader.dataset.class_names  # the model's
+            scores = {"classification": accuracy(training_predictions(cfg, model, device, own_data), classes)}
         results["training"] = dict.fromkeys(tests, scores)
     if rank() == 0:
-        table = format_table(results)
+        table = "\n\n".join(filter(None, [format_table(results), format_classes(results)]))
         print(table, flush=True)
         logger.info("results\n%s", table, extra={"file_only": True})  # the console has it
     if len(tests) == 1:
@@ -98,10 +120,27 @@ def evaluate(cfg: CfgNode, model: nn.Module, statistics: str | Sequence[str] | N
     return results
 
 
+def check_statistics(model: nn.Module, names: Sequence[str]) -> None:
+    """UserError if `evaluate` cannot score `model` with the statistics `names`: torch's norms cannot choose them."""
+    if "minibatch" in names:
+        try:
+            refuse_torch_batch_norm(model)
+        except TypeError as error:
+            raise UserError(f"TEST.STATISTICS 'minibatch': {error}") from error
+
+
+def _with_statistics(model: nn.Module, statistics: str) -> nn.Module:
+    """`set_statistics` of this library's layers; torch's have population statistics in eval mode, and no other."""
+    for module in model.modules():
+        if isinstance(module, DomainBatchNorm):
+            set_statistics(module, statistics)
+    return model
+
+
 def _on_each(cfg: CfgNode, model: nn.Module, tests: dict[str, TestSet], name: str) -> dict[str, Any]:
     folder = output_folder(cfg.OUTPUT_DIR) / "inference" / name
     found = {
-        data_set: test.scores(model, folder / (_file_name(data_set) if len(tests) > 1 else ""))
+        data_set: test.scores(model, folder / (file_name(data_set) if len(tests) > 1 else ""))
         for data_set, test in tests.items()
     }
     if len(tests) > 1 and cfg.DATASETS.DOMAINS:
@@ -109,25 +148,12 @@ def _on_each(cfg: CfgNode, model: nn.Module, tests: dict[str, TestSet], name: st
     return found
 
 
-def format_table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """`{statistics: {data set: {"bbox": {"AP": …}}}}` as lines of text, one a statistics, data set and kind of AP."""
-    several = len(next(iter(results.values()))) > 1
-    rows: list[list[str]] = []
-    metrics: list[str] = []
-    for name, sets in results.items():
-        for data_set, scores in sets.items():
-            for kind, values in scores.items():
-                cells = ["-" if math.isnan(value) else f"{value:.2f}" for value in values.values()]
-                labels = [name, *([data_set] if several else []), *([kind] if len(scores) > 1 else [])]
-                rows.append([" ".join(labels), *cells])
-                metrics = list(values)
-    width = max(len("statistics"), *(len(row[0]) for row in rows))
-    rows.insert(0, ["statistics", *metrics])
-    return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows)
-
-
-def _file_name(data_set: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", data_set)
+def _draw(cfg: CfgNode, tests: dict[str, TestSet]) -> dict[str, Tensor]:
+    return {
+        f"predictions/{f'{name}/' if len(tests) > 1 else ''}{file}": picture
+        for name, test in tests.items()
+        for file, picture in draw_some(test.loader.dataset, test.predictions, cfg.TEST.PICTURES).items()
+    }
 
 
 def _nan_to_none(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """Population statistics of a model, recomputed on a data set of the config."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,14 +18,18 @@ from ..statistics.recompute import recompute_population_statistics
 logger = logging.getLogger(__name__)
 
 
-def recompute(cfg: CfgNode, model: nn.Module) -> None:
+def recompute(cfg: CfgNode, model: nn.Module, train_data: Sequence[Any] | None = None) -> None:
     """Replace the running statistics of `model`, by `cfg.TEST.RECOMPUTE`. Every rank calls it.
 
     On batches of `BATCH_SIZE` images (or as large as in training; resized and flipped as there) of `DATASET` or else of
     the training sets.
     Random states are put back: training goes on as if it had not been.
+
+    Args:
+        train_data: instead of the training sets of the config.
     """
-    if not any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules()):
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if all(isinstance(m, DomainBatchNorm) and m.frozen for m in norms):
         logger.warning("nothing to recompute: no norm of the model follows its batches")
         return
     options = cfg.TEST.RECOMPUTE
@@ -32,8 +37,11 @@ def recompute(cfg: CfgNode, model: nn.Module) -> None:
     cfg.defrost()
     solver = cfg.SOLVER
     solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.VIRTUAL_BATCH = batch_size(cfg), 1, 0
-    ranks = {"rank": rank(), "world_size": world_size()}
-    loader = one_set_loader(cfg, options.DATASET, **ranks) if options.DATASET else train_loader(cfg, **ranks)
+    ranks: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+    if options.DATASET:
+        loader = one_set_loader(cfg, options.DATASET, **ranks)
+    else:
+        loader = train_loader(cfg, **ranks, datasets=train_data)
     device = get_device(cfg.MODEL.DEVICE)
     step = _Step(model, device)
     step.training = model.training  # of its parts, each keeps its own

@@ -18,10 +18,9 @@ from .coco import evaluate_coco
 from .coco import predict as predict_boxes
 from .in_domain import in_domain
 from .precision import MAX_DETECTIONS
+from .tables import Scores
 
 logger = logging.getLogger(__name__)
-
-Scores = dict[str, dict[str, float]]  # of each kind ("bbox", "segm" or "classification") its metrics
 
 
 class TestSet:
@@ -60,7 +59,9 @@ class TestSet:
         return gather_objects(self._score() if rank() == 0 else {})[0]
 
     def _score(self) -> Scores:
-        return _score(self.cfg, self.predictions, {} if self.classes else self.loader.dataset.ground_truth())
+        if self.classes:
+            return {"classification": accuracy(self.predictions, self.loader.dataset.class_names)}
+        return _score(self.cfg, self.predictions, self.loader.dataset.ground_truth())
 
     def _classes(self, model: nn.Module) -> list[dict[str, Any]]:
         """Predictions of a classifier: under minibatch statistics, of minibatches."""
@@ -74,14 +75,14 @@ class TestSet:
 def overall_scores(tests: Sequence[TestSet]) -> Scores:
     """The metrics of the last predictions of all `tests`, as if they were one set; the same on every rank."""
     found: Scores = {}
-    if rank() == 0:
+    if rank() == 0 and tests[0].classes:
+        everything = [prediction for test in tests for prediction in test.predictions]
+        found = {"classification": accuracy(everything, tests[0].loader.dataset.class_names)}
+    elif rank() == 0:
         predictions: list[dict[str, Any]] = []
         truth: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
         for test in tests:
-            if test.classes:
-                predictions += test.predictions
-            else:
-                _append(truth, predictions, test)
+            _append(truth, predictions, test)
         found = _score(tests[0].cfg, predictions, truth)
     return gather_objects(found)[0]
 
@@ -105,8 +106,6 @@ def _append(truth: dict[str, Any], predictions: list[dict[str, Any]], test: Test
 
 
 def _score(cfg: CfgNode, predictions: list[dict[str, Any]], truth: dict[str, Any]) -> Scores:
-    if cfg.MODEL.META_ARCHITECTURE == "Classifier":
-        return {"classification": accuracy(predictions)}
     count = cfg.TEST.DETECTIONS_PER_IMAGE
     if count > MAX_DETECTIONS:
         logger.info("AP counts the %d best detections of an image (COCO's 100 are fewer than a model gives)", count)

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -19,7 +21,9 @@ from .test_set import TestSet
 logger = logging.getLogger(__name__)
 
 
-def choose_weight(cfg: CfgNode, model: nn.Module, validation: TestSet | None, name: str) -> nn.Module | None:
+def choose_weight(
+    cfg: CfgNode, model: nn.Module, validation: TestSet | None, name: str, train_data: Sequence[Any] | None = None
+) -> nn.Module | None:
     """`model`, set to population statistics, with the best of `TEST.EXAMPLE_WEIGHTS` on `validation`.
 
     The best by `TEST.EXAMPLE_WEIGHT_METRIC`: top-1 accuracy or box AP, unless it says another.
@@ -31,7 +35,7 @@ def choose_weight(cfg: CfgNode, model: nn.Module, validation: TestSet | None, na
     if not any(isinstance(module, (DomainBatchNorm, nn.GroupNorm)) for module in model.modules()):
         logger.warning("TEST.EXAMPLE_WEIGHTS are without effect: the model has no norm")
         return None
-    model = _with_statistics(cfg, model)
+    model = _with_statistics(cfg, model, train_data)
     weights = list(cfg.TEST.EXAMPLE_WEIGHTS)
     measured: list[dict[str, float]] = []  # of each weight all metrics
 
@@ -57,7 +61,7 @@ def choose_weight(cfg: CfgNode, model: nn.Module, validation: TestSet | None, na
     return model
 
 
-def _with_statistics(cfg: CfgNode, model: nn.Module) -> nn.Module:
+def _with_statistics(cfg: CfgNode, model: nn.Module, train_data: Sequence[Any] | None) -> nn.Module:
     """The model itself or, with GroupNorms, a copy in which those have population statistics."""
     if not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         return model
@@ -69,5 +73,5 @@ def _with_statistics(cfg: CfgNode, model: nn.Module) -> nn.Module:
             if isinstance(layer, DomainBatchNorm):
                 layer.domains_per_name = levels
     convert_groupnorm(twin, track_total_var=True)
-    recompute(cfg, twin)  # of the new layers only: the others are under population statistics
+    recompute(cfg, twin, train_data)  # of the new layers only: the others are under population statistics
     return twin.eval()

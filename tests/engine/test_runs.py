@@ -156,7 +156,7 @@ def scores(monkeypatch, values):
     """Evaluation gives these, by the iteration; each has a list of those it was asked for."""
     asked = []
 
-    def evaluate(cfg, model):
+    def evaluate(cfg, model, **options):
         asked.append(next(value for value in values))
         return {"population": {"bbox": {"AP": asked[-1], "AP50": 1.0}}}
 
@@ -179,7 +179,7 @@ def test_the_best_model_stays(data_set, tmp_path, small_model, monkeypatch):
 def test_evaluation_that_was_killed_is_made_up_for(data_set, tmp_path, small_model, monkeypatch):
     cfg = tiny.config(data_set, tmp_path, DATASETS__TEST=[data_set], TEST__EVAL_PERIOD=2)
 
-    def killed(cfg, model):
+    def killed(cfg, model, **options):
         raise ZeroDivisionError
 
     monkeypatch.setattr(train_module, "evaluate", killed)
@@ -188,7 +188,7 @@ def test_evaluation_that_was_killed_is_made_up_for(data_set, tmp_path, small_mod
             train(cfg, resume=at == 4)
         asked = scores(monkeypatch, iter([10.0, 20.0]))
         if at == 2:
-            monkeypatch.setattr(train_module, "evaluate", lambda cfg, model: killed(cfg, model))
+            monkeypatch.setattr(train_module, "evaluate", lambda cfg, model, **options: killed(cfg, model))
     train(cfg, resume=True)
     assert [line["iteration"] for line in metrics_of(tmp_path) if "population/bbox/AP" in line] == [2, 4]
     assert asked == [10.0, 20.0]
@@ -251,7 +251,7 @@ def test_a_signal_finishes_the_step_and_saves(data_set, tmp_path, monkeypatch, c
 
 
 def test_a_signal_in_an_evaluation_ends_it_at_once(data_set, tmp_path, small_model, monkeypatch):
-    def evaluate(cfg, model):
+    def evaluate(cfg, model, **options):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 

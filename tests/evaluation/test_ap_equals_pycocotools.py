@@ -1,4 +1,4 @@
-"""AP of random data sets is to the last bit what plain use of pycocotools finds."""
+"""AP and AR of random data sets, of each category too, are to the last bit what plain use of pycocotools finds."""
 
 import contextlib
 import copy
@@ -80,7 +80,13 @@ def plain(predictions, truth, kind):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return [100 * value if value > -1 else math.nan for value in evaluation.stats[:6].tolist()]
+    values = evaluation.stats.tolist()
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    for k in range(len(truth["categories"])):
+        for own in (precision[:, :, k, 0, -1], recall[:, k, 0, -1]):
+            found = own[own > -1]
+            values.append(float(found.mean()) if len(found) else -1)
+    return [100 * value if value > -1 else math.nan for value in values]
 
 
 @pytest.mark.slow
@@ -98,7 +104,7 @@ def test_a_large_data_set_equals_pycocotools():
     """With more objects than recalls, of which some are found with a precision of 1 and some never."""
     draw = random.Random(0)
     images = [{"id": id_, "width": SIZE, "height": SIZE} for id_ in range(60)]
-    truth = {"images": images, "annotations": [], "categories": [{"id": id_, "name": ""} for id_ in CATEGORY_IDS]}
+    truth = {"images": images, "annotations": [], "categories": [{"id": id_, "name": "x"} for id_ in CATEGORY_IDS]}
     predictions = []
     for number in range(1, 701):
         entry = with_rle(draw_entry(draw, range(60), CATEGORY_IDS, []))
@@ -108,7 +114,12 @@ def test_a_large_data_set_equals_pycocotools():
             predictions.append(with_rle(near) | {"score": draw.random()})
     for kind in ("bbox", "segm"):
         scores = evaluate_coco(predictions, truth, kind)
-        assert 1 < scores["AP"] < 99 and list(scores.values()) == plain(predictions, truth, kind)
+        assert list(scores)[-6:] == [f"{metric}-x ({id_})" for id_ in sorted(CATEGORY_IDS) for metric in ("AP", "AR")]
+        assert (
+            1 < scores["AP"] < 99
+            and scores["AR1"] < scores["AR10"] < scores["AR100"]
+            and list(scores.values()) == plain(predictions, truth, kind)
+        )
 
 
 @pytest.mark.parametrize(

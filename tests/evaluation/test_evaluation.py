@@ -47,14 +47,17 @@ def perfect(annotations):
 def test_perfect_predictions_have_100(annotations):
     """Also of the object whose id is 0, which pycocotools alone takes for unmatched."""
     scores = evaluate_coco(perfect(annotations), read(annotations))
-    assert list(scores) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    overall = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert list(scores) == [*overall, "AP-kind 3", "AR-kind 3", "AP-kind 7", "AR-kind 7"]
+    assert scores["AR1"] == scores["AR100"] == scores["ARs"] == scores["AP-kind 3"] == scores["AR-kind 7"] == 100
     assert scores["AP"] == scores["AP50"] == scores["AP75"] == scores["APs"] == pytest.approx(100)
     assert math.isnan(scores["APl"])  # there is no large object
 
 
 def test_no_predictions_have_0(annotations):
     scores = evaluate_coco([], read(annotations))
-    assert scores["AP"] == scores["AP50"] == scores["APs"] == 0 and math.isnan(scores["APl"])
+    assert scores["AP"] == scores["AP50"] == scores["APs"] == scores["AR100"] == scores["AR-kind 3"] == 0
+    assert math.isnan(scores["APl"]) and math.isnan(scores["ARl"])
 
 
 def test_equals_pycocotools_and_leaves_the_predictions_alone(tmp_path, annotations):
@@ -167,8 +170,12 @@ def test_statistics_side_by_side(data_set, tmp_path, capsys):
     model = build()
     results = evaluate(cfg, model, ["population", "minibatch"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table[0] == ["statistics", "AP", "AP50", "AP75", "APs", "APm", "APl"]
-    assert [row[0] for row in table[1:]] == ["population", "minibatch"] and table[1][-1] == "-"
+    assert table[0] == ["statistics", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100"]
+    assert [row[0] for row in table[1:3]] == ["population", "minibatch"] and table[1][6] == "-"
+    assert table[3:7] == [[], ["classes"], ["population", "minibatch"], ["class", *(["AP", "AR"] * 2)]]
+    for row, name in zip(table[7:], ("kind 3", "kind 7"), strict=True):
+        of_class = [results[key]["bbox"][f"{metric}-{name}"] for key in results for metric in ("AP", "AR")]
+        assert [" ".join(row[:2]), *row[2:]] == [name, *(f"{value:.2f}" for value in of_class)]
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["population"]["bbox"]["APl"] is None and math.isnan(results["population"]["bbox"]["APl"])
     assert stored["population"]["bbox"]["AP"] == results["population"]["bbox"]["AP"] > 0

@@ -19,7 +19,7 @@ from domainnorm.config import UserError
 from domainnorm.data import test_loader as make_test_loader
 from domainnorm.engine.log import TrainingLog
 from domainnorm.evaluation import evaluate, evaluate_coco, predict
-from domainnorm.evaluation.compare import format_table
+from domainnorm.evaluation.tables import format_table
 
 CPU = torch.device("cpu")
 

@@ -53,3 +53,11 @@ def test_classes_of_waves_are_the_same_in_every_image():
     spectra = torch.fft.fft2(images).abs()
     assert torch.allclose(spectra[:, 0], spectra[:, 1], rtol=0.3, atol=30)
     assert not torch.allclose(spectra[0, 0], spectra[1, 0], rtol=0.3, atol=30)
+
+
+@pytest.mark.slow
+def test_own_model(tmp_path, capsys):
+    found = example("own_model").main(["--iterations", "2", "--out", str(tmp_path / "out")])
+    assert found.keys() == {"population", "minibatch"} and all(0 <= value <= 100 for value in found.values())
+    assert "training 1" in capsys.readouterr().out
+    assert "norm_of_class_weights" in (tmp_path / "out" / "metrics.json").read_text()

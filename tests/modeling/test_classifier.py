@@ -25,6 +25,7 @@ from domainnorm.layers import DomainBatchNorm
 
 train_module = importlib.import_module("domainnorm.engine.train")
 STATISTICS = ["population", "recomputed", "minibatch"]
+CLASSES = ("disk", "square", "triangle", "ring")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def options(sets, output, **others):
         "SOLVER.CHECKPOINT_PERIOD": 2,
         "TEST.IMS_PER_BATCH": 7,
         "TEST.RECOMPUTE.NUM_SAMPLES": 16,
+        "TEST.REPORT": False,
     }
     chosen |= {key.replace("__", "."): value for key, value in others.items()}
     return [word for pair in chosen.items() for word in pair]
@@ -112,7 +114,11 @@ def slow_accuracy(cfg, predictions):
         top1 += p["predicted"][0] == label
         top5 += label in p["predicted"][:5]
     loss = math.fsum(p["loss"] for p in predictions)
-    return {name: value / len(truth) for name, value in (("top1", 100 * top1), ("top5", 100 * top5), ("loss", loss))}
+    found = {name: value / len(truth) for name, value in (("top1", 100 * top1), ("top5", 100 * top5), ("loss", loss))}
+    for label in range(4):
+        own = [p["predicted"][0] == label for p in predictions if p["label"] == label]
+        found[f"top1-{CLASSES[label]}"] = 100 * sum(own) / len(own)
+    return found
 
 
 def test_predictions_against_the_model_itself(sets, tmp_path):
@@ -123,18 +129,21 @@ def test_predictions_against_the_model_itself(sets, tmp_path):
     results = dn.evaluate(cfg, model)
     assert model.training
     written = json.loads((tmp_path / "inference/population/classification_results.json").read_text())
-    archive, right, losses = np.load(sets[1]), 0, []
+    archive, right, losses = np.load(sets[1]), np.zeros(4), []
     model.eval()
     for k, label in enumerate(archive["labels"]):
         image = torch.from_numpy(archive["images"][k]).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
         with torch.no_grad():
             logits = model.body(((image - mean) / std)[None])[0]
-        right += int(logits.argmax()) == label
+        right[label] += int(logits.argmax()) == label
         losses.append(float(logits.logsumexp(0) - logits[label]))
         assert written[k]["predicted"] == logits.argsort(descending=True).tolist()
         assert written[k]["loss"] == pytest.approx(losses[-1], abs=1e-5)
-    expected = {"top1": 100 * right / len(losses), "top5": 100.0, "loss": pytest.approx(np.mean(losses), abs=1e-5)}
+    loss = pytest.approx(np.mean(losses), abs=1e-5)
+    expected = {"top1": 100 * right.sum() / len(losses), "top5": 100.0, "loss": loss}
+    for label, number in enumerate(np.bincount(archive["labels"])):
+        expected[f"top1-{CLASSES[label]}"] = 100 * right[label] / number
     assert results == {"population": {"classification": expected}}
 
 
@@ -142,7 +151,10 @@ def test_accuracy_by_hand():
     """Six classes: the fifth likeliest counts in top5, the sixth, which is not listed, does not."""
     rows = [(0, [0, 1, 2, 3, 4]), (4, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (2, [2, 5, 0, 1, 3])]
     predictions = [{"label": label, "predicted": p, "loss": 0.5 * k} for k, (label, p) in enumerate(rows)]
-    assert accuracy(predictions) == {"top1": 50.0, "top5": 75.0, "loss": 0.75}
+    scores = accuracy(predictions, "abcdef")
+    assert math.isnan(scores.pop("top1-b")) and math.isnan(scores.pop("top1-d"))  # there is none
+    of_classes = {"top1-a": 100.0, "top1-c": 100.0, "top1-e": 0.0, "top1-f": 0.0}
+    assert scores == {"top1": 50.0, "top5": 75.0, "loss": 0.75} | of_classes
 
 
 @pytest.mark.parametrize("norm", ["BN", "BRN", "BGN"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")  # of the extra "studies"
+pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
 import classification

@@ -134,11 +134,11 @@ def _entries(image_id: int, xywh: np.ndarray, category_ids: np.ndarray) -> Itera
 
 
 def ours(predictions: list[dict[str, Any]], truth: dict[str, Any], kind: str) -> list[float]:
-    return list(evaluate_coco(predictions, truth, kind).values())
+    return list(evaluate_coco(predictions, truth, kind).values())[:12]
 
 
 def plain(predictions: list[dict[str, Any]], truth: dict[str, Any], kind: str) -> list[float]:
-    """The same six numbers, as pycocotools' own example gets them."""
+    """The same twelve numbers, as pycocotools' own example gets them."""
     coco = COCO()
     coco.dataset = truth
     with contextlib.redirect_stdout(io.StringIO()):
@@ -147,4 +147,4 @@ def plain(predictions: list[dict[str, Any]], truth: dict[str, Any], kind: str) -
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return [100 * value if value > -1 else float("nan") for value in evaluation.stats[:6].tolist()]
+    return [100 * value if value > -1 else float("nan") for value in evaluation.stats.tolist()]

@@ -5,7 +5,7 @@
 
 Fashion-MNIST at half resolution, from the folder of Debian's package dataset-fashion-mnist; `--data patches` takes the
 built-in data set. Five sections: batch size, ghost size, example weight α, decay of γ and β, minibatches of few
-classes. Writes classification.json, classification.md and classification.png (`pip install -e '.[studies]'`). Each
+classes. Writes classification.json, classification.md and classification.png. Each
 finished run is kept in classification.json at once: the same command goes on with those that are missing.
 """
 

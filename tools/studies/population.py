@@ -7,7 +7,7 @@ A classifier of objects cut from the built-in data set is trained twice: with a 
 batches of 64, looked at in mid-training (Table 1), and with normalization batches of 2 (Table 2). Its validation error
 is measured under the EMA and under statistics recomputed by each method, from N images in batches of B. Then the time
 of method "exact" on ResNet-50 is compared with one forward pass, and with the algorithm that goes layer by layer.
-Writes population.json, population.md and population.png (`pip install -e '.[studies]'`).
+Writes population.json, population.md and population.png.
 """
 
 import argparse

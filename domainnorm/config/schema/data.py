@@ -14,6 +14,26 @@ class Input(Section, key="INPUT"):
     MIN_SIZE_TEST = Option(800, "Shorter side in inference.", PIXELS, used_by=DETECTORS)
     MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", PIXELS, used_by=DETECTORS)
     RANDOM_FLIP = Option(0.5, "Probability of a horizontal flip in training.", SHARE)
+    RANDOM_VERTICAL_FLIP = Option(0.0, "Probability of a vertical flip in training.", SHARE)
+    PHOTOMETRIC_DISTORT = Option(
+        0.0,
+        "Probability, in training, of a change of each of brightness, contrast, saturation, hue and order of channels.",
+        SHARE,
+    )
+    RANDOM_IOU_CROP = Option(
+        0.0,
+        "Probability, in training, of SSD's crop: of 0.3 to 1 of the sides, with enough of an object.",
+        SHARE,
+        used_by=DETECTORS,
+    )
+    SCALE_JITTER = Option(
+        [],
+        "Range of a factor, as 0.1, 2.0, instead of MIN_SIZE_TRAIN: the longer side becomes MAX_SIZE_TRAIN times one "
+        "that is drawn, and what exceeds MAX_SIZE_TRAIN is cropped; []: none.",
+        Range(min=0.01, max=10),
+        element=float,
+        used_by=DETECTORS,
+    )
     MAX_INTENSITY = Option(
         0.0,
         "Intensity of white in images of more than 8 bits; 0: 65535, of floats 1, 255 or 65535 by a sample of the set.",
@@ -36,9 +56,10 @@ class Datasets(Section, key="DATASETS"):
 
     A data set is a name (shapes_train, coco_2017_train, …) or "annotations.json:image_folder"; for a Classifier
     patches_train, a folder with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte".
+    "NAME=" before it is what tables, tags and results call it.
     """
 
-    TRAIN = Option([], "Training sets: names, or pairs of paths such as annotations.json:image_folder.")
+    TRAIN = Option([], "Training sets: names, or pairs of paths such as NAME=annotations.json:image_folder.")
     VALIDATION = Option(
         0.0,
         "Share of each class of TRAIN that is held out: the data set NAME@validation for each NAME.",
@@ -56,7 +77,10 @@ class DataLoader(Section, key="DATALOADER"):
     """Loading, and what a batch is made of. A normalization batch is the share of one rank and one of ACCUMULATE."""
 
     NUM_WORKERS = Option(
-        2, "Number of loading processes for each rank; 0: the main process loads.", Range(min=0, limit=256)
+        2,
+        "Number of loading processes for each rank; 0: the main process loads; -1: as many as there are cores for it, "
+        "up to 16.",
+        Range(min=-1, limit=256),
     )
     ASPECT_RATIO_GROUPING = Option(True, "Fill a batch with either wide or tall images.", used_by=DETECTORS)
     FILTER_EMPTY_ANNOTATIONS = Option(True, "Train without the images that have no object.", used_by=DETECTORS)

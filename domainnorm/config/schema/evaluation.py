@@ -50,6 +50,10 @@ class Test(Section, key="TEST"):
         OBJECTS,
         used_by=DETECTORS,
     )
+    PICTURES = Option(
+        4, "Number of images whose predictions TensorBoard shows at each evaluation; 0: none.", IMAGES_OR_0
+    )
+    REPORT = Option(True, "Write report.html after a training and by --eval-only; it needs matplotlib.")
 
 
 class Recompute(Section, key="TEST.RECOMPUTE"):
