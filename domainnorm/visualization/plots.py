@@ -98,7 +98,7 @@ def confusion_matrix(confusion: np.ndarray, rows: Sequence[str], columns: Sequen
     axes.grid(False)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.6, 0, 1))  # what is rare is seen, too
-    size = 9 if number <= MAX_CELLS else 6
+    size = 9 if number <= MAX_CELLS else min(6, 50 * side / number)  # points
     axes.set_xticks(range(len(columns)), [cut(name, 20) for name in columns], rotation=90, fontsize=size)
     axes.set_yticks(range(number), [cut(name, 20) for name in rows], fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
