@@ -61,7 +61,10 @@ def find_in_mistakes(mistakes: Mistakes, where: str) -> list[str]:
     ]
     found += find_confused(mistakes.confusion[:-1, :-1], mistakes.class_names, where)
     missed, invented = int(mistakes.confusion[:-1, -1].sum()), int(mistakes.confusion[-1, :-1].sum())
-    found.append(f"At that score, objects that are missed{where}: {missed}; predictions where nothing is: {invented}.")
+    found.append(
+        f"At that score, objects that are missed{where}: {missed}; predictions of nothing, or of an object that is "
+        f"found already: {invented}."
+    )
     return found
 
 

@@ -75,7 +75,7 @@ class Mistakes:
         overall: of all predictions, whatever their class, so that all have one threshold.
         threshold: the score from which on predictions count below: `overall.threshold`, or 0.5 if none is right.
         confusion: int64 (k + 1, k + 1): objects of class i (a row) that were taken for class j; the last column are
-            those that were missed, the last row what was found where there is nothing.
+            those that were missed, the last row predictions of nothing, or of an object that another one has found.
         missed, wrong: how many objects of each image were not found as what they are, and how many predictions are not
             right (so an object found as another class is in both), by image id, of images with either.
     """
@@ -176,7 +176,8 @@ def _joined(matched: Sequence[_Matched]) -> _Matched:
     partners = []
     for own, found, positions in matched:
         partners.append(np.where(positions < 0, -1, positions + len(objects)))
-        objects, predictions = objects + own, predictions + found
+        objects.extend(own)
+        predictions.extend(found)
     return objects, predictions, np.concatenate(partners)
 
 

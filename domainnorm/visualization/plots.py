@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 
 from ..errors import cut
@@ -92,13 +92,13 @@ def confusion_matrix(confusion: np.ndarray, rows: Sequence[str], columns: Sequen
         confusion: (len(rows), len(columns)).
     """
     number = len(rows)
-    side = min(max(4.5, 0.55 * number), 0.16 * number + 6)
+    side = min(max(4.5, 0.55 * number), 0.11 * number + 4.5, 40)  # inches
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
     (axes,) = _axes(figure, 1)
     axes.grid(False)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    size = 9 if number <= MAX_CELLS else max(3, 9 - number / 20)
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.6, 0, 1))  # what is rare is seen, too
+    size = 9 if number <= MAX_CELLS else min(6, 50 * side / number)  # points
     axes.set_xticks(range(len(columns)), [cut(name, 20) for name in columns], rotation=90, fontsize=size)
     axes.set_yticks(range(number), [cut(name, 20) for name in rows], fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
@@ -106,7 +106,7 @@ def confusion_matrix(confusion: np.ndarray, rows: Sequence[str], columns: Sequen
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
-    figure.colorbar(image, label="share of the row", shrink=0.7)
+    figure.colorbar(image, label="share of the row", shrink=0.5)
     return figure
 
 

@@ -120,7 +120,7 @@ def test_findings_come_first_and_are_right(run):
         "Keep predictions that score 0.80 or more: then 67% of them are right, 50% of 4 objects are found, F1 is "
         "0.571.",
         "Most often confused: kind 7 taken for kind 3 (1x).",
-        "At that score, objects that are missed: 2; predictions where nothing is: 1.",
+        "At that score, objects that are missed: 2; predictions of nothing, or of an object that is found already: 1.",
         "population/bbox/AP was highest at iteration 20, 45.0, and is 40.0 at the end: train for less long, or take "
         "model_best.pth.",
     ]

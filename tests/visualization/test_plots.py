@@ -62,9 +62,9 @@ def test_a_confusion_matrix_has_counts_and_shares_of_rows():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
-@pytest.mark.parametrize("number", [1, 16, 80])
+@pytest.mark.parametrize("number", [1, 16, 80, 200])
 def test_large_matrices_have_no_numbers_and_fit(number):
     names = [f"class {k}" for k in range(number)]
     figure = plots.confusion_matrix(np.eye(number, dtype=int), names, names)
     assert len(figure.axes[0].texts) == (1 if number == 1 else 0)
-    assert Image.open(io.BytesIO(plots.png(figure))).width < 2500
+    assert Image.open(io.BytesIO(plots.png(figure))).width < 3300
