@@ -27,6 +27,7 @@ ALLOWED = {
     "distributed.collectives": set(),
     "distributed": {"errors", "autograd"},
     "data": {"errors", "paths", "output", "config", "distributed"},
+    "visualization": {"errors", "paths", "output", "config", "distributed", "data"},
     "ops": {"distributed.collectives"},
     "layers": {"autograd", "distributed.collectives", "ops"},
     "statistics": {"autograd", "distributed", "ops", "layers"},
@@ -36,15 +37,15 @@ ALLOWED = {
         *("ops", "layers", "statistics", "surgery"),
     },
     "evaluation": {
-        *("errors", "paths", "output", "config", "distributed", "data"),
+        *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
         *("ops", "layers", "statistics", "surgery", "modeling"),
     },
     "engine": {
-        *("errors", "paths", "output", "config", "distributed", "data"),
+        *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
         *("ops", "layers", "statistics", "surgery", "modeling", "evaluation"),
     },
     "cli": {
-        *("errors", "paths", "output", "config", "distributed"),
+        *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
         *("statistics", "surgery", "modeling", "evaluation", "engine"),
     },
 }
@@ -198,7 +199,7 @@ def test_the_version_is_that_of_the_installation():
     assert dn.__version__ == setup_arguments()["version"]
 
 
-HEAVY = ("torchvision", "fvcore", "pycocotools", "tensorboard", "faster_coco_eval", "timm")
+HEAVY = ("torchvision", "fvcore", "pycocotools", "tensorboard", "faster_coco_eval", "timm", "matplotlib")
 LAYER = "import torch; dn.DomainBatchNorm(8)(torch.randn(4, 8, 5, 5)).sum().backward(); dn.backends()"
 MODEL = (
     "model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8)); "

@@ -1,0 +1,1 @@
+"""Pictures of data and predictions, on torchvision's drawing and matplotlib."""
