@@ -18,6 +18,7 @@ PALETTE = (
     *("#fabed4", "#9a6324", "#aaffc3", "#800000", "#dcbeff", "#808000", "#ffd8b1", "#42d4f4", "#000075", "#a9a9a9"),
 )
 MASK_OPACITY = 0.35
+MAX_HIDDEN = 0.2  # share of the image
 
 
 def draw_objects(
@@ -34,7 +35,7 @@ def draw_objects(
     Args:
         image: uint8.
         boxes: XYXY, in pixels; a name stands above its box or, at the upper border, in it.
-        names: of each object; '' writes none.
+        names: of each object; '' writes none. None is written where together they would hide a fifth of the image.
         masks: bool.
         scores: from 0 to 1, written behind the names.
         classes: all names that there are: the colour is that of the place in it, the same in all pictures. A name that
@@ -76,11 +77,14 @@ def draw_objects(
     if scores is not None:
         texts = [f"{name} {float(score):.2f}".strip() for name, score in zip(texts, scores, strict=True)]
     named = [row for row, text in enumerate(texts) if text]
-    if not named:
+    font = ImageFont.truetype(_font_file(), font_size)
+    # With torchvision's margin of one pixel around a text.
+    sides = torch.tensor([font.getbbox(texts[row])[2:] for row in named]).view(-1, 2) + 2
+    if not named or sides.prod(1).sum() > MAX_HIDDEN * image.shape[-2] * image.shape[-1]:
         return picture
     return draw_bounding_boxes(
         picture,
-        _places([texts[row] for row in named], boxes[named], font_size, image.shape[-2:]),
+        _places(sides, boxes[named], image.shape[-2:]),
         [texts[row] for row in named],
         [colors[row] for row in named],
         width=0,  # of the boxes: names alone, over all boxes
@@ -128,11 +132,8 @@ def _outlines(masks: Tensor, width: int) -> Tensor:
     return masks & (F.max_pool2d(outside[:, None], 2 * width + 1, 1)[:, 0] > 0)
 
 
-def _places(texts: list[str], boxes: Tensor, font_size: int, size: torch.Size) -> Tensor:
-    """Where torchvision, which writes into boxes, must be told that they are, for each text to stand above its own."""
-    font = ImageFont.truetype(_font_file(), font_size)
-    # The margin of one pixel of torchvision's around the text, on each side.
-    sides = torch.tensor([font.getbbox(text)[2:] for text in texts]) + 2
+def _places(sides: Tensor, boxes: Tensor, size: torch.Size) -> Tensor:
+    """Where torchvision, which writes into boxes, must be told that they are, for texts to stand above their own."""
     limit = (torch.tensor([size[1], size[0]]) - sides).clamp(min=0)
     corners = torch.stack([boxes[:, 0], boxes[:, 1] - sides[:, 1]], 1).clamp(min=0).minimum(limit)
     return torch.cat([corners, corners + 1], 1)

@@ -49,6 +49,13 @@ def test_names_stand_above_the_box_and_within_the_image():
         assert (without != named).any(0).sum() > 0.6 * area  # but for the lines of the box, of the same colour
 
 
+def test_names_that_would_hide_the_image_are_left_out():
+    few, many = (torch.tensor([[100.0, 100, 140, 120]] * count) for count in (10, 200))
+    pictures = [draw_objects(grey(), boxes, ["dog"] * len(boxes)) for boxes in (few, many)]
+    changed = [(picture != 128).any(0).sum() for picture in pictures]
+    assert changed[1] == 2 * (41 + 21) - 4 < changed[0]
+
+
 def test_scores_are_written_behind_names():
     box = torch.tensor([[100.0, 100, 200, 150]])
     width = {}
