@@ -69,6 +69,7 @@ EXCEPTIONS = {
     "ops/triton/kernels.py": {"triton"},  # imported where Triton is used
     "statistics/recompute.py": {"tqdm"},
     "surgery/export.py": {"onnxruntime"},  # imported where a model is exported to ONNX
+    "surgery/export_boxes.py": {"onnx", "onnxruntime"},
 }
 
 
@@ -266,6 +267,7 @@ def test_what_is_imported_is_declared(folder):
     always, with_extras = requirements()
     optional = {
         "timm",
+        "onnx",
         "onnxruntime",
         "matplotlib",
         "scipy",

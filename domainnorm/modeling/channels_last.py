@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.onnx.operators import shape_as_tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..distributed import world_size
@@ -32,11 +33,22 @@ class Transform(GeneralizedRCNNTransform):
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         """An image `(3, H, W)` in the size of inference; in training as it is."""
+        if torch.jit.is_tracing() and not self.training:
+            return self._resize_traced(image), target
         short, long = sorted(image.shape[-2:])
         if not self.training and short * self.max_size < long:  # the longer side is what limits it
             size = [max(self.max_size * side // long, 1) for side in image.shape[-2:]]
             return nn.functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
         return super().resize(image, target)
+
+    def _resize_traced(self, image: Tensor) -> Tensor:
+        """The same as operations: torchvision's are in single precision, with which sides differ by a pixel."""
+        sides = shape_as_tensor(image)[-2:].double()
+        goals = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
+        scale = (goals / torch.stack([sides.min(), sides.max()])).min()
+        height, width = (sides * scale).floor().clamp(min=1).long().unbind()
+        size: Any = (height, width)
+        return nn.functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Images `(3, H, W)` -> `(N, 3, H', W')`, padded by zeros to multiples of `size_divisible`."""
