@@ -74,7 +74,7 @@ def export_model(
     model returns: resizing, sigmoid, top-k, decoding and NMS are inside. Outputs are `boxes` (n, 4), XYXY in pixels of
     the image, `scores` and `labels` (n,) and, of a Mask R-CNN, `masks` (n, H, W), probabilities. N is 1: the images of
     a batch would share their padding, and would need as many detections each. It is made by the exporter that traces,
-    `torch.onnx.export(dynamo=False)`.
+    `torch.onnx.export(dynamo=False)`, which cannot follow minibatch statistics.
 
     The file is loaded again, compared with the model on random images of several batch sizes and sizes, and takes its
     name only then.
@@ -107,6 +107,8 @@ def export_model(
     if boxes and (format != "onnx" or not hasattr(model, "for_boxes")):
         what = f"format {format!r}" if format != "onnx" else type(model).__name__
         raise UserError(f"boxes: expected a detector of build_model and format 'onnx', got {what}")
+    if boxes and statistics == "minibatch":
+        raise UserError("boxes: minibatch statistics cannot be traced: export population statistics, or without boxes")
     if format == "onnx":
         _check_onnx()
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():

@@ -32,7 +32,7 @@ DOMAINS = {
 DETECTORS = {
     "RetinaNet": {},
     "Mask R-CNN": tiny.MASK_RCNN,
-    "Faster R-CNN, aligned": tiny.MASK_RCNN | V2 | {"MODEL__MASK_ON": False},
+    "Mask R-CNN, aligned": tiny.MASK_RCNN | V2,
     "one domain": DOMAINS,
 }
 SIZES = ((50, 70), (97, 64), (60, 31), (333, 64), (64, 64), (150, 200))
@@ -66,14 +66,13 @@ def exported(weights, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("statistics", ["population", "minibatch"])
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_what_a_predictor_finds(detector, statistics, tmp_path, capsys):
+def test_what_a_predictor_finds(detector, tmp_path, capsys):
     weights = saved(tmp_path, **DETECTORS[detector])
     domain = ["--domain", "night"] if detector == "one domain" else []
-    session = onnxruntime.InferenceSession(str(exported(weights, "--statistics", statistics, *domain)))
+    session = onnxruntime.InferenceSession(str(exported(weights, *domain)))
     assert "net.onnx: images (1, 3, H, W); largest difference " in capsys.readouterr().out
-    predict = dn.Predictor(weights, statistics=statistics, domain=(domain or [None])[-1], exact=True, score=0.0)
+    predict = dn.Predictor(weights, domain=(domain or [None])[-1], exact=True, score=0.0)
     generator = np.random.default_rng(0)
     for height, width in SIZES:
         image = np.asarray(
@@ -90,7 +89,6 @@ def test_what_a_predictor_finds(detector, statistics, tmp_path, capsys):
             masks = [own.masks.float()], [torch.as_tensor(found["masks"] >= 0.5).float()]
         own_side, other_side = masks or ([], [])
         rows = [own.boxes, own.scores, own.labels, *own_side], [*other, *other_side]
-        # labels and scores exactly in the same order but for equals; boxes of the same, in image sides
         assert export_boxes._difference(rows[0][:3], rows[1][:3], max(height, width)) < 1e-4
         assert export_boxes._difference(*rows, max(height, width)) < 2e-3  # a mask's pixels at 0.5 may be rounded
 
@@ -154,6 +152,9 @@ def test_refused(tmp_path):
         dn.export_model(model, tmp_path / "net.onnx", "onnx", boxes=True)
     with pytest.raises(dn.UserError, match="format 'onnx', got format 'torch'"):
         dn.export_model(model, tmp_path / "net.pt2", boxes=True)
+    model = dn.build_model(tiny.config("a:b", tmp_path, MODEL__RETINANET__NUM_CLASSES=2))
+    with pytest.raises(dn.UserError, match="boxes: minibatch statistics cannot be traced"):
+        dn.export_model(model, tmp_path / "net.onnx", "onnx", boxes=True, statistics="minibatch")
 
 
 def test_how_detections_differ():
