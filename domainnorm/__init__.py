@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .modeling import build_model as build_model
     from .ops.moments import Moments as Moments
     from .ops.select import backends as backends
+    from .prediction import Predictor as Predictor
     from .statistics.choose import set_statistics as set_statistics
     from .statistics.example_weight import choose_example_weight as choose_example_weight
     from .statistics.example_weight import set_example_weight as set_example_weight
@@ -78,6 +79,7 @@ _MODULES = {  # of the public names, separated by spaces
     "modeling": "build_model",
     "ops.moments": "Moments",
     "ops.select": "backends",
+    "prediction": "Predictor",
     "statistics.choose": "set_statistics",
     "statistics.example_weight": "choose_example_weight set_example_weight",
     "statistics.merge": "merge_population_statistics",

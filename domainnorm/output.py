@@ -12,8 +12,11 @@ from .errors import UserError
 from .paths import user_path
 
 
-def output_folder(path: str | Path) -> Path:
+def output_folder(path: str | Path, name: str = "OUTPUT_DIR") -> Path:
     """`path` (with `~` expanded), made if need be.
+
+    Args:
+        name: of the option, for the message.
 
     Raises:
         UserError: it cannot be made or written to.
@@ -22,9 +25,9 @@ def output_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"OUTPUT_DIR {str(path)!r}: cannot be made: {_reason(error)}") from error
+        raise UserError(f"{name} {str(path)!r}: cannot be made: {_reason(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"OUTPUT_DIR {path}: no permission to write there")
+        raise UserError(f"{name} {path}: no permission to write there")
     return folder
 
 

@@ -44,9 +44,13 @@ ALLOWED = {
         *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
         *("ops", "layers", "statistics", "surgery", "modeling", "evaluation"),
     },
+    "prediction": {
+        *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
+        *("ops", "layers", "statistics", "surgery", "modeling", "evaluation", "engine"),
+    },
     "cli": {
         *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
-        *("statistics", "surgery", "modeling", "evaluation", "engine"),
+        *("statistics", "surgery", "modeling", "evaluation", "engine", "prediction"),
     },
 }
 BACKENDS = {
@@ -65,6 +69,7 @@ EXCEPTIONS = {
     "ops/triton/kernels.py": {"triton"},  # imported where Triton is used
     "statistics/recompute.py": {"tqdm"},
     "surgery/export.py": {"onnxruntime"},  # imported where a model is exported to ONNX
+    "surgery/export_boxes.py": {"onnx", "onnxruntime"},
 }
 
 
@@ -164,7 +169,7 @@ PROMISED = {
     *("convert_batchnorm", "convert_groupnorm", "fuse", "export_model", "set_statistics", "virtual_batch"),
     *("set_example_weight", "choose_example_weight", "recompute_population_statistics", "merge_population_statistics"),
     *("use_domain", "name_domains", "add_domain", "keep_domain", "merge_domains", "nearest_domain"),
-    *("load_config", "build_model", "train", "evaluate", "UserError"),
+    *("load_config", "build_model", "train", "evaluate", "Predictor", "UserError"),
 }
 
 
@@ -263,6 +268,7 @@ def test_what_is_imported_is_declared(folder):
     optional = {
         "timm",
         "safetensors",
+        "onnx",
         "onnxruntime",
         "matplotlib",
         "scipy",

@@ -1,10 +1,12 @@
 """The README's snippets run, its commands name files that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from domainnorm.cli import export, predict
 from domainnorm.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +26,21 @@ def test_python_snippets_run_in_order(monkeypatch):
 
 
 def test_the_paths_it_names_exist():
-    paths = re.findall(r"(?:tools|configs|docs|domainnorm)/[\w./]+", README)
+    paths = re.findall(r"(?:tools|configs|docs|domainnorm|examples)/[\w./]+", README)
     assert len(paths) > 4
     for path in paths:
         assert (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_what_it_predicts_and_exports_are_arguments_of_these_commands():
+    commands = [shlex.split(line.replace("\\\n", "")) for line in re.findall(r"tools/((?:.*\\\n)*.*)", README)]
+    parsers = {"predict.py": predict.parse, "export_net.py": export.parse}
+    args = [parsers[words[0]](words[1:]) for words in commands if words[0] in parsers and "--out" in words]
+    assert [hasattr(found, "input") for found in args].count(True) == 1 and len(args) == 3
+    assert sum(found.boxes for found in args if hasattr(found, "boxes")) == 1
+    for found in args:
+        if hasattr(found, "config_file") and (ROOT / (found.config_file or "-")).exists():
+            load_config(ROOT / found.config_file, found.opts)
 
 
 def test_each_training_it_shows_has_a_folder_of_its_own():

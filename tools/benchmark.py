@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What domainnorm costs beside its peers: ratios of times, memory, bytes and calls, measured side by side.
 
-COMMANDS = ("layers", "head", "model", "annotations", "evaluation", "memory", "shuffle", "collectives")
+COMMANDS = ("layers", "head", "model", "prediction", "annotations", "evaluation", "memory", "shuffle", "collectives")
 
 Prints a table; `--json` writes it, too. Results are in docs/performance.md.
 """
@@ -19,7 +19,7 @@ from benchmarks.table import show
 
 from domainnorm.errors import UserError
 
-COMMANDS = ("layers", "head", "model", "annotations", "evaluation", "memory", "shuffle", "collectives")
+COMMANDS = ("layers", "head", "model", "prediction", "annotations", "evaluation", "memory", "shuffle", "collectives")
 # glibc gives tensors above 32 MB back to the system when they are freed, and every new one costs a page fault per 4 kB,
 # more than what is measured. A GPU's allocator keeps them, and so does this, from the start of a process on; one arena,
 # because gloo's threads allocate, too.

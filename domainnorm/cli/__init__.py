@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 COMMANDS = {  # the module of each, and the arguments that it begins with
     "train": ("train", []),
     "eval": ("train", ["--eval-only"]),
+    "predict": ("predict", []),
     "compare": ("compare", []),
     "export": ("export", []),
     "explain": ("explain", []),

@@ -1,7 +1,7 @@
-"""Write the trained RetinaNet or classifier of a config as one file that runs without this library.
+"""Write the trained detector or classifier of a config as one file that runs without this library.
 
     domainnorm export --config-file F --format torch|onnx --out FILE [--domain NAME|INDEX]
-        [--statistics population|minibatch] [--example-weight A] [--fuse] [--atol 1e-5] KEY VALUE …
+        [--statistics population|minibatch] [--example-weight A] [--fuse] [--boxes] [--atol 1e-5] KEY VALUE …
 
 MODEL.WEIGHTS names the checkpoint. The file is checked against the model before it takes its name.
 """
@@ -29,7 +29,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
     parser.add_argument("--example-weight", type=float, help="of an image's own moments, under population statistics")
     parser.add_argument("--fuse", action="store_true", help="fold norms into convolutions where they can be")
-    parser.add_argument("--atol", type=float, default=1e-5, help="largest difference from the model")
+    parser.add_argument("--boxes", action="store_true", help="from an image of any size to a detector's final boxes")
+    parser.add_argument("--atol", type=float, help="largest difference from the model; 1e-5, with --boxes 1e-4")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
     return parser.parse_intermixed_args(argv)
 
@@ -64,6 +65,7 @@ def export(args: argparse.Namespace) -> Exported:
         domain=domain,
         statistics=args.statistics,
         fused=args.fuse,
+        boxes=args.boxes,
         atol=args.atol,
         **options,
     )

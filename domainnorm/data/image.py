@@ -100,6 +100,18 @@ def read_image(
         raise UserError(message)
     if 0 in size:
         raise UserError(f"{name}: is {size[1]} x {size[0]} pixels; remove it from the data set")
+    return to_rgb(image, name, white)
+
+
+def to_rgb(image: Image.Image, name: str, white: Callable[[np.ndarray], float] = of_this_image) -> torch.Tensor:
+    """The pixels of an image as it lies: uint8, (3, H, W), RGB; see `read_image`.
+
+    Args:
+        name: for the message.
+
+    Raises:
+        UserError: values without a known range, or a mode without a way to RGB.
+    """
     if image.mode.startswith(("I", "F")):
         image = _to_eight_bits(image, name, white)
     try:

@@ -153,7 +153,7 @@ def read_training(cfg: CfgNode, file: Path) -> dict[str, Any]:
     iteration, ranks = checkpoint["iteration"], checkpoint["ranks"]
     if type(iteration) is not int or iteration < 0 or not isinstance(ranks, list) or not ranks:
         raise UserError(f"checkpoint {file}: broken: its iteration or its ranks are none")
-    then = _config_in(checkpoint["config"], file)
+    then = config_in(checkpoint["config"], file)
     now = flatten(cfg)
     # A key that only one of them has came or went with a version of this library.
     solver = cfg.SOLVER
@@ -188,7 +188,7 @@ def other_choices(cfg: CfgNode, file: str | Path) -> str:
     """What the model in `file` was trained with and `cfg` has otherwise, as one line; "" where there is nothing."""
     if not user_path(file).is_file() or "config" not in (content := read_checkpoint(file)):
         return ""
-    then, now = _config_in(content["config"], Path(file)), flatten(cfg)
+    then, now = config_in(content["config"], Path(file)), flatten(cfg)
     free = ("MODEL.WEIGHTS", "MODEL.DEVICE")
     keys = [key for key in now if key.startswith("MODEL.") and key not in free and not key.endswith("_TEST")]
     changed = [
@@ -245,8 +245,12 @@ def _arrange_in_first_step(optimizer: torch.optim.Optimizer) -> None:
     handle = optimizer.register_step_pre_hook(arrange)
 
 
-def _config_in(text: Any, file: Path) -> dict[str, Any]:
-    """The options in the config of a checkpoint that are known, by their present names."""
+def config_in(text: Any, file: Path) -> dict[str, Any]:
+    """The options in the config of a checkpoint that are known, by their present names.
+
+    Raises:
+        UserError: it is no YAML.
+    """
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:

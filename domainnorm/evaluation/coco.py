@@ -34,7 +34,7 @@ def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[st
     for images, targets in tqdm(loader, desc="evaluation", file=sys.stdout, disable=True if rank() else None):
         outputs = model([image.to(device, non_blocking=True) for image in images])
         for output, target in zip(outputs, targets, strict=True):
-            found += _coco_results(int(target["image_id"]), output, loader.dataset.category_ids)
+            found += coco_results(int(target["image_id"]), output, loader.dataset.category_ids)
     everything = [result for part in gather_objects(found) for result in part]
     return sorted(everything, key=lambda result: result["image_id"])  # stable
 
@@ -118,7 +118,17 @@ def category_names(columns: Columns) -> list[str]:
     ]
 
 
-def _coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
+def coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
+    """The detections in one image in COCO's results format.
+
+    Args:
+        output: `boxes` (n, 4), XYXY, `labels` and `scores` (n,) and, of a model with masks, `masks` (n, 1, H, W), of
+            which 0.5 or more is the object.
+        category_ids: of each label; None: its detections are left out.
+
+    Raises:
+        UserError: a label that has none.
+    """
     labels = output["labels"].tolist()
     if max(labels, default=0) >= len(category_ids):
         raise UserError(

@@ -18,12 +18,12 @@ def in_domain(cfg: CfgNode, model: nn.Module, domain: str) -> nn.Module:
     if cfg.TEST.DOMAIN == "average":
         return merge_domains(copy.deepcopy(model))
     if cfg.TEST.DOMAIN == "nearest":
-        return _Nearest(model)
+        return Nearest(model)
     use_domain(model, domain)
     return model
 
 
-class _Nearest(nn.Module):
+class Nearest(nn.Module):
     """Each image in the domain whose statistics are most like its own."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from ..layers import DomainBatchNorm, get_norm
 from ..ops.moments import wide
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast
+from .detections import Detections
 from .predictors import ClassRows, Predictors
 
 SMOOTH_L1_BETA = 1 / 9  # torchvision's
@@ -176,10 +177,14 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN, ChannelsLast):
 
     not_exportable = (
         "a GeneralizedRCNN cannot be exported: its heads run on RoIs whose number differs from image to image; "
-        "export a RetinaNet or a classifier"
+        "export a RetinaNet or a classifier, or its final boxes to ONNX (boxes=True, --boxes)"
     )
 
     optional = ("roi_heads.mask_head", "roi_heads.mask_predictor")  # what weights to begin with may lack, or have
+
+    def for_boxes(self) -> Detections:
+        """What an exported program computes up to the final boxes and masks."""
+        return Detections(self)
 
     def predictors(self) -> Predictors:
         """The layers that have rows for each class."""

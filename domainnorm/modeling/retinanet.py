@@ -21,6 +21,7 @@ from ..layers import DomainBatchNorm, get_norm, normalize_layers
 from ..ops.moments import wide
 from ..surgery.domains import use_domains_of
 from .channels_last import ChannelsLast, Transform
+from .detections import Detections
 from .focal_loss import focal_loss
 from .predictors import ClassRows, Predictors
 
@@ -210,6 +211,10 @@ class RetinaNet(TorchvisionRetinaNet, ChannelsLast):
         """What an exported program computes."""
         return DenseRetinaNet(self)
 
+    def for_boxes(self) -> Detections:
+        """What an exported program computes up to the final boxes."""
+        return Detections(self)
+
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images `(3, H, W)` in [0, 1], targets with `boxes` (xyxy) and `labels` (from 0) -> losses or detections.
 
@@ -249,4 +254,6 @@ class DenseRetinaNet(nn.Module):
 
 def _flatten(levels: list[Tensor], columns: int) -> Tensor:
     """Maps `(N, A · columns, H, W)` of all levels -> `(N, ΣHWA, columns)`, in float32 or better."""
-    return wide(torch.cat([x.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], dim=1))
+    # Not flatten(), whose sizes an export to ONNX takes for constants.
+    rows = [x.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).reshape(x.shape[0], -1, columns) for x in levels]
+    return wide(torch.cat(rows, dim=1))

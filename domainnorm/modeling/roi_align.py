@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import _filter_input, _setup_scales
 
 
@@ -40,10 +41,10 @@ class RoIAlign(MultiScaleRoIAlign):
         if self.scales is None or self.map_levels is None:
             self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
         levels = self.map_levels(boxes)
+        if not as_bags:
+            return self._by_kernel(maps, convert_boxes_to_roi_format(boxes), levels)
         counts = torch.tensor([len(of_image) for of_image in boxes], device=levels.device)
         image = torch.arange(len(boxes), device=levels.device).repeat_interleave(counts)
-        if not as_bags:
-            return self._by_kernel(maps, torch.cat([image[:, None].to(boxes[0]), torch.cat(boxes)], 1), levels)
         rois = torch.cat(boxes) * torch.tensor(self.scales).to(boxes[0])[levels][:, None]
         sizes = torch.tensor([m.shape[2:] for m in maps])
         areas = sizes.prod(1) * len(maps[0])
@@ -65,7 +66,7 @@ class RoIAlign(MultiScaleRoIAlign):
     def _by_kernel(self, maps: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
         """By torchvision's kernel, level by level, of RoIs `(R, 5)` with their image."""
         assert self.scales is not None
-        found = rois.new_zeros(len(rois), maps[0].shape[1], *self.output_size, dtype=maps[0].dtype)
+        found = rois.new_zeros(rois.shape[0], maps[0].shape[1], *self.output_size, dtype=maps[0].dtype)
         for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
             chosen = (levels == level).nonzero()[:, 0]
             wide = torch.promote_types(features.dtype, rois.dtype)  # half precision would move boxes by pixels

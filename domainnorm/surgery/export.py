@@ -21,6 +21,7 @@ from ..output import replace_file
 from ..paths import user_path
 from ..statistics.choose import set_statistics
 from .domains import with_domains
+from .export_boxes import add_metadata, export_boxes
 from .fuse import fuse
 from .resize_domains import keep_domain
 
@@ -54,7 +55,8 @@ def export_model(
     domain: int | str | None = None,
     statistics: str = "population",
     fused: bool = False,
-    atol: float = 1e-5,
+    boxes: bool = False,
+    atol: float | None = None,
 ) -> Exported:
     """Write `model`, as it predicts in eval mode, to `file`; the model stays as it was.
 
@@ -68,18 +70,25 @@ def export_model(
     deviation of pixels, versions. In ONNX its entries are metadata (`session.get_modelmeta().custom_metadata_map`, as
     JSON but for texts); `torch.export.load(file, extra_files={"description.json": ""})` fills it in there.
 
+    With `boxes`, a detector becomes an ONNX file from one image `(1, 3, H, W)` of any size, in [0, 1], to what the
+    model returns: resizing, sigmoid, top-k, decoding and NMS are inside. Outputs are `boxes` (n, 4), XYXY in pixels of
+    the image, `scores` and `labels` (n,) and, of a Mask R-CNN, `masks` (n, H, W), probabilities. N is 1: the images of
+    a batch would share their padding, and would need as many detections each. It is made by the exporter that traces,
+    `torch.onnx.export(dynamo=False)`, which cannot follow minibatch statistics.
+
     The file is loaded again, compared with the model on random images of several batch sizes and sizes, and takes its
     name only then.
 
     Args:
-        model: any module; of our detectors, a `RetinaNet`.
+        model: any module; of our detectors, a `RetinaNet`; with `boxes` any.
         file: which is written.
         format: `"torch"`, for `torch.export.load`, on the model's device; or `"onnx"`.
         size: H and W of the images that it is traced with.
         domain: the number or name of the only data set for which it predicts, where these are domains of norms.
         statistics: `"population"` or `"minibatch"`: which normalize.
         fused: whether norms are folded into convolutions first, by `dn.fuse`.
-        atol: the largest difference that is allowed; see `Exported`.
+        boxes: whether a detector's final boxes are what the file returns.
+        atol: the largest difference that is allowed; see `Exported`. None: 1e-5, with `boxes` 1e-4.
 
     Returns:
         What was exported, and how far it differs from the model.
@@ -95,12 +104,52 @@ def export_model(
     file = user_path(file)
     if format not in FORMATS:
         raise UserError(f"format takes one of {list(FORMATS)}, got {format!r}")
+    if boxes and (format != "onnx" or not hasattr(model, "for_boxes")):
+        what = f"format {format!r}" if format != "onnx" else type(model).__name__
+        raise UserError(f"boxes: expected a detector of build_model and format 'onnx', got {what}")
+    if boxes and statistics == "minibatch":
+        raise UserError("boxes: minibatch statistics cannot be traced: export population statistics, or without boxes")
     if format == "onnx":
         _check_onnx()
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
         raise UserError(f"{file}: cannot be written: expected a file in a folder that exists and may be written to")
     description = getattr(model, "description", {})
+    if (reason := getattr(model, "not_exportable", "")) and not boxes:
+        raise UserError(reason)
     model = _prepared(model, domain, statistics, fused)
+    content, exported = _with_boxes(model, description) if boxes else _of_fixed_shapes(model, format, size, description)
+    limit = (1e-4 if boxes else 1e-5) if atol is None else atol
+    if not exported.difference <= limit:
+        raise UserError(
+            f"{file}: not written, because its outputs would differ from the model's by {exported.difference:.1e}, "
+            f"more than atol={limit:.1e}"
+        )
+    try:
+        with replace_file(file, "wb") as stream:
+            stream.write(content)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    return exported
+
+
+def _with_boxes(model: nn.Module, description: dict[str, Any]) -> tuple[bytes, Exported]:
+    detections: Any = model.cpu().for_boxes()  # type: ignore[operator]
+    try:
+        content, difference, sizes = export_boxes(detections.eval(), description)
+    except Exception as error:  # of many kinds: the exporter runs all of the model's code
+        raise _refused("onnx", error) from error
+    return content, Exported((1, 3, "H", "W"), difference, sizes)
+
+
+def _refused(format: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"{format} cannot export the model: {lines[0]}")
+
+
+def _of_fixed_shapes(
+    model: nn.Module, format: str, size: tuple[int, int], description: dict[str, Any]
+) -> tuple[bytes, Exported]:
+    """A model whose outputs have shapes that depend on those of the images only."""
     if hasattr(model, "for_export"):
         model = model.for_export()  # type: ignore[operator]
     choices = _dynamic(model, size)
@@ -118,21 +167,10 @@ def export_model(
         except Exception as error:  # of many kinds: torch.export runs all of the model's code
             failure = error
     else:
-        lines = str(failure).strip().splitlines() or [type(failure).__name__]
-        raise UserError(f"{format} cannot export the model: {lines[0]}") from failure
-    if not difference <= atol:
-        raise UserError(
-            f"{file}: not written, because its outputs would differ from the model's by {difference:.1e}, more than "
-            f"atol={atol:.1e}"
-        )
-    try:
-        with replace_file(file, "wb") as stream:
-            stream.write(content)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+        raise _refused(format, failure) from failure
     sides = [f"{model.stride}·{name}" if hasattr(model, "stride") else name for name in "HW"]
     shape = ("N" if 0 in dims else 1, 3, *(sides if 2 in dims else size))
-    return Exported(shape, difference, sizes)
+    return content, Exported(shape, difference, sizes)
 
 
 def _dynamic(model: nn.Module, size: tuple[int, int]) -> list[dict[int, Any]]:
@@ -156,8 +194,6 @@ def _check_onnx() -> None:
 
 def _prepared(model: nn.Module, domain: int | str | None, statistics: str, fused: bool) -> nn.Module:
     """A copy that predicts as is asked."""
-    if reason := getattr(model, "not_exportable", ""):
-        raise UserError(reason)
     if statistics not in ("population", "minibatch"):
         raise UserError(f"statistics takes one of ['population', 'minibatch'], got {statistics!r}")
     if fused and statistics == "minibatch":
@@ -217,8 +253,7 @@ def _onnx(
         program, dynamo=True, verbose=False, input_names=["images"], output_names=list(outputs)
     )
     proto = made.model_proto
-    for key, value in description.items():
-        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    add_metadata(proto, description)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: [torch.as_tensor(v) for v in session.run(None, {"images": images.numpy()})]

@@ -90,11 +90,11 @@ def test_one_command_for_all(config_file, capsys):
     assert domainnorm(["eval", "--config-file", config_file]) == 2
     assert "--eval-only: MODEL.WEIGHTS is empty" in capsys.readouterr().err
     assert domainnorm(["export"]) == 2 and "--config-file" in capsys.readouterr().err
-    assert domainnorm(["--help"]) == 0 and "train,eval,compare,export,explain" in capsys.readouterr().out
+    assert domainnorm(["--help"]) == 0 and "train,eval,predict,compare,export,explain" in capsys.readouterr().out
     for wrong in ([], ["trian"]):
         assert domainnorm(wrong) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: expected a command of ['train', 'eval', 'compare', 'export', 'explain', ")
+        assert line.startswith("error: expected a command of ['train', 'eval', 'predict', 'compare', 'export', ")
 
 
 def test_other_errors_keep_their_traceback(config_file, monkeypatch):

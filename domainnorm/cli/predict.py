@@ -1,0 +1,101 @@
+"""Find what a trained model knows in images.
+
+    domainnorm predict --weights RUN_OR_FILE --input PATH … --out DIR [--score 0.5] [--statistics population|minibatch]
+        [--domain NAME|INDEX] [--batch-size N] [--exact] [--config-file F] [--opts KEY VALUE …]
+
+Each PATH is an image, a folder (of video frames, say, which come in the order of their numbers) or a pattern in quotes.
+DIR gets a picture of each image, with what was found drawn in it, and `predictions.json`, in COCO's results format.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..engine.streams import tolerant_streams
+from ..errors import UserError
+from ..output import output_folder, replace_file, write_json
+from ..prediction import Prediction, Predictor
+from . import Parser
+
+PREDICTIONS, PICTURES = "predictions.json", "pictures"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of detectron2's demo, `--weights` for its `MODEL.WEIGHTS`."""
+    parser = Parser(description="Find what a trained model knows in images.", allow_abbrev=False)
+    parser.add_argument("--weights", metavar="RUN_OR_FILE", required=True, help="the folder of a run, or a checkpoint")
+    parser.add_argument("--input", metavar="PATH", nargs="+", required=True, help="images, folders, patterns")
+    parser.add_argument("--out", metavar="DIR", required=True, help="for pictures and predictions.json")
+    parser.add_argument("--score", type=float, default=0.5, help="objects of a higher score are kept")
+    parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
+    parser.add_argument("--domain", help="name or number, where data sets are the domains of norms")
+    parser.add_argument("--batch-size", type=int, default=1, help="images read together; results do not depend on it")
+    parser.add_argument("--exact", action="store_true", help="as in evaluation, to the bit; slower")
+    parser.add_argument("--config-file", metavar="FILE", help="of the model, instead of the one in the checkpoint")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options, over those of the config")
+    return parser.parse_args(argv)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Predict, draw and write. Returns how many inputs failed, of which a line each says why.
+
+    Raises:
+        UserError: no predictions can be made, or what is found cannot be written.
+    """
+    predictor = Predictor(
+        args.weights,
+        statistics=args.statistics,
+        domain=args.domain,
+        score=args.score,
+        batch_size=args.batch_size,
+        exact=args.exact,
+        config_file=args.config_file,
+        options=args.opts,
+    )
+    folder = output_folder(args.out, "--out")
+    errors = 0
+
+    def failed(error: UserError) -> None:
+        nonlocal errors
+        errors += 1
+        _tell(error)
+
+    results: list[dict[str, Any]] = []
+    names: set[str] = set()  # of pictures
+    for number, found in enumerate(predictor.stream(args.input, failed), start=1):
+        _write_picture(found, output_folder(folder / PICTURES, "--out"), names)
+        results += found.coco_results(number)
+        print(found, flush=True)
+    if names:
+        write_json(folder / PREDICTIONS, results)
+        print(f"{folder / PREDICTIONS}: {len(results)} predictions in {len(names)} images")
+    return errors
+
+
+def _write_picture(found: Prediction, folder: Path, names: set[str]) -> None:
+    """Under the name of the image or, where an earlier one has it too, with a number."""
+    stem = Path(found.name).stem
+    name = next(name for k in range(1, len(names) + 2) if (name := f"{stem}_{k}" if k > 1 else stem) not in names)
+    names.add(name)
+    with replace_file(folder / f"{name}.jpg", "wb") as stream:
+        Image.fromarray(found.draw().permute(1, 2, 0).numpy()).save(stream, "jpeg", quality=90)
+
+
+def _tell(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 after a mistake in what the user gave or a broken image, 130 after Ctrl-C."""
+    with tolerant_streams():
+        try:
+            return 2 if predict(parse(argv)) else 0
+        except UserError as error:
+            _tell(error)
+            return 2
+        except KeyboardInterrupt:
+            return 130

@@ -1,0 +1,211 @@
+"""A trained model, from images of any kind to what is in them."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from ..config import load_config
+from ..data.image import of_this_image
+from ..data.transforms import classifier_test_transforms, test_transforms
+from ..distributed import get_device
+from ..engine.checkpoint import config_in, last_checkpoint
+from ..errors import UserError
+from ..evaluation.in_domain import Nearest
+from ..modeling import build_model
+from ..modeling.checkpoint_file import read_checkpoint
+from ..modeling.fast import FastModel, computes_in_bfloat16
+from ..paths import user_path
+from ..statistics.choose import set_statistics
+from ..surgery.domains import with_domains
+from ..surgery.resize_domains import keep_domain, merge_domains
+from .inputs import Source, find_images, is_one
+from .prediction import Prediction
+
+
+class Predictor:
+    """A trained detector or classifier, from images of any kind to what is in them.
+
+    What it finds in an image depends on this image only, whatever the others are and the size of the batch.
+
+    Args:
+        weights: the folder of a run, of which the last checkpoint is taken; or a checkpoint.
+        statistics: `"population"` or `"minibatch"`: which normalize.
+        domain: the number or name of the images' domain, where data sets are domains of norms; None: by `TEST.DOMAIN`,
+            if that is `nearest` or `average`.
+        score: objects of a higher score are kept.
+        batch_size: how many images are read, and given to the model, together. A detector's go through it one by one.
+        exact: the results of `dn.evaluate`, to the bit. Else norms are folded into convolutions (`dn.fuse`) where
+            population statistics normalize, memory is channels_last, and convolutions are in bfloat16 where the device
+            computes in it: faster, and other by rounding.
+        config_file: of the model; None: the config in the checkpoint.
+        options: KEY, VALUE, …, over those of the config, such as `["INPUT.MIN_SIZE_TEST", 640]`.
+
+    Attributes:
+        cfg: the config.
+        model: what predicts.
+        file: the checkpoint.
+        class_names: of each label.
+
+    Raises:
+        UserError: no such checkpoint, or one without a config; options that do not fit the model.
+
+    Example::
+
+        >>> predict = dn.Predictor("output/run")  # doctest: +SKIP
+        >>> found = predict("photo.jpg")  # doctest: +SKIP
+        >>> found.boxes, found.scores, found.names  # doctest: +SKIP
+        >>> for found in predict.stream("folder"):  # doctest: +SKIP
+        ...     print(found)
+        folder/1.jpg: 12 RBC, 1 WBC, 62 ms
+    """
+
+    def __init__(
+        self,
+        weights: str | Path,
+        *,
+        statistics: str = "population",
+        domain: int | str | None = None,
+        score: float = 0.5,
+        batch_size: int = 1,
+        exact: bool = False,
+        config_file: str | Path | None = None,
+        options: Sequence[Any] = (),
+    ) -> None:
+        if statistics not in ("population", "minibatch"):
+            raise UserError(f"statistics takes one of ['population', 'minibatch'], got {statistics!r}")
+        if not 0 <= score <= 1:
+            raise UserError(f"score takes a number from 0 to 1, got {score:g}")
+        if batch_size < 1:
+            raise UserError(f"batch_size takes 1 or more, got {batch_size}")
+        self.file = _checkpoint(weights)
+        self.cfg = _config(self.file, config_file, options)
+        self.score, self.batch_size = score, batch_size
+        self.device = get_device(self.cfg.MODEL.DEVICE)
+        model = build_model(self.cfg, trained=True).eval()
+        description: Any = model.description
+        number = range(description["num_classes"])
+        self.class_names: list[str] = description["class_names"] or [f"class {label}" for label in number]
+        try:
+            self.model = self._prepared(model, statistics, domain, exact)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.file}: {error}") from error
+        self.is_classifier = self.cfg.MODEL.META_ARCHITECTURE == "Classifier"
+        self._transform = (classifier_test_transforms if self.is_classifier else test_transforms)(self.cfg)
+
+    def __call__(self, inputs: Any) -> Prediction | list[Prediction]:
+        """What is in one image; of a folder, a pattern or a list of inputs a list with as many as there are images.
+
+        Args:
+            inputs: the path of an image file or of a folder, a pattern such as `"frames/*.png"`, a PIL image, an array
+                of RGB (uint8), a tensor (uint8, or floats in [0, 1]), or a list of these. Files and PIL images are
+                turned upright by EXIF.
+
+        Shape:
+            - arrays: :math:`(H, W, 3)`
+            - tensors: :math:`(3, H, W)`
+
+        Raises:
+            UserError: of the first input that is unknown or broken.
+        """
+        found = list(self.stream(inputs))
+        return found[0] if is_one(inputs) else found
+
+    @torch.no_grad()
+    def stream(self, inputs: Any, failed: Callable[[UserError], None] | None = None) -> Iterator[Prediction]:
+        """What is in each image, one after the other: for more than the memory holds.
+
+        Args:
+            inputs: as of a call.
+            failed: is called with what is wrong with an input; None: that is raised.
+        """
+        images = self._read(inputs, failed)
+        while batch := list(itertools.islice(images, self.batch_size)):
+            yield from self._predict([source.name for source, _ in batch], [image for _, image in batch])
+
+    def _read(self, inputs: Any, failed: Callable[[UserError], None] | None) -> Iterator[tuple[Source, Tensor]]:
+        for source in find_images(inputs):
+            try:
+                if isinstance(source, UserError):
+                    raise source
+                image = source.read(self._white)
+            except UserError as error:
+                if failed is None:
+                    raise
+                failed(error)
+            else:
+                yield source, image
+
+    def _white(self, values: np.ndarray) -> float:
+        return self.cfg.INPUT.MAX_INTENSITY or of_this_image(values)
+
+    def _predict(self, names: list[str], images: list[Tensor]) -> Iterator[Prediction]:
+        ready = [self._transform(tv_tensors.Image(image)).as_subclass(Tensor).float() for image in images]
+        began = time.perf_counter()
+        outputs = self.model([image.to(self.device) for image in ready])
+        found = self._likeliest(outputs) if self.is_classifier else [self._kept(output) for output in outputs]
+        seconds = (time.perf_counter() - began) / len(images)
+        for name, image, one in zip(names, images, found, strict=True):
+            scores, labels = one["scores"], one["labels"]
+            yield Prediction(name, image, scores, labels, one.get("boxes"), one.get("masks"), seconds, self.class_names)
+
+    def _kept(self, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        chosen = output["scores"] > self.score
+        found = {key: value[chosen] for key, value in output.items()}
+        if "masks" in found:
+            found["masks"] = found["masks"][:, 0] >= 0.5
+        return {key: value.cpu() for key, value in found.items()}
+
+    def _likeliest(self, logits: Tensor) -> list[dict[str, Tensor]]:
+        scores, labels = logits.float().softmax(1).cpu().sort(dim=1, descending=True, stable=True)
+        return [{"scores": s, "labels": k} for s, k in zip(scores, labels, strict=True)]
+
+    def _prepared(self, model: nn.Module, statistics: str, domain: int | str | None, exact: bool) -> nn.Module:
+        """The model as it is to predict."""
+        choice = self.cfg.TEST.DOMAIN
+        if domain is not None:
+            names = self.cfg.DATASETS.DOMAINS
+            is_number = isinstance(domain, str) and domain.isdecimal() and domain not in names
+            keep_domain(model, int(domain) if is_number else domain)
+        elif choice == "average" and with_domains(model):
+            merge_domains(model)
+        elif choice == "given" and (layers := with_domains(model)):
+            known = next((list(layer.domain_names) for layer in layers.values() if layer.domain_names), "0, 1, …")
+            raise UserError(
+                f"norms of the model have domains: say which the images are of, of {known}; or set TEST.DOMAIN to "
+                "nearest or average"
+            )
+        set_statistics(model, statistics)
+        nearest = bool(with_domains(model))
+        if not exact:
+            model = FastModel(model, self.score, bfloat16=computes_in_bfloat16(self.device))
+        return Nearest(model) if nearest else model
+
+
+def _checkpoint(weights: str | Path) -> Path:
+    path = user_path(os.fspath(weights))
+    if not path.is_dir():
+        return path
+    file = last_checkpoint(path)
+    if file is None:
+        raise UserError(f"{weights}: holds no checkpoint: expected the folder of a run, or a checkpoint file")
+    return file
+
+
+def _config(file: Path, config_file: str | Path | None, options: Sequence[Any]) -> CfgNode:
+    """What the checkpoint was trained with, or `config_file`, with `options`."""
+    pairs: list[Any] = []
+    if config_file is None:
+        content = read_checkpoint(file)
+        if "config" not in content:
+            raise UserError(f"checkpoint {file}: holds no config: name the model's, by --config-file or config_file=")
+        pairs = [word for pair in config_in(content["config"], file).items() for word in pair]
+    return load_config(config_file, [*pairs, *options, "MODEL.WEIGHTS", str(file)])
