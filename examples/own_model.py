@@ -81,17 +81,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--out", default="output/own_model")
     args = parser.parse_args(argv)
-    cfg = dn.load_config(
-        "quickstart.yaml",
-        [
-            *("MODEL.CLASS_NAMES", CLASSES, "DATASETS.LABELS", "union"),
-            *("SOLVER.MAX_ITER", args.iterations, "OUTPUT_DIR", args.out),
-        ],
-    )
+    options = [
+        *("MODEL.CLASS_NAMES", CLASSES, "DATASETS.LABELS", "union"),
+        *("SOLVER.MAX_ITER", args.iterations, "OUTPUT_DIR", args.out),
+    ]
+    cfg = dn.load_config("quickstart.yaml", options)
     torch.manual_seed(0)
     model = faster_rcnn()
     dn.convert_batchnorm(model, "DomainBatchNorm")  # so that statistics can be chosen, and are merged over processes
-    model = dn.train(cfg, model=model, transforms=train_transforms(), hooks=[Progress(), report_losses])
+    without_test = dn.load_config("quickstart.yaml", [*options, "DATASETS.TEST", []])  # it comes below
+    model = dn.train(without_test, model=model, transforms=train_transforms(), hooks=[Progress(), report_losses])
     results = dn.evaluate(cfg, model, statistics=["population", "minibatch"])
     return {name: result["bbox"]["AP"] for name, result in results.items()}
 

@@ -169,7 +169,7 @@ PROMISED = {
     *("convert_batchnorm", "convert_groupnorm", "fuse", "export_model", "set_statistics", "virtual_batch"),
     *("set_example_weight", "choose_example_weight", "recompute_population_statistics", "merge_population_statistics"),
     *("use_domain", "name_domains", "add_domain", "keep_domain", "merge_domains", "nearest_domain"),
-    *("load_config", "build_model", "train", "evaluate", "Predictor", "UserError"),
+    *("load_config", "build_model", "train", "evaluate", "Predictor", "HookBase", "UserError"),
 }
 
 

@@ -126,6 +126,7 @@ def test_boxes_and_sizes_are_those_of_the_resized_images(tmp_path):
 
 
 def test_a_classifier_and_data_of_others(tmp_path):
+    pytest.importorskip("matplotlib")
     rng = np.random.default_rng(0)
     file = tmp_path / "a.npz"
     np.savez(file, images=rng.integers(0, 255, (12, 8, 8), dtype=np.uint8), labels=np.array([0, 1, 1] * 4))
@@ -148,6 +149,7 @@ def test_a_classifier_and_data_of_others(tmp_path):
 
 
 def test_plots(names, tmp_path):
+    pytest.importorskip("matplotlib")
     report = report_of(tiny.config(names[0], tmp_path / "out", MODEL__ANCHOR_GENERATOR__SIZES=[8, 16, 32, 64, 128]))
     draw_data(report, tmp_path)
     pixels = np.asarray(Image.open(tmp_path / "labels.png").convert("RGB")).astype(int)
@@ -157,6 +159,7 @@ def test_plots(names, tmp_path):
 
 
 def test_a_training_logs_it_and_draws(names, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("matplotlib")
     module = sys.modules[train.__module__]
     monkeypatch.setattr(module, "draw_data", draw_data)
     cfg = tiny.config(names[0], tmp_path / "out", SOLVER__MAX_ITER=1, SOLVER__IMS_PER_BATCH=2)
