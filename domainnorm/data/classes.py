@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 
 from ..config.node import get_value
 from ..config.schema.model import NUM_CLASSES
+from ..distributed import rank
 from ..errors import UserError
 from . import classification_sets, detection_sets
 from .classification import ClassificationDataset
@@ -93,7 +94,7 @@ def label_other_set(cfg: CfgNode, dataset: AnySet, key: str) -> None:
     """
     union, sets = cfg.DATASETS.LABELS == "union", cfg.DATASETS.TRAIN
     classes = known_classes(cfg) or (_read(cfg, sets) if union and sets else [])
-    if not classes:
+    if not classes and rank() == 0:
         logger.warning(
             "%s: nothing says what the classes of the model are called: labels are those of the file, in its order; "
             "MODEL.CLASS_NAMES names them",

@@ -10,7 +10,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from ..data import domain_names, num_classes
 from ..data.classes import known_classes, with_classes
-from ..distributed import get_device
+from ..distributed import get_device, rank
 from ..errors import UserError
 from ..layers import BatchGroupNorm
 from ..surgery.domains import name_domains
@@ -69,7 +69,7 @@ def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
         _check_pieces(model)
         _name_domains(cfg, model)
         model.loaded = initialize_detector(model, weights, loading) if weights.source else ""
-    if model.loaded:
+    if model.loaded and rank() == 0:
         logger.log(logging.WARNING if ";" in model.loaded else logging.INFO, "%s", model.loaded)
     model.description = describe_model(cfg)
     return fix_weights(cfg, model).to(get_device(cfg.MODEL.DEVICE))
