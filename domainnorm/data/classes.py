@@ -150,10 +150,10 @@ def _together(cfg: CfgNode, sets: list[tuple[str, list[str]]]) -> list[str]:
     if cfg.DATASETS.LABELS == "union":
         return list(dict.fromkeys(name for _, names in sets for name in names))
     for other, names in sets:
-        if not equal_classes(names, classes):
+        if names != classes:
             raise UserError(
-                f"DATASETS.TRAIN: {first} has the categories {classes}, {other} has {names}; they must be equal to "
-                "train on both, or DATASETS.LABELS union; DATASETS.RENAME gives them other names"
+                f"DATASETS.TRAIN: {first} has the categories {classes}, {other} has {names}; they must be equal, in the "
+                "same order, to train on both, or DATASETS.LABELS union; DATASETS.RENAME gives them other names"
             )
     return classes
 

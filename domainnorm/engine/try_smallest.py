@@ -19,7 +19,7 @@ from ..statistics.preserve import preserve_state
 from ..surgery.domains import use_domains_of
 
 ONE_VALUE = "more than 1 value per channel"  # in the error of a layer that has one
-REMEDY = "raise INPUT.MIN_SIZE_TRAIN (or INPUT.SCALE_JITTER) or SOLVER.IMS_PER_BATCH, or choose GN"
+REMEDY = "raise INPUT.MIN_SIZE_TRAIN or SOLVER.IMS_PER_BATCH, or choose GN"
 
 logger = logging.getLogger(__name__)
 _SIDE = 128  # pixels: of larger images the coarsest level, of stride 128, has more than one place
@@ -70,7 +70,8 @@ def try_smallest(cfg: CfgNode, model: nn.Module, datasets: Sequence[Any]) -> Non
         message = (
             f"{key}: an image of {size[0]} x {size[1]} pixels may become {height} x {width}, whose coarsest "
             f"features are 1 x 1: {part} has one value per channel there, with {keys} over "
-            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; {REMEDY}"
+            f"{world_size()} processes and SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}; "
+            f"{REMEDY.replace('INPUT.MIN_SIZE_TRAIN', key.split()[0])}"
         )
         if always:
             raise UserError(message) from error
