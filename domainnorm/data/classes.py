@@ -152,8 +152,8 @@ def _together(cfg: CfgNode, sets: list[tuple[str, list[str]]]) -> list[str]:
     for other, names in sets:
         if names != classes:
             raise UserError(
-                f"DATASETS.TRAIN: {first} has the categories {classes}, {other} has {names}; they must be equal, in the "
-                "same order, to train on both, or DATASETS.LABELS union; DATASETS.RENAME gives them other names"
+                f"DATASETS.TRAIN: {first} has the categories {classes}, {other} has {names}; they must be equal, in "
+                "the same order, to train on both, or DATASETS.LABELS union; DATASETS.RENAME gives them other names"
             )
     return classes
 
