@@ -1,4 +1,4 @@
-"""From a photo to drawn boxes with onnxruntime, PIL and NumPy alone.
+"""From a photo of 8 bits to drawn boxes with onnxruntime, PIL and NumPy alone.
 
     domainnorm export --config-file output/run/config.yaml --format onnx --boxes --out net.onnx \
         MODEL.WEIGHTS output/run/model_final.pth

@@ -23,7 +23,7 @@ ALLOWED = {
     "autograd": set(),
     "paths": {"errors"},
     "output": {"errors", "paths"},
-    "config": {"errors", "paths"},
+    "config": {"errors", "paths", "output"},
     "distributed.collectives": set(),
     "distributed": {"errors", "autograd"},
     "data": {"errors", "paths", "output", "config", "distributed"},

@@ -8,6 +8,7 @@ DIR gets a picture of each image, with what was found drawn in it, and `predicti
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def _tell(error: UserError) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 after a mistake in what the user gave or a broken image, 130 after Ctrl-C."""
+    logging.getLogger("domainnorm").setLevel(logging.WARNING)
     with tolerant_streams():
         try:
             return 2 if predict(parse(argv)) else 0

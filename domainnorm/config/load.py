@@ -8,6 +8,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from ..errors import UserError, cut, quote
+from ..output import replace_file
 from ..paths import user_path
 from .check import check
 from .node import build_config, walk
@@ -55,7 +56,8 @@ def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -
 
 def save_config(cfg: CfgNode, file: str | Path) -> None:
     """Write `cfg` as YAML that `load_config` reads back to an equal config."""
-    user_path(file).write_text(cfg.dump(), encoding="utf-8")
+    with replace_file(user_path(file)) as stream:
+        stream.write(cfg.dump())
 
 
 def own_configs() -> Path:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..errors import UserError
+from ..errors import UserError, quote
 from ..paths import user_path
 from . import archives, patches
 from .arrays import LabelledImages, read_idx_pair, read_npz
@@ -143,6 +143,8 @@ def _folder_classes(folder: Path) -> list[str]:
     classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
     if not classes:
         raise UserError(f"data set {folder}: has no subfolders; expected one for each class, with its images")
+    if broken := [name for name in classes if not name.isprintable()]:  # nor can they be written down or drawn
+        raise UserError(f"data set {folder}: the name of its subfolder {quote(broken[0])} cannot be printed: rename it")
     return classes
 
 

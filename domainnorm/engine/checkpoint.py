@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import OPTIONS, RENAMED, flatten
 from ..config.schema.model import NUM_CLASSES
+from ..data.files import open_file
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..errors import UserError, cut, one_line, quote
 from ..modeling.checkpoint_file import read_checkpoint, write_checkpoint
@@ -69,7 +70,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """
     pointer = user_path(folder) / "last_checkpoint"
     try:
-        with open(pointer, "rb") as stream:
+        with open_file(pointer) as stream:
             content = stream.read(1000)
     except FileNotFoundError:
         return None
@@ -107,7 +108,7 @@ def save_training(
                 "iteration": iteration,
                 "ranks": ranks,
                 "config": cfg.dump(),
-                "description": describe_model(cfg),
+                "description": describe_model(cfg, model),
             }
             if average:
                 state["average"] = average.average.state_dict()
@@ -136,7 +137,7 @@ def remove_older(folder: str | Path, iteration: int, keep: int) -> None:
 def save_model(cfg: CfgNode, name: str, model: nn.Module) -> None:
     """Save the weights alone, for evaluation and fine-tuning. Rank 0 writes."""
     if rank() == 0:
-        content = {"model": model.state_dict(), "config": cfg.dump(), "description": describe_model(cfg)}
+        content = {"model": model.state_dict(), "config": cfg.dump(), "description": describe_model(cfg, model)}
         write_checkpoint(content, user_path(cfg.OUTPUT_DIR) / name)
     barrier()
 

@@ -12,7 +12,11 @@ from ..layers.group_norm import PositionalNorm
 def describe_normalization(cfg: CfgNode, model: nn.Module) -> str:
     """`normalization_batches` in one line."""
     found = normalization_batches(cfg, model)
-    return "normalization batches: " + ("; ".join(f"{part} x{n}: {text}" for part, n, text in found) or "none")
+    others = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    others -= sum(isinstance(m, DomainBatchNorm) for m in model.modules())
+    texts = [f"{part} x{n}: {text}" for part, n, text in found]
+    texts += [f"{others} of torch's BatchNorm: all that each is given"] if others else []
+    return "normalization batches: " + ("; ".join(texts) or "none")
 
 
 def normalization_batches(cfg: CfgNode, model: nn.Module) -> list[tuple[str, int, str]]:

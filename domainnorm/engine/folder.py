@@ -28,6 +28,11 @@ class RunFolder:
 
     def __init__(self, path: str) -> None:
         self.path = user_path(path)
+        if not str(path).isascii():
+            try:
+                str(path).encode()
+            except UnicodeEncodeError as error:  # which TensorBoard, JSON and YAML cannot write down
+                raise UserError(f"OUTPUT_DIR {path}: its name is not UTF-8: choose another one") from error
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> "RunFolder":

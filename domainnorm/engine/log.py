@@ -78,11 +78,14 @@ class _Console(logging.Handler):
 class _File(logging.FileHandler):
     """`log.txt`. That it cannot be written is told as every other mistake, not by a traceback for each line."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError as error:
             raise UserError(f"{self.baseFilename}: cannot be written: {error.strerror}") from error
-        raise
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # what is being handled
 
 
 class TrainingLog:
@@ -209,13 +212,17 @@ def _keep_until(file: Path, iteration: int) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     kept = []
-    for line in file.read_bytes().decode("utf-8", "replace").splitlines():
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    for line in content.decode("utf-8", "replace").splitlines():
         try:
-            content = json.loads(line)
-            if content["iteration"] <= iteration:
-                kept.append(content)
+            entry = json.loads(line)
+            if entry["iteration"] <= iteration:
+                kept.append(entry)
         except (ValueError, KeyError, TypeError):  # the last line of a killed run
             continue
     with replace_file(file) as stream:
-        stream.writelines(json.dumps(content) + "\n" for content in kept)
+        stream.writelines(json.dumps(entry) + "\n" for entry in kept)
     return kept

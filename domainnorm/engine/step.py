@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.sampler import images_per_forward
 from ..distributed import rank, to_device, world_size
-from ..errors import UserError
+from ..errors import UserError, quote
 from ..layers import DomainBatchNorm
 from ..statistics.virtual_batch import virtual_batch
 from .try_smallest import ONE_VALUE, REMEDY
@@ -53,6 +53,10 @@ def losses_of(
             if ONE_VALUE not in str(error):
                 raise
             raise UserError(f"the features of a batch are too small: {error}; here: {REMEDY}") from error
+    if not isinstance(losses, dict) or not losses or not all(isinstance(loss, Tensor) for loss in losses.values()):
+        raise UserError(
+            f"the {type(model).__name__} returned {quote(losses)} in training: expected a dict of losses, each a tensor"
+        )
     return losses
 
 

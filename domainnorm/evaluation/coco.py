@@ -15,7 +15,7 @@ from ..data.boxes import clip_boxes
 from ..data.columns import Columns, columns_of
 from ..data.masks import rle_of_polygons
 from ..distributed import gather_objects, rank
-from ..errors import UserError
+from ..errors import UserError, quote
 from .precision import AR_DETECTIONS, MAX_DETECTIONS, SHAPES, area_of, precision_and_recall
 
 
@@ -33,10 +33,20 @@ def predict(model: nn.Module, loader: Any, device: torch.device) -> list[dict[st
     found: list[dict[str, Any]] = []
     for images, targets in tqdm(loader, desc="evaluation", file=sys.stdout, disable=True if rank() else None):
         outputs = model([image.to(device, non_blocking=True) for image in images])
+        if not isinstance(outputs, (list, tuple)) or [*map(_is_detection, outputs)] != [True] * len(images):
+            raise UserError(
+                f"the {type(model).__name__} returned {quote(outputs)} for {len(images)} images in eval mode: expected "
+                "a list with a dict of boxes (XYXY), labels and scores, tensors of one row an object, for each"
+            )
         for output, target in zip(outputs, targets, strict=True):
             found += coco_results(int(target["image_id"]), output, loader.dataset.category_ids)
     everything = [result for part in gather_objects(found) for result in part]
     return sorted(everything, key=lambda result: result["image_id"])  # stable
+
+
+def _is_detection(output: Any) -> bool:
+    needed = [output.get(key) for key in ("boxes", "labels", "scores")] if isinstance(output, dict) else [None]
+    return all(isinstance(value, torch.Tensor) for value in needed)
 
 
 def evaluate_coco(
@@ -133,7 +143,8 @@ def coco_results(image_id: int, output: dict[str, Tensor], category_ids: Sequenc
     if max(labels, default=0) >= len(category_ids):
         raise UserError(
             f"the model predicts class {max(labels)}, counted from 0, but the data set has {len(category_ids)} "
-            "categories: name the data set the model was trained for in DATASETS.TEST"
+            "categories: name the data set the model was trained for in DATASETS.TEST; of a model of your own whose "
+            "labels begin with 1, MODEL.CLASS_NAMES begins with 'background', and DATASETS.LABELS is union"
         )
     if None in category_ids:
         kept = [row for row, label in enumerate(labels) if category_ids[label] is not None]

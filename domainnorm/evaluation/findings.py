@@ -79,6 +79,8 @@ def find_in_training(run: Run) -> list[str]:
     found = []
     for name in [*run.evaluated("AP"), *run.evaluated("top1")][:1]:
         iterations, values = run.series(name)
+        if not values:  # a test set without objects has no AP
+            continue
         best = int(np.argmax(values))
         if values[best] - values[-1] >= FAR:
             found.append(

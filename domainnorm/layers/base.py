@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.population import Population
+from ..ops.select import sees_operations
 from .renamed import renamed_attribute
 
 STATISTICS = ("auto", "minibatch", "population")
@@ -74,12 +75,13 @@ class PopulationStatistics(nn.BatchNorm2d):
         """What stands before the channels in the shape of tensors that are, or are not, `"per_domain"`."""
         return (self.num_domains,) if choice == "per_domain" and self.num_domains > 1 else ()
 
-    def check_tensors(self, x: Tensor) -> None:
-        """Refuse parameters and buffers that do not fit this layer and `x`: C++ would not notice.
+    def check_tensors(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse parameters and buffers that do not fit this layer and its inputs: C++ would not notice.
 
         Raises:
-            RuntimeError: as torch, another shape, device or kind of numbers.
+            RuntimeError: as torch, another shape, device or kind of numbers, or memory that is freed.
         """
+        x = inputs[0]
         domains = (self.num_domains,) if self.num_domains > 1 else ()
         of_statistics = domains if self.population_statistics == "per_domain" else ()
         of_channels = (*domains, self.num_features) if self._affine == "per_domain" else (self.num_features,)
@@ -98,6 +100,15 @@ class PopulationStatistics(nn.BatchNorm2d):
             fits = value.dtype == dtype or name == "num_batches_tracked"
             if value.shape != shape or value.device != device or not fits or value.layout != torch.strided:
                 self._refuse(x, name, value, shape)
+        if not sees_operations():
+            for value in (*inputs, *self._parameters.values(), *self._buffers.values()):
+                if value is None or type(value) not in (Tensor, nn.Parameter):  # not all have memory of their own
+                    continue
+                if value.numel() and not value.untyped_storage().nbytes():
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the memory of an input, parameter or buffer is freed, as FSDP and "
+                        "offloading do: its data is not allocated yet"
+                    )
 
     def _refuse(self, x: Tensor, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         """Unless it is float32 beside a half-precision input, or the number of steps."""

@@ -167,7 +167,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     def normalization(self, inputs: LayerInput) -> Normalization:
         """Which segments of an input are normalized together, and how: what all layers differ in."""
-        self.check_tensors(inputs.tensors[0])
+        self.check_tensors(inputs.tensors)
         tensors, weight, bias = self._tensors(inputs)
         shared = self.sgd_statistics == "shared"
         elements = self._elements(inputs.tensors)

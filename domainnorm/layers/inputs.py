@@ -144,6 +144,8 @@ def check_equal_sizes(inputs: Sequence[LayerInput]) -> None:
 
 def _check_domain(domain: Domain, x: Tensor, num_domains: int) -> None:
     if not isinstance(domain, Tensor):
+        if isinstance(domain, bool) or not isinstance(domain, (int, torch.SymInt)):
+            raise ValueError(f"domain= takes an int or a LongTensor for each tensor, got {domain!r}")
         if not 0 <= domain < num_domains:
             raise ValueError(f"domains are 0 to {num_domains - 1}, got {domain}")
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .checkpoint_file import read_checkpoint, state_dict_of
-from .description import class_names_in
+from .description import check_architecture, class_names_in
 
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of the module that it wraps
 
@@ -41,6 +41,7 @@ def read_weights(weights: str) -> Weights:
             raise UserError(f"MODEL.WEIGHTS {weights}: cannot be downloaded ({error}); give a file instead") from error
     else:
         content = read_checkpoint(weights)
+        check_architecture(content, weights)
         state = state_dict_of(content, weights)
         names = class_names_in(content, weights) or _categories_of_file(Path(weights).name)
     if names[:1] == ["__background__"] and any("roi_heads." in key for key in state):

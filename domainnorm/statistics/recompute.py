@@ -80,7 +80,8 @@ def recompute_population_statistics(
         The model.
 
     Raises:
-        ValueError: unknown method, no batch (for `"exact"`: on some rank), or no layer to recompute.
+        ValueError: unknown method, no batch (for `"exact"`: on some rank) or no sample, numbers that are not finite, or
+            no layer to recompute.
         OutOfStepError: `"exact"`, and the model runs its layers in another order for another batch.
 
     Example::
@@ -116,11 +117,21 @@ def recompute_population_statistics(
         else:
             estimates = _from_minibatches(model, layers, batches, share, method, progress)
         sizes = {name: getattr(layer, "feature_size", None) for name, layer in layers.items()}
+    _check_estimates(estimates)
     for name, estimate in estimates.items():
         write(layers[name], *estimate)
         if isinstance(layer := layers[name], BatchGroupNorm):
             layer.feature_size = sizes[name]
     return found
+
+
+def _check_estimates(estimates: Mapping[str, Estimate]) -> None:
+    """ValueError if they are of no sample at all, or not finite: nothing is written then."""
+    if not any(count.any() for count, *_ in estimates.values()):
+        raise ValueError("the batches have no sample to recompute statistics from")
+    for name, (count, mean, _, biased) in estimates.items():
+        if not all(torch.where(count > 0, value, 0).isfinite().all() for value in (mean, biased)):
+            raise ValueError(f"the statistics of {name} are not finite: the batches, or the weights, hold NaN or inf")
 
 
 def _forget_old_statistics(model: nn.Module, keep_groups: bool) -> None:

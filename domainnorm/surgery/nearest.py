@@ -27,7 +27,8 @@ def nearest_domain(model: nn.Module, *inputs: Any) -> int | str:
         The number of the domain, from 0; or its name, where the layers of the model number their names differently.
 
     Raises:
-        ValueError: no norm that is reached has statistics for several domains.
+        ValueError: no norm that is reached has statistics for several domains, or it is reached by no sample or by
+            numbers that are not finite.
 
     Example::
 
@@ -53,6 +54,9 @@ def nearest_domain(model: nn.Module, *inputs: Any) -> int | str:
         raise ValueError("no norm that the input reaches has population statistics for several domains")
     per = layer.domains_per_name
     own = layer.moments_of_domains(inputs)[:per]  # (L, C): it is domain 0 for now
+    if not own.count.any() or not (own.mean.isfinite().all() and own.var.isfinite().all()):
+        what = "numbers that are not finite" if own.count.any() else "no sample"
+        raise ValueError(f"the first norm of several domains is reached by {what}: no domain is nearest")
     mean, var = (v.unflatten(0, (-1, per)).to(own.mean.dtype) for v in (layer.running_mean, layer.running_var))
     here, there = own.var + layer.eps, var + layer.eps  # (L, C), (D, L, C)
     gap = (own.mean - mean).square()

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ..errors import one_line
+
 # Readable on photographs, and told apart by most who see few colours; the first ones differ most.
 PALETTE = (
     *("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#46f0f0", "#f032e6", "#ffe119", "#008080", "#bfef45", "#911eb4"),
@@ -73,7 +75,7 @@ def draw_objects(
         for outline, color in zip(_outlines(masks, width), colors, strict=True):
             picture[:, outline] = torch.tensor(color, dtype=torch.uint8)[:, None]
     picture = draw_bounding_boxes(picture, boxes, colors=colors, width=width)
-    texts = list(names)
+    texts = [one_line(name) for name in names]
     if scores is not None:
         texts = [f"{name} {float(score):.2f}".strip() for name, score in zip(texts, scores, strict=True)]
     named = [row for row, text in enumerate(texts) if text]

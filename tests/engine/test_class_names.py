@@ -228,8 +228,10 @@ def test_rows_without_a_name_stay(tmp_path):
 
 def test_training_sets_in_different_orders_are_one(sets, tmp_path):
     """The same images twice: with labels by name, both halves of a batch cost the same."""
-    cfg = tiny.config(sets[0], tmp_path / "a", DATASETS__TRAIN=list(sets[:2]), SOLVER__MAX_ITER=1)
-    dn.train(cfg)
+    keys = {"DATASETS__TRAIN": list(sets[:2]), "SOLVER__MAX_ITER": 1}
+    with pytest.raises(dn.UserError, match="in the same order"):
+        dn.train(tiny.config(sets[0], tmp_path / "a", **keys))
+    dn.train(tiny.config(sets[0], tmp_path / "a", DATASETS__LABELS="union", **keys))
     assert dn.load_config(tmp_path / "a" / "config.yaml").MODEL.CLASS_NAMES == NAMES
 
 

@@ -130,3 +130,23 @@ def test_statistics_of_half_precision_stay_so(name, mixed):
     for key, value in layer.named_buffers():
         torch.testing.assert_close(value.float(), other._buffers[key].float(), rtol=0.01, atol=0.01)
     assert layer.running_mean.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("freed", ["input", "running_mean", "running_var"])
+@pytest.mark.parametrize("side", [5, 400])
+@pytest.mark.parametrize(
+    "make", [dn.DomainBatchNorm, lambda c: dn.GhostBatchNorm(c, samples_per_group=2), dn.BatchRenorm]
+)
+def test_freed_memory_is_an_error(make, side, freed):
+    layer, x = make(8), torch.randn(4, 8, side, side)
+    tensor = x if freed == "input" else getattr(layer, freed)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated yet"):
+        layer(x)
+
+
+@pytest.mark.parametrize("domain", [["a", "b"], [None, 1], [0.5, 1.0], [True, 0]])
+def test_domains_are_numbers(domain):
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="domain= takes an int or a LongTensor"):
+        dn.DomainBatchNorm(3, num_domains=2)([x, x], domain=domain)

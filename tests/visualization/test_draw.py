@@ -118,3 +118,8 @@ def test_matplotlib_is_not_loaded_with_the_library():
     code = "import sys; import domainnorm as dn; dn.train, dn.evaluate; import domainnorm.visualization.draw"
     code += "; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_names_of_several_lines_are_drawn():
+    picture = draw_objects(torch.zeros(3, 60, 80, dtype=torch.uint8), torch.tensor([[5.0, 20, 70, 50]]), ["a\nb\r"])
+    assert picture.any()
