@@ -15,6 +15,7 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 
 from ..config import iteration_of
+from ..errors import UserError
 from ..layers import is_norm
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Parameters of norm layers decay by `WEIGHT_DECAY_NORM`, other biases by `WEIGHT_DECAY_BIAS`, the rest by
     `WEIGHT_DECAY`. A parameter shared by a norm layer and another module counts where it is met first. γ decays to
     `WEIGHT_DECAY_NORM_TARGET`.
+
+    Raises:
+        UserError: there is none.
     """
     solver = cfg.SOLVER
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by decay and what it decays to
@@ -47,6 +51,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         {"params": of_group, "weight_decay": decay, "decay_target": target}
         for (decay, target), of_group in groups.items()
     ]
+    if not parameters:
+        raise UserError(f"no parameter of the {type(model).__name__} requires a gradient: there is nothing to train")
     options: dict[str, Any] = {"lr": solver.BASE_LR}
     if solver.OPTIMIZER == "SGD":
         options |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}

@@ -63,6 +63,12 @@ def test_what_a_model_of_ones_own_returns(data_set, tmp_path, losses, detections
         dn.train(cfg, model=Own(losses, detections))
 
 
+def test_a_model_of_which_nothing_is_trained(data_set, tmp_path):
+    model = Own(lambda x: {"loss": x}, NOTHING).requires_grad_(False)
+    with pytest.raises(dn.UserError, match="no parameter of the Own requires a gradient"):
+        dn.train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=1), model=model)
+
+
 def test_weights_of_a_model_of_ones_own_are_told(data_set, tmp_path):
     dn.train(tiny.config(data_set, tmp_path / "out", SOLVER__MAX_ITER=1), model=Own(lambda x: {"loss": x}, NOTHING))
     with pytest.raises(dn.UserError, match=r"the weights of the Own that was given to dn\.train"):
