@@ -28,7 +28,7 @@ ALLOWED = {
     "distributed": {"errors", "autograd"},
     "data": {"errors", "paths", "output", "config", "distributed"},
     "visualization": {"errors", "paths", "output", "config", "distributed", "data"},
-    "ops": {"distributed.collectives"},
+    "ops": {"autograd", "distributed.collectives"},
     "layers": {"autograd", "distributed.collectives", "ops"},
     "statistics": {"autograd", "distributed", "ops", "layers"},
     "surgery": {"errors", "paths", "output", "distributed", "ops", "layers", "statistics"},

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..autograd import sees_operations
 from ..ops.population import Population
-from ..ops.select import sees_operations
 from .renamed import renamed_attribute
 
 STATISTICS = ("auto", "minibatch", "population")

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autograd import sees_operations
 from . import eager, fused
 from .formula import Normalization, counts
 from .moments import Moments, accumulate_dtype
 from .operator import normalize_as_operator
-from .select import KERNELS, is_mistaken_by_torch, sees_operations, select_backend, torch_mixes
+from .select import KERNELS, is_mistaken_by_torch, select_backend, torch_mixes
 
 
 def normalize(problems: Sequence[Normalization]) -> list[list[Tensor]]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ..autograd import is_transform_active
 from . import eager, native, triton
 from .native import CHANNELS_LAST
 
@@ -163,21 +163,6 @@ def _refused_as_operator(name: str, problems: Sequence[Normalization], forced: b
         if reason := native.refusal(problem.tensors):
             return reason
     return ""
-
-
-def is_transform_active() -> bool:
-    """Whether operations are recorded or transformed: what C++ or Triton does would not be seen."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
-
-
-def sees_operations() -> bool:
-    """Whether somebody must see torch's operations: a compiler, a transform, a dispatch mode."""
-    return torch.compiler.is_compiling() or is_transform_active()
 
 
 def is_batched(grads: Sequence[Tensor]) -> bool:

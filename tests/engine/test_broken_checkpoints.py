@@ -235,7 +235,7 @@ def test_pointers_to_no_checkpoint(tmp_path, content):
 
 def test_a_pointer_that_is_a_folder_or_points_to_one(tmp_path):
     (tmp_path / "last_checkpoint").mkdir()
-    with pytest.raises(UserError, match="last_checkpoint: cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="last_checkpoint: cannot be read: it is a folder, expected a file"):
         last_checkpoint(tmp_path)
     (tmp_path / "last_checkpoint").rmdir()
     (tmp_path / "model_final.pth").mkdir()
