@@ -31,6 +31,11 @@ def one_line(text: object) -> str:
     return _escaped(" ".join(part.strip() for part in str(text).splitlines()))
 
 
+def reason_of(error: BaseException) -> str:
+    """What the system says is wrong, without number and path, or all that an error says."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def quote(value: object) -> str:
     """`value` as a message shows it: its `repr`, or the beginning of that, however large the value is."""
     return cut(one_line(_Quote().repr(value)))

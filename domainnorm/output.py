@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
+from .errors import UserError, reason_of
 from .paths import user_path
 
 
@@ -25,7 +25,7 @@ def output_folder(path: str | Path, name: str = "OUTPUT_DIR") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} {str(path)!r}: cannot be made: {_reason(error)}") from error
+        raise UserError(f"{name} {str(path)!r}: cannot be made: {reason_of(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{name} {path}: no permission to write there")
     return folder
@@ -54,7 +54,7 @@ def replace_file(file: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(f"{file}: cannot be written: {_reason(error)}; what was there is as it was") from error
+            raise UserError(f"{file}: cannot be written: {reason_of(error)}; what was there is as it was") from error
         raise
 
 
@@ -82,7 +82,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

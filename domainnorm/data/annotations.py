@@ -94,7 +94,7 @@ class Annotations(Sequence[ImageRecord]):
             sides = self.boxes[self.kept, 2:] - self.boxes[self.kept, :2]
             counts["boxes under a pixel"] = int((sides < 1).any(axis=1).sum())
         else:
-            always, sometimes = (of & self.kept for of in under_a_pixel(self.boxes, sizes, *trained_at))
+            always, sometimes = (small & self.kept for small in under_a_pixel(self.boxes, sizes, *trained_at))
             self.kept &= ~always
             counts["objects left out as under a pixel at every size of INPUT.MIN_SIZE_TRAIN"] = int(always.sum())
             counts["under a pixel at some"] = int((sometimes & ~always).sum())
@@ -142,7 +142,7 @@ class Annotations(Sequence[ImageRecord]):
 
     @property
     def file_names(self) -> Sequence[str]:
-        """Of the images that are kept."""
+        """The file names of the images that are kept."""
         return self.columns.file_names.at(self.images)
 
     def ground_truth(self) -> dict[str, Any]:

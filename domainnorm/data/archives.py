@@ -45,7 +45,7 @@ def read_archive(name: str) -> LabelledImages:
     folder = archive_folder(name)
     if name in SVHN:
         parts = [_read_svhn(folder / file) for file in SVHN[name]]
-        images, labels = (np.concatenate(of) for of in zip(*((p.images, p.labels) for p in parts), strict=True))
+        images, labels = (np.concatenate(arrays) for arrays in zip(*((p.images, p.labels) for p in parts), strict=True))
         return LabelledImages(images, labels, parts[0].class_names)
     classes, split = CIFAR[name]
     images, labels, names = _read_cifar(folder, classes, "test" if split == "test" else "train")

@@ -51,5 +51,5 @@ def under_a_pixel(
 
 
 def _ratios(sizes: np.ndarray, side: int, max_side: int) -> np.ndarray:
-    """Of width and height."""
+    """The factors of width and height, (n, 2)."""
     return (resized(sizes, side, max_side) / sizes)[:, ::-1]

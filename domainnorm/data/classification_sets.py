@@ -65,12 +65,11 @@ def class_names(name: str, *, must_exist: bool = False) -> list[str] | None:
 
 def shared_images(dataset: ClassificationDataset, name: str) -> int:
     """How many images of `dataset` are images of data set `name` too; what is held out of it is not."""
-    own, others = ([os.path.realpath(path) for path in resolve_classes(of)] for of in (dataset.name, name))
+    own, others = ([os.path.realpath(path) for path in resolve_classes(each)] for each in (dataset.name, name))
     if dataset.name.endswith(VALIDATION):
         return 0
-    if (
-        own == others and len({split_name(of)[1].rpartition("_")[2] for of in (dataset.name, name)}) == 1
-    ):  # archives have several sets
+    parts = {split_name(each)[1].rpartition("_")[2] for each in (dataset.name, name)}  # archives have several sets
+    if own == others and len(parts) == 1:
         return len(dataset)
     if not dataset.folder or not os.path.isdir(others[0]):
         return 0

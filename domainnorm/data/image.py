@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import UserError, cut, one_line
+from ..errors import UserError, cut, one_line, reason_of
 from .files import open_file
 
 _WHITE_OF_FLOATS = (1.0, 255.0, 65535.0)
@@ -154,4 +154,4 @@ def _brightest(path: Path) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    return cut(one_line(getattr(error, "strerror", None) or error), 200) or type(error).__name__
+    return cut(one_line(reason_of(error)), 200) or type(error).__name__

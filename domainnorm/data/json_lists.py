@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import UserError, quote
+from ..errors import UserError, quote, reason_of
 from .files import open_file
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ def read_lists(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, int, li
     except FileNotFoundError:
         raise UserError(f"{name}: no such file; check the path or $DETECTRON2_DATASETS") from None
     except (OSError, ValueError) as error:  # the latter of a path with a zero byte
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{name}: cannot be read ({reason}); check the path") from error
+        raise UserError(f"{name}: cannot be read ({reason_of(error)}); check the path") from error
     with stream:
         yield from _lists(_Text(name, stream), keys)
 

@@ -134,8 +134,8 @@ class Segmentations:
         coordinates = self._part(row, 1, self.coordinates).tolist()
         return [coordinates[start:end] for start, end in pairwise(ends)]
 
-    def _part(self, row: int, column: int, of: Any) -> Any:
-        return of[self.ends[3 * (row - 1) + column] if row else 0 : self.ends[3 * row + column]]
+    def _part(self, row: int, column: int, values: Any) -> Any:
+        return values[self.ends[3 * (row - 1) + column] if row else 0 : self.ends[3 * row + column]]
 
 
 def rle_of_polygons(polygons: list[list[float]], size: tuple[int, int]) -> dict[str, Any]:

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..data import domain_names
+from ..data.boxes import resized
 from ..data.sampler import images_per_forward
 from ..distributed import get_device, world_size
 from ..errors import UserError
@@ -87,5 +89,5 @@ def _resized(cfg: CfgNode, size: tuple[int, int]) -> tuple[int, int]:
         scale = options.SCALE_JITTER[0] * options.MAX_SIZE_TRAIN / max(size)
         height, width = (max(min(int(side * scale), options.MAX_SIZE_TRAIN), 1) for side in size)
         return height, width
-    scale = min(min(cfg.INPUT.MIN_SIZE_TRAIN) / min(size), cfg.INPUT.MAX_SIZE_TRAIN / max(size))
-    return int(size[0] * scale), int(size[1] * scale)
+    height, width = resized(np.array([size]), min(options.MIN_SIZE_TRAIN), options.MAX_SIZE_TRAIN)[0].tolist()
+    return height, width

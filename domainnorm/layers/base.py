@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..autograd import sees_operations
 from ..ops.population import Population
 from .renamed import renamed_attribute
 
@@ -74,56 +73,6 @@ class PopulationStatistics(nn.BatchNorm2d):
     def _domain_shape(self, choice: str | None) -> tuple[int, ...]:
         """What stands before the channels in the shape of tensors that are, or are not, `"per_domain"`."""
         return (self.num_domains,) if choice == "per_domain" and self.num_domains > 1 else ()
-
-    def check_tensors(self, inputs: Sequence[Tensor]) -> None:
-        """Refuse parameters and buffers that do not fit this layer and its inputs: C++ would not notice.
-
-        Raises:
-            RuntimeError: as torch, another shape, device or kind of numbers, or memory that is freed.
-        """
-        x = inputs[0]
-        domains = (self.num_domains,) if self.num_domains > 1 else ()
-        of_statistics = domains if self.population_statistics == "per_domain" else ()
-        of_channels = (*domains, self.num_features) if self._affine == "per_domain" else (self.num_features,)
-        width, device, dtype = (*of_statistics, self._num_statistics), x.device, x.dtype
-        for name, value in (*self._parameters.items(), *self._buffers.items()):
-            if value is None:
-                continue
-            if name in ("weight", "bias"):
-                shape = of_channels
-            elif name in ("running_mean", "running_var", "running_total_var"):
-                shape = width
-            elif name == "num_batches_tracked":
-                shape = of_statistics
-            else:
-                continue
-            fits = value.dtype == dtype or name == "num_batches_tracked"
-            if value.shape != shape or value.device != device or not fits or value.layout != torch.strided:
-                self._refuse(x, name, value, shape)
-        if not sees_operations():
-            for value in (*inputs, *self._parameters.values(), *self._buffers.values()):
-                if value is None or type(value) not in (Tensor, nn.Parameter):  # not all have memory of their own
-                    continue
-                if value.numel() and not value.untyped_storage().nbytes():
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the memory of an input, parameter or buffer is freed, as FSDP and "
-                        "offloading do: its data is not allocated yet"
-                    )
-
-    def _refuse(self, x: Tensor, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-        """Unless it is float32 beside a half-precision input, or the number of steps."""
-        what = f"{type(self).__name__}: expected {name}"
-        if value.shape != shape:
-            raise RuntimeError(f"{what} of shape {shape}, got {tuple(value.shape)}")
-        if value.device != x.device:
-            raise RuntimeError(f"{what} and the input on the same device, got {value.device} and {x.device}")
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        dtypes = (x.dtype, torch.float32) if half else (x.dtype,)  # as torch's kernels on all devices together
-        if name != "num_batches_tracked" and (value.dtype not in dtypes or value.layout != torch.strided):
-            raise RuntimeError(
-                f"{what}, for an input of {x.dtype}, as dense {' or '.join(map(str, dtypes))}, got {value.dtype}, "
-                f"{value.layout}"
-            )
 
     @property
     def frozen(self) -> bool:

@@ -12,6 +12,7 @@ from ..ops.formula import Normalization
 from ..ops.moments import Moments
 from ..ops.normalize import domain_moments
 from .base import AffineChoice, PopulationStatistics, one_of
+from .check_tensors import check_tensors
 from .inputs import Domain, Domains, Input, LayerInput, spatial_elements
 from .normalize_layers import normalize_layers
 from .sample_groups import SampleGroups
@@ -167,7 +168,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     def normalization(self, inputs: LayerInput) -> Normalization:
         """Which segments of an input are normalized together, and how: what all layers differ in."""
-        self.check_tensors(inputs.tensors)
+        check_tensors(self, inputs.tensors)
         tensors, weight, bias = self._tensors(inputs)
         shared = self.sgd_statistics == "shared"
         elements = self._elements(inputs.tensors)
@@ -195,10 +196,9 @@ class DomainBatchNorm(PopulationStatistics):
         )
         if not minibatch:
             assert self.running_mean is not None and self.running_var is not None
-            problem.by_population = (self.running_mean, self.running_var)
             problem.example_weight = 0.0 if self.training else self.example_weight
-            if problem.example_weight and self.running_total_var is not None:
-                problem.by_population = (self.running_mean, self.running_total_var)
+            total = self.running_total_var if problem.example_weight else None
+            problem.by_population = (self.running_mean, self.running_var if total is None else total)
         elif self.training:
             self._train(problem, inputs, elements)
         return problem
@@ -214,8 +214,8 @@ class DomainBatchNorm(PopulationStatistics):
         else:
             refuse_single_element(problem, inputs, elements, type(self).__name__)
         if problem.sync is None and inputs.external is None:
-            together = problem.shared and self.population_statistics == "shared"
             counted = elements if self.merged_channels else spatial_elements(inputs.tensors)
+            together = problem.shared and self.population_statistics == "shared"
             problem.counts = inputs.elements_of_domains(counted, together)
 
     def moments_of_domains(self, inputs: LayerInput) -> Moments:
@@ -290,8 +290,7 @@ class DomainBatchNorm(PopulationStatistics):
     def extra_repr(self) -> str:
         words = [str(self.num_features)]
         if self.num_domains > 1:
-            words += [f"num_domains={self.num_domains}", f"sgd_statistics={self.sgd_statistics!r}"]
-            words.append(f"population_statistics={self.population_statistics!r}")
+            words += [f"{k}={getattr(self, k)!r}" for k in ("num_domains", "sgd_statistics", "population_statistics")]
         words += [f"affine={self.affine!r}", f"eps={self.eps}", f"momentum={self.momentum}"]
         words += [self.grouping()] if self.grouping() else []
         given = {name: getattr(self, name) for name in ("sync", "example_weight", "track_total_var")}

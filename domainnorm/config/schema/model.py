@@ -70,7 +70,7 @@ class FPN(Section, key="MODEL.FPN", used_by=DETECTORS):
         5, "Number of levels, from stride 8 (P3) on in a RetinaNet, from stride 4 (P2) on in a GeneralizedRCNN.", LEVELS
     )
     P6_FROM = Option(
-        "c5", "What P6 is computed of: C5, or P5 as in torchvision's first RetinaNet.", ("c5", "p5"), used_by=RETINANET
+        "c5", "Input of P6: C5, or P5 as in torchvision's first RetinaNet.", ("c5", "p5"), used_by=RETINANET
     )
     OUT_CHANNELS = Option(256, "Number of channels of every pyramid level, and of the dense head.", CHANNELS)
     NORM = Option("", "Norm layer after each convolution, as MODEL.BACKBONE.NORM.", NORMS)
