@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .auditing import audit as audit
     from .config import load_config as load_config
     from .distributed.roi_shuffle import RoIShuffle as RoIShuffle
     from .engine import (
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .surgery.resize_domains import merge_domains as merge_domains
 
 _MODULES = {  # of the public names, separated by spaces
+    "auditing": "audit",
     "config": "load_config",
     "distributed.roi_shuffle": "RoIShuffle",
     "engine": "HookBase train",

@@ -32,6 +32,7 @@ ALLOWED = {
     "layers": {"autograd", "distributed.collectives", "ops"},
     "statistics": {"autograd", "distributed", "ops", "layers"},
     "surgery": {"errors", "paths", "output", "distributed", "ops", "layers", "statistics"},
+    "auditing": {"errors", "distributed", "visualization", "ops", "layers", "statistics", "surgery"},
     "modeling": {
         *("errors", "paths", "output", "config", "distributed", "data"),
         *("ops", "layers", "statistics", "surgery"),
@@ -42,7 +43,7 @@ ALLOWED = {
     },
     "engine": {
         *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
-        *("ops", "layers", "statistics", "surgery", "modeling", "evaluation"),
+        *("ops", "layers", "statistics", "surgery", "auditing", "modeling", "evaluation"),
     },
     "prediction": {
         *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
@@ -50,7 +51,7 @@ ALLOWED = {
     },
     "cli": {
         *("errors", "paths", "output", "config", "distributed", "data", "visualization"),
-        *("statistics", "surgery", "modeling", "evaluation", "engine", "prediction"),
+        *("statistics", "surgery", "auditing", "modeling", "evaluation", "engine", "prediction"),
     },
 }
 BACKENDS = {
@@ -63,8 +64,12 @@ BACKENDS = {
 }  # of ops alone
 
 # These need torch alone, but for the packages that some of their files import.
-TORCH_ALONE = ("errors", "autograd", "paths", "output", "distributed", "ops", "layers", "statistics", "surgery")
+TORCH_ALONE = (
+    *("errors", "autograd", "paths", "output", "distributed"),
+    *("ops", "layers", "statistics", "surgery", "auditing"),
+)
 EXCEPTIONS = {
+    "auditing/run.py": {"tqdm"},
     "distributed/roi_shuffle.py": {"numpy"},
     "ops/triton/kernels.py": {"triton"},  # imported where Triton is used
     "statistics/recompute.py": {"tqdm"},
@@ -169,7 +174,7 @@ PROMISED = {
     *("convert_batchnorm", "convert_groupnorm", "fuse", "export_model", "set_statistics", "virtual_batch"),
     *("set_example_weight", "choose_example_weight", "recompute_population_statistics", "merge_population_statistics"),
     *("use_domain", "name_domains", "add_domain", "keep_domain", "merge_domains", "nearest_domain"),
-    *("load_config", "build_model", "train", "evaluate", "Predictor", "HookBase", "UserError"),
+    *("audit", "load_config", "build_model", "train", "evaluate", "Predictor", "HookBase", "UserError"),
 }
 
 

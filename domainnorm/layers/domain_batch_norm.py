@@ -13,7 +13,7 @@ from ..ops.moments import Moments
 from ..ops.normalize import domain_moments
 from .base import AffineChoice, PopulationStatistics, one_of
 from .check_tensors import check_tensors
-from .inputs import Domain, Domains, Input, LayerInput, spatial_elements
+from .inputs import Domain, Domains, Input, LayerInput, Segmentation, spatial_elements
 from .normalize_layers import normalize_layers
 from .sample_groups import SampleGroups
 from .single_element import refuse_single_element
@@ -218,10 +218,10 @@ class DomainBatchNorm(PopulationStatistics):
             together = problem.shared and self.population_statistics == "shared"
             problem.counts = inputs.elements_of_domains(counted, together)
 
-    def moments_of_domains(self, inputs: LayerInput) -> Moments:
-        """The moments `(K, C)` that the population statistics count of an input, on this rank."""
+    def moments_of_domains(self, inputs: LayerInput, sets: Segmentation | None = None) -> Moments:
+        """The moments `(K, C)` that the population statistics count of an input, or of other `sets`, on this rank."""
         tensors, *_ = self._tensors(inputs)
-        segments, domains, _ = inputs.segmentation(self.channels_per_first_group > 0)
+        segments, domains, _ = sets or inputs.segmentation(self.channels_per_first_group > 0)
         problem = Normalization(tensors, segments, inputs.domains, domains, None, None, self.eps, shared=False)
         problem.channels_per_group, problem.merged_channels = self._channels_per_group(tensors), self.merged_channels
         problem.channels_per_first_group, problem.external = self.channels_per_first_group, inputs.external

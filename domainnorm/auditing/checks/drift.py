@@ -1,0 +1,105 @@
+"""Running statistics that are not those of the batches."""
+
+from __future__ import annotations
+
+import torch
+
+from ...ops.moments import Moments
+from ..divergence import divergence, mean_of
+from ..finding import Finding, Place
+from ..norms import Norm
+from ..seen import Seen
+from ..site import SiteStatistics
+
+RECOMPUTE = "dn.recompute_population_statistics(model, batches)"
+KEYS = 'TEST.STATISTICS "[population, recomputed]", TEST.RECOMPUTE.IN_CHECKPOINT True'
+
+
+def check(seen: Seen) -> list[Finding]:
+    """Layers that follow their batches, and frozen ones, apart."""
+    moving, constant = [], []
+    for k, norm, sites in seen.layers():
+        value = drift_of(seen, k, norm, sites)
+        if norm.frozen:
+            constant.append(Place(norm.name, value=value))
+        elif norm.follows_batches and not never_updated(norm):
+            moving.append(Place(norm.name, value=value))
+    found = []
+    if places := _above(moving, seen.thresholds.drift):
+        worst, exact = places[0], "exact " if seen.exact else ""
+        found.append(
+            Finding(
+                "drift",
+                "statistics lag",
+                "error" if worst.value >= 5 * seen.thresholds.drift else "warning",
+                f"The running statistics of {len(places)} of {len(moving)} layers are not the {exact}statistics of "
+                f"these batches: those of {worst.layer} are {worst.value:.2g} nats a channel away, beyond what "
+                f"sampling {seen.samples} samples explains.",
+                worst.value,
+                seen.thresholds.drift,
+                "nats a channel",
+                tuple(places),
+                'Rethinking "Batch", 3.2, Table 1',
+                RECOMPUTE,
+                KEYS,
+            )
+        )
+    constant = [place for place in constant if not never_updated(_named(seen, place.layer))]
+    if places := _above(constant, seen.thresholds.frozen_drift):
+        worst = places[0]
+        found.append(
+            Finding(
+                "drift",
+                "frozen statistics do not fit",
+                "warning",
+                f"{len(places)} frozen layers normalize by constants that are far from what they are given: those of "
+                f"{worst.layer} are {worst.value:.2g} nats a channel away from these batches.",
+                worst.value,
+                seen.thresholds.frozen_drift,
+                "nats a channel",
+                tuple(places),
+                'Rethinking "Batch", 4.3',
+                f"{RECOMPUTE}, after dn.freeze_batchnorm(model, False); or load the weights that they belong to",
+                "MODEL.BACKBONE.NORM BN, MODEL.WEIGHTS",
+            )
+        )
+    return found
+
+
+def drift_of(seen: Seen, k: int, norm: Norm, sites: list[SiteStatistics]) -> float:
+    """Divergence of a layer's batches from its running statistics, less what chance explains, the worst domain's.
+
+    Calls that share running statistics are compared with what an average over the calls would be.
+    """
+    if k in seen.exact:
+        mean, var = seen.exact[k]
+        return mean_of(divergence(mean, var, norm.mean, norm.var, norm.eps).amax(0))
+    values = []
+    for row in range(norm.mean.shape[0]):
+        own = [s for s in sites if norm.row(s.domain) == row]
+        if not own:
+            continue
+        mean, var = (torch.cat([getattr(s.own, v) for s in own]) for v in ("mean", "var"))
+        if norm.shared_sgd:
+            merged = Moments(torch.cat([s.own.count for s in own]), mean, var).merge(0)
+            mean, var = merged.mean, merged.var
+        chance = sum(mean_of(s.expected()) for s in own) / len(own)
+        running = norm.mean[row : row + 1], norm.var[row : row + 1]
+        together = Moments(torch.ones_like(mean[:, :1]), mean, var).merge(0)
+        average = mean.mean(0, keepdim=True), var.mean(0, keepdim=True)
+        ways = [divergence(*moments, *running, norm.eps) for moments in ((together.mean, together.var), average)]
+        values.append(max(0.0, min(mean_of(way) for way in ways) - 2 * chance))
+    return max(values, default=0.0)
+
+
+def never_updated(norm: Norm) -> bool:
+    """Whether the statistics are still those of construction."""
+    return norm.initial
+
+
+def _named(seen: Seen, name: str) -> Norm:
+    return next(norm for norm in seen.norms if norm.name == name)
+
+
+def _above(places: list[Place], threshold: float) -> list[Place]:
+    return sorted((place for place in places if place.value >= threshold), key=lambda place: -place.value)

@@ -1,0 +1,145 @@
+"""What an audit finds: one fault, how large it is, where, and what repairs it; and when a number is a fault."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LEVELS = ("error", "warning", "note")  # the worst first
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From which value on a figure is a finding. `docs/audit.md` says how they were chosen.
+
+    Attributes:
+        calls: nats a channel that the statistics of one call of a layer are away from those of all its calls.
+        domains: nats a channel that one domain is away from all together.
+        separate: nats a channel up to which domains with separate statistics might share them.
+        far_domain: nats a channel from the nearest domain.
+        drift: nats a channel between running statistics and the batches, beyond what sampling explains.
+        frozen_drift: likewise, where the running statistics are constants.
+        consistency: relative change of the model's output between minibatch and population statistics, beyond sampling.
+        leak: relative change of the loss, or of the model's confidence, between given and mixed batches.
+        batch_samples: independent samples that a normalization batch has at least.
+        batch_elements: elements of a channel that it has at least.
+        mean_over_std: |mean| / standard deviation of a channel, times the rounding of its type.
+        dead_channels: share of a layer's channels whose variance is below eps.
+        unfinished: weight that the initial statistics still have in the average.
+        padding: nats a channel between statistics with and without padding.
+        mixed_batches: variance between batches over that of random batches.
+    """
+
+    calls: float = 0.1
+    domains: float = 0.1
+    separate: float = 0.01
+    far_domain: float = 1.0
+    drift: float = 0.1
+    frozen_drift: float = 1.0
+    consistency: float = 0.5
+    leak: float = 0.1
+    batch_samples: float = 4
+    batch_elements: float = 16
+    mean_over_std: float = 0.05
+    dead_channels: float = 0.25
+    unfinished: float = 0.1
+    padding: float = 0.05
+    mixed_batches: float = 4.0
+
+    @classmethod
+    def of(cls, values: Thresholds | Mapping[str, float] | None) -> Thresholds:
+        """The defaults, with other `values`.
+
+        Raises:
+            ValueError: unknown names, or values that are no positive numbers.
+        """
+        if isinstance(values, Thresholds):
+            return values
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name, value in (values or {}).items():
+            if name not in known:
+                raise ValueError(f"thresholds take any of {known}, got {name!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"thresholds: {name} takes a positive number, got {value!r}")
+        return cls(**(values or {}))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fault is.
+
+    Attributes:
+        layer: name of the layer, or of a parameter of it.
+        call: number of the call within a forward pass; None: all.
+        domain: number of the domain; None: all.
+        value: the figure there.
+        source: which of several sets of batches.
+    """
+
+    layer: str
+    call: int | None = None
+    domain: int | None = None
+    value: float = float("nan")
+    source: str = ""
+
+    def __str__(self) -> str:
+        said = [
+            *([] if self.call is None else [f"call {self.call}"]),
+            *([] if self.domain is None else [f"domain {self.domain}"]),
+            *([self.source] if self.source else []),
+        ]
+        return ", ".join([self.layer, *said])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    Attributes:
+        check: which check found it: "calls", "domains", "drift", "consistency", "leak", "batch_size", "numerics",
+            "frozen", "training", "padding".
+        kind: which fault of those, in one word or two.
+        level: "error", "warning" or "note".
+        message: what is wrong, in one or two sentences.
+        value: the figure, of the worst place.
+        threshold: from which on it is a finding.
+        unit: of both.
+        places: where, the worst first.
+        paper: the section that explains it.
+        remedy: a line of code.
+        config: keys of a config of this library that do the same; "" where there are none.
+        details: more figures.
+    """
+
+    check: str
+    kind: str
+    level: str
+    message: str
+    value: float
+    threshold: float
+    unit: str
+    places: tuple[Place, ...]
+    paper: str
+    remedy: str
+    config: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers, the worst first."""
+        return list(dict.fromkeys(place.layer for place in self.places))
+
+    @property
+    def excess(self) -> float:
+        """How many times the threshold the value is; where less is worse, the reverse."""
+        value, threshold = abs(self.value), self.threshold
+        if not (value and threshold):
+            return float("inf")
+        return max(value / threshold, threshold / value)
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """The worst first."""
+        return LEVELS.index(self.level), -self.excess if self.excess == self.excess else 0.0
