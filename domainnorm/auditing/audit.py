@@ -13,7 +13,7 @@ from ..distributed import gather_objects
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
 from .divergence import mean_of
-from .finding import Finding, Thresholds
+from .finding import Finding, Thresholds, worst_first
 from .norms import find_norms
 from .report import Report
 from .run import Passes, given_sources
@@ -61,7 +61,7 @@ def audit(
             if (suspect := _suspect(seen, found)) is not None:
                 passes.switch_alone(suspect)
                 found |= {name: CHECKS[name](seen) for name in ("consistency",) if name in chosen}
-    findings = sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order)
+    findings = worst_first(finding for own in found.values() for finding in own)
     return Report(
         findings=findings,
         layers=_figures(seen),
@@ -82,7 +82,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _suspect(seen: Seen, found: Mapping[str, list[Finding]]) -> int | None:
     """The layer that follows its batches and is named first by the worst finding."""
-    for finding in sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order):
+    for finding in worst_first(finding for own in found.values() for finding in own):
         for name in finding.layers:
             for k, norm in enumerate(seen.norms):
                 if norm.name == name and norm.follows_batches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,16 +26,16 @@ class Thresholds:
         batch_samples: independent samples that a normalization batch has at least.
         batch_elements: elements of a channel that it has at least.
         mean_over_std: |mean| / standard deviation of a channel, times the rounding of its type.
-        dead_channels: share of a layer's channels whose variance is below eps.
-        unfinished: weight that the initial statistics still have in the average.
+        dead_channels: share of a layer's channels whose variance is below a hundredth of eps.
+        unfinished: share that the initial statistics still have in the averages.
         padding: nats a channel between statistics with and without padding.
-        mixed_batches: variance between batches over that of random batches.
+        mixed_batches: variance between batches over what that of random batches seldom exceeds.
     """
 
     calls: float = 0.1
     domains: float = 0.1
     separate: float = 0.01
-    far_domain: float = 1.0
+    far_domain: float = 0.3
     drift: float = 0.1
     frozen_drift: float = 1.0
     consistency: float = 0.5
@@ -46,7 +46,7 @@ class Thresholds:
     dead_channels: float = 0.25
     unfinished: float = 0.1
     padding: float = 0.05
-    mixed_batches: float = 4.0
+    mixed_batches: float = 1.5
 
     @classmethod
     def of(cls, values: Thresholds | Mapping[str, float] | None) -> Thresholds:
@@ -143,3 +143,15 @@ class Finding:
     def order(self) -> tuple[int, float]:
         """The worst first."""
         return LEVELS.index(self.level), -self.excess if self.excess == self.excess else 0.0
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """In order of their levels, and by how far they exceed their thresholds.
+
+    What the output changes by is the effect of the others: it comes after the worst of them.
+    """
+    ordered = sorted(findings, key=lambda finding: finding.order)
+    causes = [k for k, f in enumerate(ordered) if f.check != "consistency" and f.level != "note"]
+    if causes and ordered[0].check == "consistency":
+        ordered.insert(0, ordered.pop(causes[0]))
+    return ordered

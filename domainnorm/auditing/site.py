@@ -49,7 +49,7 @@ class SiteStatistics:
     source: str = ""
     sizes: list[BatchSize] = field(default_factory=list)
     total: Moments | None = None
-    batches: Moments | None = None  # of the batches' means, each counting once
+    batches: Moments | None = None  # of the batches' means, each counting as its samples
     unpadded: Moments | None = None
     padded: list[float] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -82,7 +82,7 @@ class SiteStatistics:
         self._rows = _plus(self._rows, _each(n, rows.mean))
         self._squares = _plus(self._squares, _each(n, squares))
         self._within = _plus(self._within, _each(n, rows.mean - whole.mean))
-        self.batches = _plus(self.batches, Moments(one, whole.mean, torch.zeros_like(whole.mean)))
+        self.batches = _plus(self.batches, Moments(n, whole.mean, torch.zeros_like(whole.mean)))
         self._training = _plus(self._training, Moments(one, call.batch.mean, call.batch.var))
         mean, var = self.running
         alone = inconsistency(call.batch.mean, call.batch.var, mean, var, self.norm.eps)
@@ -159,17 +159,22 @@ class SiteStatistics:
     def between_batches(self) -> float:
         """How much more the batches' means vary than those of random batches of the same samples would.
 
-        A ratio of variances, the mean over channels: about 1 where samples come in any order.
+        The F statistic of one-way analysis of variance, the mean over channels: about 1 where samples come in any order.
         """
-        if self.batches is None or self._within is None or float(self.batches.count) < 2:
+        if self.batches is None or self._within is None or self._training is None:
             return 1.0
-        groups, samples = float(self.batches.count), float(self._within.count)
-        if samples <= groups:
+        groups, samples = float(self._training.count), float(self._within.count)
+        if groups < 2 or samples <= groups:
             return 1.0
         within = self._within.var * samples / (samples - groups)
-        between = self.batches.var * groups / (groups - 1) * samples / groups
+        between = self.batches.var * samples / (groups - 1)
         usable = within > 1e-12 * (self.own.var + self.norm.eps)
         return mean_of((between / within)[usable]) if bool(usable.any()) else 1.0
+
+    def between_batches_by_chance(self) -> float:
+        """What `between_batches` seldom exceeds by chance: two standard deviations, were all channels one."""
+        groups, samples = float(self._training.count) if self._training else 0.0, float(self.samples)
+        return 1 + 2 * (2 / max(groups - 1, 1) + 2 / max(samples - groups, 1)) ** 0.5
 
 
 def _plus(total: Moments | None, other: Moments) -> Moments:

@@ -1,4 +1,4 @@
-"""A layer called several times in a forward pass, whose calls share population statistics (row 3 of Table 5)."""
+"""Calls, or domains, that training normalizes by other statistics than inference (rows 3 and 2 of Table 5)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from ..site import SiteStatistics
 
 
 def check(seen: Seen) -> list[Finding]:
+    """Apart in training and together in inference, and the reverse."""
+    return [*_shared_statistics(seen), *_shared_batches(seen)]
+
+
+def _shared_statistics(seen: Seen) -> list[Finding]:
     """Layers whose calls, or domains, training normalizes apart and inference by the same statistics."""
     places: list[Place] = []
     distances: dict[str, float] = {}
@@ -50,6 +55,41 @@ def check(seen: Seen) -> list[Finding]:
             f"dn.DomainBatchNorm(num_features, num_domains={number}), called with the list of inputs",
             "MODEL.RETINANET.POPULATION_STATISTICS per_domain",
             {"alike": groups, "distance": distances},
+        )
+    ]
+
+
+def _shared_batches(seen: Seen) -> list[Finding]:
+    """Layers that training normalizes by the moments of all domains together, and inference by those of each."""
+    places = []
+    for _, norm, sites in seen.layers():
+        if not (norm.follows_batches and norm.shared_sgd and norm.mean.shape[0] > 1):
+            continue
+        for call in {s.call for s in sites}:
+            own = [s for s in sites if s.call == call]
+            whole = Moments.cat([s.own for s in own]).merge(0)
+            for s in own:
+                ways = [divergence(*m, whole.mean, whole.var, norm.eps) for m in ((s.own.mean, s.own.var), s.running)]
+                value = min(mean_of(way) for way in ways) - 2 * mean_of(s.expected())
+                places.append(Place(norm.name, call or None, s.domain, value))
+    places = sorted((p for p in places if p.value >= seen.thresholds.calls), key=lambda p: -p.value)
+    if not places:
+        return []
+    worst = places[0]
+    return [
+        Finding(
+            "calls",
+            "shared batches",
+            "error" if worst.value >= 3 * seen.thresholds.calls else "warning",
+            f"Training normalizes all domains of {worst.layer} together, inference each by statistics of its own: those "
+            f"of domain {worst.domain} are {worst.value:.2g} nats a channel away from those of training.",
+            worst.value,
+            seen.thresholds.calls,
+            "nats a channel",
+            tuple(places),
+            'Rethinking "Batch", 5.2, Table 5, row 2',
+            "layer.sgd_statistics = 'per_domain', and go on training; or population_statistics='shared'",
+            "MODEL.RETINANET.SGD_STATISTICS per_domain",
         )
     ]
 

@@ -9,7 +9,9 @@ from ..divergence import divergence, mean_of, pairwise
 from ..finding import Finding, Place
 from ..seen import Seen
 from ..site import SiteStatistics
+from .causes import distance
 
+ENOUGH = 4  # batches that can be told from others
 PAPER = 'Rethinking "Batch", 5.1 and 5.2, Table 4'
 
 
@@ -57,13 +59,14 @@ def _named_sets(seen: Seen) -> list[Finding]:
 
 def _mixed_batches(seen: Seen) -> list[Finding]:
     """Batches that differ more than their samples do: each is of another source."""
-    if len(seen.sources) > 1 or seen.batches < 2:
+    if len(seen.sources) > 1 or seen.batches < ENOUGH:
         return []
     places = []
     for s in seen.inference.values():  # minibatch statistics of the layers before would make the batches alike
         whole = all(size.samples <= size.images for size in s.sizes)
         if s.total is not None and s.norm.follows_batches and whole and s.samples >= 2 * len(s.sizes):
-            places.append(Place(s.norm.name, s.call if s.call else None, None, s.between_batches()))
+            value = s.between_batches() / s.between_batches_by_chance()
+            places.append(Place(s.norm.name, s.call if s.call else None, None, value))
     places = sorted((p for p in places if p.value >= seen.thresholds.mixed_batches), key=lambda p: -p.value)
     if not places:
         return []
@@ -74,7 +77,7 @@ def _mixed_batches(seen: Seen) -> list[Finding]:
             "batches of different sources",
             "warning",
             f"The batches are no random samples of one set: at {worst.layer} their means vary {worst.value:.2g} times "
-            "as much as those of random batches would. Training normalizes each source by its own statistics, "
+            "as much as those of random batches ever would. Training normalizes each source by its own statistics, "
             "inference all by one average.",
             worst.value,
             seen.thresholds.mixed_batches,
@@ -131,11 +134,8 @@ def _far(seen: Seen) -> list[Finding]:
         if norm.mean.shape[0] == 1:
             continue
         for s in sites:
-            ways = divergence(s.own.mean, s.own.var, norm.mean, norm.var, norm.eps).mean(1)
-            nearest = int(ways.argmin())
-            chance = 2 * mean_of(s.expected())
-            place = Place(norm.name, s.call if s.call else None, s.domain, float(ways[nearest]) - chance)
-            places.append((place, nearest))
+            value, nearest = distance(s)
+            places.append((Place(norm.name, s.call if s.call else None, s.domain, value), nearest))
     places = sorted((p for p in places if p[0].value >= seen.thresholds.far_domain), key=lambda p: -p[0].value)
     if not places:
         return []
@@ -144,7 +144,7 @@ def _far(seen: Seen) -> list[Finding]:
         Finding(
             "domains",
             "far from all",
-            "warning",
+            "error" if worst.value >= 2 * seen.thresholds.far_domain else "warning",
             f"What {worst.layer} is given as domain {worst.domain} is like none that it knows: {worst.value:.2g} nats "
             f"a channel from domain {nearest}, the nearest.",
             worst.value,

@@ -10,6 +10,7 @@ from ..finding import Finding, Place
 from ..norms import Norm
 from ..seen import Seen
 from ..site import SiteStatistics
+from .causes import explained
 
 RECOMPUTE = "dn.recompute_population_statistics(model, batches)"
 KEYS = 'TEST.STATISTICS "[population, recomputed]", TEST.RECOMPUTE.IN_CHECKPOINT True'
@@ -17,12 +18,12 @@ KEYS = 'TEST.STATISTICS "[population, recomputed]", TEST.RECOMPUTE.IN_CHECKPOINT
 
 def check(seen: Seen) -> list[Finding]:
     """Layers that follow their batches, and frozen ones, apart."""
-    moving, constant = [], []
+    moving, constant, others = [], [], explained(seen)
     for k, norm, sites in seen.layers():
         value = drift_of(seen, k, norm, sites)
-        if norm.frozen:
+        if norm.frozen and norm.name not in others:
             constant.append(Place(norm.name, value=value))
-        elif norm.follows_batches and not never_updated(norm):
+        elif norm.follows_batches and norm.name not in others:
             moving.append(Place(norm.name, value=value))
     found = []
     if places := _above(moving, seen.thresholds.drift):
@@ -44,7 +45,6 @@ def check(seen: Seen) -> list[Finding]:
                 KEYS,
             )
         )
-    constant = [place for place in constant if not never_updated(_named(seen, place.layer))]
     if places := _above(constant, seen.thresholds.frozen_drift):
         worst = places[0]
         found.append(
@@ -90,15 +90,6 @@ def drift_of(seen: Seen, k: int, norm: Norm, sites: list[SiteStatistics]) -> flo
         ways = [divergence(*moments, *running, norm.eps) for moments in ((together.mean, together.var), average)]
         values.append(max(0.0, min(mean_of(way) for way in ways) - 2 * chance))
     return max(values, default=0.0)
-
-
-def never_updated(norm: Norm) -> bool:
-    """Whether the statistics are still those of construction."""
-    return norm.initial
-
-
-def _named(seen: Seen, name: str) -> Norm:
-    return next(norm for norm in seen.norms if norm.name == name)
 
 
 def _above(places: list[Place], threshold: float) -> list[Place]:

@@ -7,7 +7,8 @@ from torch import nn
 from ..finding import Finding, Place
 from ..norms import Norm
 from ..seen import Seen
-from .drift import KEYS, RECOMPUTE, drift_of, never_updated
+from .causes import in_average, initial_weight, is_unfinished, never_updated
+from .drift import KEYS, RECOMPUTE, drift_of
 
 PAPER = 'Rethinking "Batch", 4.3, Fig. 6'
 
@@ -20,7 +21,7 @@ def check(seen: Seen) -> list[Finding]:
 def _never_updated(seen: Seen) -> list[Finding]:
     places = []
     for k, norm, sites in seen.layers():
-        if never_updated(norm) and (norm.frozen or norm.follows_batches):
+        if never_updated(norm) and (norm.frozen or norm.follows_batches) and not in_average(seen, norm):
             value = drift_of(seen, k, norm, sites)
             if value >= seen.thresholds.drift:
                 places.append(Place(norm.name, value=value))
@@ -52,13 +53,14 @@ def _never_updated(seen: Seen) -> list[Finding]:
 
 def _unfinished(seen: Seen) -> list[Finding]:
     """Averages of so few steps that the initial statistics still count, where these do not fit."""
-    places = []
+    places, drift = [], 0.0
     for k, norm, sites in seen.layers():
         left = initial_weight(norm)
-        if left is None or left < seen.thresholds.unfinished or not norm.follows_batches or never_updated(norm):
+        if left is None or never_updated(norm) or in_average(seen, norm) or not is_unfinished(seen, norm):
             continue
-        if drift_of(seen, k, norm, sites) >= seen.thresholds.drift / 2:
+        if (value := drift_of(seen, k, norm, sites)) >= seen.thresholds.drift / 2:
             places.append(Place(norm.name, value=left))
+            drift = max(drift, value)
     if not places:
         return []
     places.sort(key=lambda p: -p.value)
@@ -68,8 +70,8 @@ def _unfinished(seen: Seen) -> list[Finding]:
         Finding(
             "frozen",
             "unfinished average",
-            "error" if worst.value >= 0.5 else "warning",
-            f"The moving averages of {len(places)} layers have not converged: after {norm.tracked} steps with a "
+            "error" if drift >= 5 * seen.thresholds.drift else "warning",
+            f"The moving averages of {len(places)} layers have not converged, up to {drift:.2g} nats a channel: after {norm.tracked} steps with a "
             f"momentum of {norm.momentum:g}, {worst.layer} is still {100 * worst.value:.0f}% what it began with.",
             worst.value,
             seen.thresholds.unfinished,
@@ -80,13 +82,6 @@ def _unfinished(seen: Seen) -> list[Finding]:
             f"MODEL.NORM.MOMENTUM, {KEYS}",
         )
     ]
-
-
-def initial_weight(norm: Norm) -> float | None:
-    """How much the statistics before the first step weigh in the average; None: not known."""
-    if not norm.tracked or norm.momentum is None:
-        return None
-    return (1 - norm.momentum) ** norm.tracked
 
 
 def _momentum_for(steps: int) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..finding import Finding, Place
-from ..norms import Norm
 from ..seen import Seen
+from .causes import broken_channels, rounding
 
+DEAD = 0.01  # of eps: a variance with which the normalized values deviate by a tenth of what they should
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -17,7 +18,7 @@ def check(seen: Seen) -> list[Finding]:
 
 
 def _not_finite(seen: Seen) -> list[Finding]:
-    buffers = [Place(norm.name, value=bad) for norm in seen.norms if (bad := _bad_statistics(norm))]
+    buffers = [Place(norm.name, value=bad) for norm in seen.norms if (bad := float(broken_channels(norm).sum()))]
     inputs = [
         Place(s.norm.name, s.call if s.call else None, None, float(s.not_finite))
         for s in seen.own.values()
@@ -61,11 +62,6 @@ def _not_finite(seen: Seen) -> list[Finding]:
     return found
 
 
-def _bad_statistics(norm: Norm) -> float:
-    bad = ~(norm.mean.isfinite() & norm.var.isfinite()) | (norm.var < 0)
-    return float(bad.sum())
-
-
 def _half(seen: Seen) -> list[Finding]:
     places = []
     for norm in seen.norms:
@@ -100,9 +96,7 @@ def _large_means(seen: Seen) -> list[Finding]:
     for s in seen.own.values():
         if s.total is None:
             continue
-        rounding = max(float(torch.finfo(dtype).eps) for dtype in s.dtypes)
-        ratio = s.own.mean.abs() / (s.own.var + s.norm.eps).sqrt()
-        places.append(Place(s.norm.name, s.call if s.call else None, None, float(ratio.max()) * rounding))
+        places.append(Place(s.norm.name, s.call if s.call else None, None, rounding(s)))
     places = sorted((p for p in places if p.value >= seen.thresholds.mean_over_std), key=lambda p: -p.value)
     if not places:
         return []
@@ -111,7 +105,7 @@ def _large_means(seen: Seen) -> list[Finding]:
         Finding(
             "numerics",
             "large mean",
-            "warning",
+            "error" if worst.value >= 5 * seen.thresholds.mean_over_std else "warning",
             f"A mean is so large against its standard deviation that rounding takes {100 * worst.value:.2g}% of what "
             f"{worst.layer} normalizes.",
             worst.value,
@@ -128,7 +122,7 @@ def _large_means(seen: Seen) -> list[Finding]:
 def _dead(seen: Seen) -> list[Finding]:
     places = []
     for _, norm, sites in seen.layers():
-        dead = torch.stack([s.own.var[0] < norm.eps for s in sites]).all(0)
+        dead = torch.stack([s.own.var[0] < DEAD * norm.eps for s in sites]).all(0)
         places.append(Place(norm.name, value=float(dead.double().mean())))
     places = sorted((p for p in places if p.value >= seen.thresholds.dead_channels), key=lambda p: -p.value)
     if not places:
@@ -139,8 +133,8 @@ def _dead(seen: Seen) -> list[Finding]:
             "numerics",
             "dead channels",
             "warning",
-            f"{100 * worst.value:.0f}% of the channels of {worst.layer} vary less than eps: they are divided by "
-            "sqrt(eps) and not by their deviation, or carry nothing.",
+            f"{100 * worst.value:.0f}% of the channels of {worst.layer} have a variance below a hundredth of eps: they are "
+            "divided by sqrt(eps) and not by their deviation, or carry nothing.",
             worst.value,
             seen.thresholds.dead_channels,
             "of the channels",

@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-
 from ..finding import Finding, Place
 from ..seen import Seen
+from .causes import in_average
 from .drift import RECOMPUTE, drift_of
 
 ENOUGH = 16  # samples that need no accumulation
@@ -83,14 +81,9 @@ def _updated_twice(seen: Seen) -> list[Finding]:
 
 def _averaged(seen: Seen) -> list[Finding]:
     """Averaged weights with statistics of other weights."""
-    names = [name for name, module in seen.model.named_modules() if _is_average(module)]
-    if not names:
-        return []
     places = []
     for k, norm, sites in seen.layers():
-        value = drift_of(seen, k, norm, sites)
-        within = any(name == "" or norm.name.startswith(f"{name}.") for name in names)
-        if within and norm.follows_batches and value >= seen.thresholds.drift / 2:
+        if in_average(seen, norm) and (value := drift_of(seen, k, norm, sites)) >= seen.thresholds.drift / 2:
             places.append(Place(norm.name, value=value))
     if not places:
         return []
@@ -112,10 +105,6 @@ def _averaged(seen: Seen) -> list[Finding]:
             "SOLVER.AVERAGE (which recomputes them)",
         )
     ]
-
-
-def _is_average(module: nn.Module) -> bool:
-    return isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")  # timm's
 
 
 def _decay(seen: Seen) -> list[Finding]:
