@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.mobilenetv2 import MobileNetV2
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.regnet import BlockParams, RegNet
 
 import domainnorm as dn
 
@@ -35,11 +35,9 @@ class Plain(nn.Module):
 
 
 def residual(norm: Norm = nn.BatchNorm2d) -> nn.Module:
-    """torchvision's ResNet with one block in each of three stages, for small images."""
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=training.CLASSES, norm_layer=norm)
-    model.maxpool = model.layer4 = nn.Identity()
-    model.fc = nn.Linear(256, training.CLASSES)
-    return model
+    """torchvision's RegNet, a residual network of groups, with one block in each of three stages."""
+    stages = BlockParams([1, 1, 1], [16, 32, 64], [8, 8, 8], [1.0] * 3, [1, 2, 2])
+    return RegNet(stages, training.CLASSES, stem_width=16, norm_layer=norm)  # type: ignore[arg-type]
 
 
 def mobile(norm: Norm = nn.BatchNorm2d) -> nn.Module:

@@ -18,7 +18,7 @@ SHIFT = 0.5  # of the second of two sources of images
 
 def shared_calls(v: Variant, planted: bool) -> Given:
     """torch's BatchNorm in a head that is shared over levels, and one for each level."""
-    levels = 3 + v.k // 2
+    levels = 3 + v.k // 2 % 2
     norm: Any = nn.BatchNorm2d if planted else lambda c: PerLevel(nn.BatchNorm2d(c) for _ in range(levels))
     return _pyramid(v, levels, norm)
 
@@ -34,15 +34,15 @@ def row_2(v: Variant, planted: bool) -> Given:
 
 
 def _rows(v: Variant, choice: tuple[str, str]) -> Given:
-    levels = 3 + v.k // 2
+    levels = 3 + v.k // 2 % 2
     options = dict(zip(("sgd_statistics", "population_statistics"), choice, strict=True))
     return _pyramid(v, levels, lambda c: dn.DomainBatchNorm(c, num_domains=levels, **options))  # type: ignore[arg-type]
 
 
 def _pyramid(v: Variant, levels: int, norm: Any) -> Given:
     model = Pyramid(levels, norm, v.width)
-    v.train(model)
-    return Given(model, v.batches(), layers=("norms.0", "norms.1"))
+    training.train(model, training.classify(v.batch, 16), 120)
+    return Given(model, training.batches(8, v.batch, 16), layers=("norms.0", "norms.1"))
 
 
 def named_sets(v: Variant, planted: bool) -> Given:
