@@ -159,7 +159,7 @@ class SiteStatistics:
     def between_batches(self) -> float:
         """How much more the batches' means vary than those of random batches of the same samples would.
 
-        The F statistic of one-way analysis of variance, the mean over channels: about 1 where samples come in any order.
+        The F statistic of one-way analysis of variance, the mean over channels: about 1 for samples in any order.
         """
         if self.batches is None or self._within is None or self._training is None:
             return 1.0

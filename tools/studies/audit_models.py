@@ -1,5 +1,6 @@
 """Small models that the cases of the audit's study plant their faults in."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class Plain(nn.Module):
         widths = [3, width, 2 * width, 2 * width]
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, 1 + (a > 3), 1, bias=bias), norm(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.linear = nn.Linear(widths[-1], training.CLASSES)
         self.checkpointed: set[int] = set()

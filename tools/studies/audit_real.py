@@ -20,8 +20,13 @@ import domainnorm as dn
 Objects = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
-def objects(count: int, size: int = 128, masks: bool = False) -> Objects:
-    """Images with a square of one of three colors each, small, middle or large, and their targets."""
+def objects(count: int, size: int = 128, masks: bool = False, background: bool = False) -> Objects:
+    """Images with a square of one of three colors each, small, middle or large, and their targets.
+
+    Args:
+        masks: targets have them, and labels begin at 1.
+        background: labels begin at 1.
+    """
     found, targets = [], []
     for _ in range(count):
         side = size * (1, 3, 8)[int(torch.randint(3, ()))] // 12
@@ -30,7 +35,7 @@ def objects(count: int, size: int = 128, masks: bool = False) -> Objects:
         image = torch.rand(3, size, size) * 0.3
         image[kind, top : top + side, left : left + side] += 0.6
         box = torch.tensor([[left, top, left + side, top + side]]).float()
-        target = {"boxes": box, "labels": torch.tensor([kind + masks])}
+        target = {"boxes": box, "labels": torch.tensor([kind + (masks or background)])}
         if masks:
             target["masks"] = (image[None, kind] > 0.45).to(torch.uint8)
         found.append(image)
@@ -38,12 +43,12 @@ def objects(count: int, size: int = 128, masks: bool = False) -> Objects:
     return found, targets
 
 
-def train_detector(model: nn.Module, batch: int, steps: int, rate: float = 0.01, masks: bool = False) -> nn.Module:
+def train_detector(model: nn.Module, batch: int, steps: int, rate: float = 0.01, **options: Any) -> nn.Module:
     """On such images."""
 
     def batches() -> Any:
         while True:
-            images, targets = objects(batch, masks=masks)
+            images, targets = objects(batch, **options)
             yield lambda model, images=images, targets=targets: sum(model(images, targets).values())
 
     return training.train(model.train(), batches(), steps, rate)
@@ -80,7 +85,12 @@ def mask_rcnn_v2() -> Given:
     """The heads of `maskrcnn_resnet50_fpn_v2`, which have BatchNorm, trained with one image a batch."""
     backbone = pyramid(extra_blocks=None, norm_layer=partial(nn.GroupNorm, 32))
     model = detection.MaskRCNN(
-        backbone, 4, min_size=128, max_size=128, box_batch_size_per_image=64, box_detections_per_img=20,
+        backbone,
+        4,
+        min_size=128,
+        max_size=128,
+        box_batch_size_per_image=64,
+        box_detections_per_img=20,
         rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in (16, 32, 64)), ((1.0,),) * 3),
         box_head=faster_rcnn.FastRCNNConvFCHead((256, 7, 7), [64, 64], [128], norm_layer=nn.BatchNorm2d),
         box_predictor=faster_rcnn.FastRCNNPredictor(128, 4),

@@ -177,7 +177,9 @@ def padded(v: Variant, planted: bool) -> Given:
 
 
 def _shapes(v: Variant, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    return [0.5 + 0.2 * training.images(1, 64)[0][0, :, : (s := shapes[k % len(shapes)])[0], : s[1]] for k in range(v.batch)]
+    return [
+        0.5 + 0.2 * training.images(1, 64)[0][0, :, : (s := shapes[k % len(shapes)])[0], : s[1]] for k in range(v.batch)
+    ]
 
 
 def _detector(v: Variant) -> nn.Module:
@@ -198,13 +200,13 @@ FAULTS = {
     "two named data sets in one BatchNorm": Fault("domains", "one set of statistics", named_sets, "domains"),
     "batches of two data sets by turns": Fault("domains", "batches of different sources", alternating, "mixed_batches"),
     "an input domain far from all": Fault("domains", "far from all", far_domain, "far_domain"),
-    "domains that need not be separate": Fault("domains", "separate where shared would do", needless_domains, "separate"),
+    "domains that need not be separate": Fault(
+        "domains", "separate where shared would do", needless_domains, "separate"
+    ),
     "one layer's running statistics are off": Fault("drift", "statistics lag", one_layer_drifts, "drift"),
     "images of another kind": Fault("drift", "statistics lag", other_images, "drift"),
     "images of another kind, recomputed": Fault("drift", "statistics lag", recomputed, "drift"),
-    "frozen statistics of other weights": Fault(
-        "drift", "frozen statistics do not fit", frozen_misfit, "frozen_drift"
-    ),
+    "frozen statistics of other weights": Fault("drift", "frozen statistics do not fit", frozen_misfit, "frozen_drift"),
     "minibatch and population statistics disagree": Fault(
         "consistency", "train/test inconsistency", inconsistent, "consistency", first=False
     ),

@@ -69,8 +69,9 @@ def overflow(v: Variant, planted: bool) -> Given:
     model.blocks[1][0].weight.data *= 4e5  # type: ignore[index, union-attr, operator]
     training.train(model, training.classify(v.batch, 16), 120, 0.001)
     dtype = torch.float16 if planted else torch.bfloat16
-    return Given(model, training.batches(8, v.batch, 16), {"forward": lambda m, x: _autocast(m, x, dtype)},
-                 ("blocks.1.1",))
+    return Given(
+        model, training.batches(8, v.batch, 16), {"forward": lambda m, x: _autocast(m, x, dtype)}, ("blocks.1.1",)
+    )
 
 
 def nan_in_statistics(v: Variant, planted: bool) -> Given:
@@ -171,7 +172,9 @@ def few_steps(v: Variant, planted: bool) -> Given:
 
 def accumulation(v: Variant, planted: bool) -> Given:
     """Gradients of four batches of 4, and of one of 16."""
-    model = training.train(v.model(), training.classify(4 if planted else 16, v.size), 120, accumulate=4 if planted else 1)
+    model = training.train(
+        v.model(), training.classify(4 if planted else 16, v.size), 120, accumulate=4 if planted else 1
+    )
     return Given(model, training.batches(16, 4 if planted else 16, v.size), {"accumulate": 4 if planted else 1})
 
 
@@ -182,7 +185,9 @@ def checkpointed(v: Variant, planted: bool) -> Given:
     if not planted and v.k // 2 % 2:
         model.checkpointed = set()
     layers = tuple(f"blocks.{k}.1" for k in model.checkpointed)
-    return Given(training.train(model, training.classify(v.batch, 16), 120), training.batches(8, v.batch, 16), {}, layers)
+    return Given(
+        training.train(model, training.classify(v.batch, 16), 120), training.batches(8, v.batch, 16), {}, layers
+    )
 
 
 def averaged(v: Variant, planted: bool) -> Given:

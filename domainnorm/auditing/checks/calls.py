@@ -81,8 +81,8 @@ def _shared_batches(seen: Seen) -> list[Finding]:
             "calls",
             "shared batches",
             "error" if worst.value >= 3 * seen.thresholds.calls else "warning",
-            f"Training normalizes all domains of {worst.layer} together, inference each by statistics of its own: those "
-            f"of domain {worst.domain} are {worst.value:.2g} nats a channel away from those of training.",
+            f"Training normalizes all domains of {worst.layer} together, inference each by statistics of its own: "
+            f"those of domain {worst.domain} are {worst.value:.2g} nats a channel away from those of training.",
             worst.value,
             seen.thresholds.calls,
             "nats a channel",

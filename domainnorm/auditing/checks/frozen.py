@@ -71,7 +71,8 @@ def _unfinished(seen: Seen) -> list[Finding]:
             "frozen",
             "unfinished average",
             "error" if drift >= 5 * seen.thresholds.drift else "warning",
-            f"The moving averages of {len(places)} layers have not converged, up to {drift:.2g} nats a channel: after {norm.tracked} steps with a "
+            f"The moving averages of {len(places)} layers have not converged, which makes up to {drift:.2g} nats a "
+            f"channel: after {norm.tracked} steps with a "
             f"momentum of {norm.momentum:g}, {worst.layer} is still {100 * worst.value:.0f}% what it began with.",
             worst.value,
             seen.thresholds.unfinished,

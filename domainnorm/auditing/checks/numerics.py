@@ -133,8 +133,8 @@ def _dead(seen: Seen) -> list[Finding]:
             "numerics",
             "dead channels",
             "warning",
-            f"{100 * worst.value:.0f}% of the channels of {worst.layer} have a variance below a hundredth of eps: they are "
-            "divided by sqrt(eps) and not by their deviation, or carry nothing.",
+            f"{100 * worst.value:.0f}% of the channels of {worst.layer} have a variance below a hundredth of eps: they "
+            "are divided by sqrt(eps) and not by their deviation, or carry nothing.",
             worst.value,
             seen.thresholds.dead_channels,
             "of the channels",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+from ..divergence import mean_of
 from ..finding import Finding, Place
 from ..seen import Seen
 from .causes import in_average
@@ -83,7 +84,10 @@ def _averaged(seen: Seen) -> list[Finding]:
     """Averaged weights with statistics of other weights."""
     places = []
     for k, norm, sites in seen.layers():
-        if in_average(seen, norm) and (value := drift_of(seen, k, norm, sites)) >= seen.thresholds.drift / 2:
+        if not in_average(seen, norm):
+            continue
+        lag = max(seen.divergence_in_inference((k, s.call, s.domain)) - 2 * mean_of(s.expected()) for s in sites)
+        if (value := max(lag, drift_of(seen, k, norm, sites))) >= seen.thresholds.drift / 2:
             places.append(Place(norm.name, value=value))
     if not places:
         return []
