@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import audit_real
-import audit_sound
 import audit_statistics
 import audit_trainings
 import torch
@@ -94,6 +93,8 @@ KINDS = {f.threshold: f.kind for f in FAULTS.values() if f.threshold}
 
 def rows_of_sound(names: list[str], figures: dict[str, tuple[list[float], list[float]]]) -> list[list[str]]:
     """The table of sound models; adds the figures of every other one."""
+    import audit_sound
+
     rows = []
     for k, name in enumerate(names):
         given = audit_sound.sound(name)
@@ -162,6 +163,8 @@ def write(page: Path, section: str, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    import audit_sound  # needs timm
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--page", type=Path, default=PAGE)
     for option, names in (("faults", FAULTS), ("sound", audit_sound.SOUND), ("real", audit_real.REAL)):
