@@ -86,7 +86,6 @@ def mask_rcnn_v2() -> Given:
     backbone = pyramid(extra_blocks=None, norm_layer=partial(nn.GroupNorm, 32))
     model = detection.MaskRCNN(
         backbone,
-        4,
         min_size=128,
         max_size=128,
         box_batch_size_per_image=64,
@@ -129,7 +128,7 @@ def random_frozen_backbone() -> Given:
     backbone = backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     anchors = AnchorGenerator(tuple((s,) for s in (8, 16, 32, 64, 128)), ((1.0,),) * 5)
     model = detection.RetinaNet(backbone, 3, min_size=128, max_size=128, anchor_generator=anchors)
-    return Given(train_detector(model, 4, 40), [objects(8)[0] for _ in range(4)])
+    return Given(train_detector(model, 4, 20), [objects(8)[0] for _ in range(4)])
 
 
 def tiny_momentum() -> Given:
