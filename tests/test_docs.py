@@ -101,3 +101,8 @@ def test_everything_that_papers_md_names_exists():
         own = file.relative_to(DOCS.parent / "configs").as_posix()
         is_base = "base" in file.stem or file.stem.startswith(("schedule", "baseline")) or file.stem.endswith("_1x")
         assert own in named or is_base, own
+
+
+def test_the_audit_names_what_was_never_updated():
+    finding = run("audit.md")["report"].findings[0]
+    assert (finding.check, finding.kind, finding.layers) == ("frozen", "never updated", ["1"])

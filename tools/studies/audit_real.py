@@ -90,7 +90,7 @@ def mask_rcnn_v2() -> Given:
         max_size=128,
         box_batch_size_per_image=64,
         box_detections_per_img=20,
-        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in (16, 32, 64)), ((1.0,),) * 3),
+        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in (8, 16, 32, 64)), ((1.0,),) * 4),
         box_head=faster_rcnn.FastRCNNConvFCHead((256, 7, 7), [64, 64], [128], norm_layer=nn.BatchNorm2d),
         box_predictor=faster_rcnn.FastRCNNPredictor(128, 4),
         mask_head=mask_rcnn.MaskRCNNHeads(256, [64, 64], 1, norm_layer=nn.BatchNorm2d),

@@ -34,7 +34,7 @@ def _few(seen: Seen) -> list[Finding]:
         worst = few[0]
         rois = [p.layer for p in few if _of_regions(seen, p.layer)]
         regions = (
-            f" The RoIs of {rois[0]} are of {worst.value:g} image(s), and know of each other: shuffle them."
+            f" What {rois[0]} is given are RoIs of the same image{'' if worst.value < 2 else 's'}: shuffle them."
             if rois
             else ""
         )
@@ -43,8 +43,9 @@ def _few(seen: Seen) -> list[Finding]:
                 "batch_size",
                 "few samples",
                 "error" if worst.value < 2 else "warning",
-                f"{len({p.layer for p in few})} layers normalize {worst.value:g} independent sample(s) together, such "
-                f"as {worst.layer}: their statistics say more of those samples than of the data.{regions}",
+                f"{len({p.layer for p in few})} layers normalize {worst.value:g} independent "
+                f"sample{'' if worst.value == 1 else 's'} together, such as {worst.layer}: their "
+                f"statistics say more of those samples than of the data.{regions}",
                 worst.value,
                 limit,
                 "samples",

@@ -78,8 +78,8 @@ def _half(seen: Seen) -> list[Finding]:
             "half-precision statistics",
             "error",
             f"{len(places)} layers keep their running statistics in half precision, such as {worst.layer}: they are "
-            f"rounded to {100 * worst.value:.2g}%, and a step of the average below that, {100 * momentum:.2g}% of the "
-            "difference, is lost.",
+            f"rounded to {100 * worst.value:.2g}%, and a step of the average, {100 * momentum:.2g}% of the difference, "
+            "is lost where it is smaller.",
             worst.value,
             float(torch.finfo(torch.float32).eps),
             "rounding",
