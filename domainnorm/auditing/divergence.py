@@ -54,6 +54,20 @@ def noise(between: Tensor, of_squares: Tensor, var: Tensor, eps: float, samples:
     return 0.5 * (between / whole + 0.5 * of_squares / whole.square()) / samples
 
 
+def seldom(between: float, within: float, deviations: float = 3.0) -> float:
+    """What Fisher's F of so many degrees of freedom exceeds as seldom as a normal variable so many deviations.
+
+    By Paulson's approximation, in which the cube root of F is nearly normal; inf where there are too few.
+    """
+    if between <= 0 or within <= 0:
+        return float("inf")
+    s, t = 2 / (9 * between), 2 / (9 * within)
+    a, b, z = 1 - t, 1 - s, deviations**2
+    if (scale := a * a - z * t) <= 0:
+        return float("inf")
+    return ((a * b + (a * a * b * b - scale * (b * b - z * s)) ** 0.5) / scale) ** 3
+
+
 def alike(distances: Tensor, threshold: float) -> list[list[int]]:
     """Groups of items whose distances, `(K, K)`, are at most `threshold`, each in order.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.moments import Moments
-from .divergence import divergence, inconsistency, mean_of, noise, variance_between, variance_of_squares
+from .divergence import divergence, inconsistency, mean_of, noise, seldom, variance_between, variance_of_squares
 from .norms import Norm
 from .observe import Call
 
@@ -172,9 +172,9 @@ class SiteStatistics:
         return mean_of((between / within)[usable]) if bool(usable.any()) else 1.0
 
     def between_batches_by_chance(self) -> float:
-        """What `between_batches` seldom exceeds by chance: two standard deviations, were all channels one."""
-        groups, samples = float(self._training.count) if self._training else 0.0, float(self.samples)
-        return 1 + 2 * (2 / max(groups - 1, 1) + 2 / max(samples - groups, 1)) ** 0.5
+        """What `between_batches` exceeds once in a thousand times, were all channels one."""
+        groups = float(self._training.count) if self._training else 0.0
+        return seldom(groups - 1, self.samples - groups)
 
 
 def _plus(total: Moments | None, other: Moments) -> Moments:

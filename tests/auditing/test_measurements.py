@@ -1,6 +1,7 @@
 """What an audit measures equals what one computes by hand, and the model is left as it was."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from torchvision.ops import FrozenBatchNorm2d
 
 import domainnorm as dn
-from domainnorm.auditing.divergence import alike, divergence, inconsistency, pairwise, ranges
+from domainnorm.auditing.divergence import alike, divergence, inconsistency, pairwise, ranges, seldom
 from domainnorm.auditing.norms import find_norms
 from domainnorm.auditing.observe import Observer
 from domainnorm.auditing.padding import Padding
@@ -273,3 +274,10 @@ def test_ranks_are_compared():
     for equal, uneven in run_ranks(_on_ranks, 2):
         assert equal == []
         assert uneven["ranks differ"] == ["1"] and "batches of ranks differ" in uneven
+
+
+@pytest.mark.parametrize(("between", "within", "expected"), [(7, 56, 3.98), (15, 112, 2.73), (3, 12, 10.06)])
+def test_what_an_f_statistic_seldom_exceeds(between, within, expected):
+    """`scipy.stats.f.isf(scipy.stats.norm.sf(3), between, within)`."""
+    assert seldom(between, within) == pytest.approx(expected, rel=0.02)
+    assert seldom(between, 1) == seldom(0, within) == math.inf
