@@ -14,6 +14,7 @@ from ..statistics.preserve import preserve_state
 from .checks import CHECKS
 from .divergence import mean_of
 from .finding import Finding, Thresholds
+from .leak import measure_leak
 from .norms import find_norms
 from .report import Report
 from .run import Passes, given_sources
@@ -27,6 +28,7 @@ def audit(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
+    leak: bool = False,
     thresholds: Thresholds | Mapping[str, float] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     accumulate: int = 1,
@@ -51,16 +53,21 @@ def audit(
         passes = Passes(model, seen, forward or _call, loss, progress)
         with passes.observer.attached():
             sources = given_sources(batches)
+            if leak:
+                sources = held = {name: list(own) for name, own in sources.items()}
             seen.sources = list(sources)
             for name, own in sources.items():
                 passes.measure(own, name)
-            if not seen.batches:
-                raise ValueError("there is no batch to audit the model with")
-            seen.ranks = gather_objects(_of_rank(seen))
-            found = {name: CHECKS[name](seen) for name in chosen}
-            if (suspect := _suspect(seen, found)) is not None:
+        if not seen.batches:
+            raise ValueError("there is no batch to audit the model with")
+        seen.ranks = gather_objects(_of_rank(seen))
+        if leak:
+            seen.leak = measure_leak(passes, held)
+        found = {name: CHECKS[name](seen) for name in chosen}
+        if (suspect := _suspect(seen, found)) is not None:
+            with passes.observer.attached():
                 passes.switch_alone(suspect)
-                found |= {name: CHECKS[name](seen) for name in ("consistency",) if name in chosen}
+            found |= {name: CHECKS[name](seen) for name in ("consistency",) if name in chosen}
     findings = sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order)
     return Report(
         findings=findings,
@@ -73,6 +80,7 @@ def audit(
         norms=len(norms),
         not_reached=seen.not_reached,
         thresholds=seen.thresholds,
+        leak=seen.leak.figures() if seen.leak else None,
     )
 
 

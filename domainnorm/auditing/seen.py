@@ -13,6 +13,7 @@ from ..distributed import world_size
 from ..layers import DomainBatchNorm
 from .divergence import mean_of
 from .finding import Thresholds
+from .leak import Leak
 from .norms import Norm
 from .observe import Site
 from .outputs import Change
@@ -51,7 +52,7 @@ class Seen:
         passes: forward passes over all batches.
         optimizer, accumulate: as given.
         exact: of each layer's number, exact statistics of the batches `(mean, var)`.
-        leak: what `leak` measured; None: not asked for.
+        leak: what mixed batches have shown; None: not asked for.
         ranks: of each rank, what layers have there; one entry without processes.
         empty: names of layers that got a batch without elements.
         model_training: whether the model was in training mode.
@@ -73,7 +74,7 @@ class Seen:
     optimizer: torch.optim.Optimizer | None = None
     accumulate: int = 1
     exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    leak: Any = None
+    leak: Leak | None = None
     ranks: list[Mapping[str, Any]] = field(default_factory=list)
     model_training: bool = False
 
