@@ -156,7 +156,7 @@ def _ranks(seen: Seen) -> list[Finding]:
     return [
         Finding(
             "batch_size",
-            "ranks differ",
+            "batches of ranks differ",
             "warning",
             f"The ranks normalize batches of different sizes: {worst.layer} those of {sizes} samples.",
             worst.value,
