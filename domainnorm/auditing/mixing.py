@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Mixing:
-    """Normalizes the samples of several batches in groups as large as those of training, within `attached`.
+    """Normalizes samples of several batches together, within `attached`.
 
     All forward passes stop at each layer until all are there. Each sample then has a place in one of the normalization
     batches, its own, or that of any sample of the same domain. So the samples that a layer sees are exchanged, also
@@ -41,7 +41,7 @@ class Mixing:
 
     def __init__(self, model: nn.Module, norms: Sequence[Norm]) -> None:
         self.norms = norms
-        follow = [k for k, norm in enumerate(norms) if norm.follows_batches and not norm.is_corrected]
+        follow = [k for k, norm in enumerate(norms) if self.follows(norm)]
         self.mixed = [k for k in follow if getattr(norms[k].module, "is_channel_affine", True)]
         self.alone = [k for k in follow if k not in self.mixed]  # groups of channels: normalized as the batch is
         shuffles = [module for module in model.modules() if isinstance(module, RoIShuffle)]
@@ -49,6 +49,10 @@ class Mixing:
         self.shuffled = {k for k, norm in enumerate(norms) if norm.module in inner}  # given at random, in training
         self._seed: int | None = None
         self._places: dict[Any, Tensor] = {}
+
+    def follows(self, norm: Norm) -> bool:
+        """Whether training normalizes it by its batches."""
+        return norm.follows_batches and not norm.is_corrected
 
     @contextmanager
     def attached(self) -> Iterator[None]:

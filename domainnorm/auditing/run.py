@@ -178,5 +178,17 @@ def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def given_sources(batches: Iterable[Any] | Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:
-    """Sets of batches by their names; one without a name is `""`."""
-    return dict(batches) if isinstance(batches, Mapping) else {"": batches}
+    """Sets of batches by their names; one without a name is `""`.
+
+    Raises:
+        ValueError: one batch, and not several.
+    """
+    sources = dict(batches) if isinstance(batches, Mapping) else {"": batches}
+    for name, own in sources.items():
+        if isinstance(own, (Tensor, str)) or not isinstance(own, Iterable):
+            where = f" for {name!r}" if name else ""
+            raise ValueError(
+                f"batches takes several batches in a list, a loader or another iterable, got one {type(own).__name__}"
+                f"{where}: give [batch] if it is one"
+            )
+    return sources

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..distributed import world_size
 from ..layers import DomainBatchNorm
+from ..ops.moments import Moments
 from .divergence import mean_of
 from .finding import Thresholds
 from .leak import Leak
@@ -51,7 +52,7 @@ class Seen:
         samples: how many were given, and in how many batches.
         passes: forward passes over all batches.
         optimizer, accumulate: as given.
-        exact: of each layer's number, exact statistics of the batches `(mean, var)`.
+        exact: of each site, the moments `(1, C)` of all batches, where each layer before it normalizes by those of all.
         leak: what mixed batches have shown; None: not asked for.
         ranks: of each rank, what layers have there; one entry without processes.
         empty: names of layers that got a batch without elements.
@@ -73,7 +74,7 @@ class Seen:
     passes: int = 0
     optimizer: torch.optim.Optimizer | None = None
     accumulate: int = 1
-    exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    exact: dict[Site, Moments] = field(default_factory=dict)
     leak: Leak | None = None
     ranks: list[Mapping[str, Any]] = field(default_factory=list)
     model_training: bool = False
