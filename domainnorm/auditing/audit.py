@@ -83,7 +83,7 @@ def audit(
     Example::
 
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> batches = [2 * torch.randn(16, 3, 9, 9) for _ in range(4)]
+        >>> batches = [5 * torch.randn(16, 3, 9, 9) for _ in range(4)]
         >>> report = dn.audit(model.eval(), batches, progress=False)  # was never trained
         >>> [(finding.check, finding.kind, finding.layers) for finding in report.findings if finding.level == "error"]
         [('frozen', 'never updated', ['1'])]
