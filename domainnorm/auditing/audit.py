@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import gather_objects
+from ..errors import UserError
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
 from .confirm import confirm
@@ -76,9 +77,9 @@ def audit(
         A `Report`: printed, a table; `report.findings`, the worst first; `report.layers`, figures of each call.
 
     Raises:
-        ValueError: arguments that are none of these, no batch or, for `leak`, one only, a model of TorchScript, layers
-            without a shape, or a score that is not a finite number.
-        OutOfStepError: `leak` or `exact`, and the model runs its layers in another order for another batch.
+        UserError: arguments that are none of these, no batch or, for `leak`, one only, a score that is not a finite
+            number, or `leak` or `exact`, and the model runs its layers in another order for another batch.
+        ValueError: a model of TorchScript, or layers without a shape.
 
     Example::
 
@@ -96,7 +97,7 @@ def audit(
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     chosen = _chosen(checks)
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate takes the number of batches in a step, 1 or more, got {accumulate!r}")
+        raise UserError(f"accumulate takes the number of batches in a step, 1 or more, got {accumulate!r}")
     norms = find_norms(model)
     seen = Seen(model, norms, Thresholds.of(thresholds), optimizer=optimizer, accumulate=accumulate)
     seen.model_training = model.training
@@ -111,7 +112,7 @@ def audit(
             for name, own in (held or sources).items():
                 passes.measure(own, name)
         if not seen.batches:
-            raise ValueError("there is no batch to audit the model with")
+            raise UserError("there is no batch to audit the model with")
         seen.ranks = gather_objects(_of_rank(seen))
         if leak:
             seen.leak = measure_leak(passes, held)
@@ -148,7 +149,7 @@ def _chosen(checks: Iterable[str] | None) -> list[str]:
     names = [checks] if isinstance(checks, str) else list(CHECKS if checks is None else checks)
     for name in names:
         if name not in CHECKS:
-            raise ValueError(f"checks takes any of {list(CHECKS)}, got {name!r}")
+            raise UserError(f"checks takes any of {list(CHECKS)}, got {name!r}")
     return names
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..ops.moments import Moments
 from ..statistics.preserve import preserve_state
@@ -49,7 +50,7 @@ def confirm(seen: Seen, observer: Observer, findings: Sequence[Finding], score: 
         observer: attached to the model, which is in eval mode, within `preserve_state`.
 
     Raises:
-        ValueError: a score that is not a finite number.
+        UserError: a score that is not a finite number.
     """
     remedies = [remedy for finding in findings if (remedy := _remedy(seen, finding)) is not None][:MOST]
     if not remedies:
@@ -75,7 +76,7 @@ def _scored(model: nn.Module, observer: Observer, remedy: Remedy, score: Score) 
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         got = f"{number!r}" if isinstance(number, (int, float)) else type(value).__name__
-        raise ValueError(f"score(model), {remedy.what}: expected a finite number, higher is better, got {got}")
+        raise UserError(f"score(model), {remedy.what}: expected a finite number, higher is better, got {got}")
     return float(number)
 
 

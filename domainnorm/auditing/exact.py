@@ -56,7 +56,7 @@ def exact_moments(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> dict[
     """One pass over all batches side by side, within `preserve_state`, in training mode if there is a loss.
 
     Raises:
-        OutOfStepError: the model runs its layers in another order for another batch.
+        UserError: the model runs its layers in another order for another batch.
     """
     together = Together(passes.model, passes.seen.norms)
     batches = [batch for own in sources.values() for batch in own]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..distributed import gather_objects, rank
+from ..errors import UserError
 from ..statistics.preserve import preserve_state
 from .mixing import Mixing
 from .outputs import Change, confidence, tensors_in
@@ -87,8 +88,8 @@ def measure_leak(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> Leak:
     """Three passes over the batches, within `preserve_state`, and three more with a loss.
 
     Raises:
-        ValueError: there are no two batches of one source to exchange samples between.
-        OutOfStepError: the model runs its layers in another order for another batch.
+        UserError: there are no two batches of one source to exchange samples between, or the model runs its layers in
+            another order for another batch.
     """
     mixing, found = Mixing(passes.model, passes.seen.norms), Leak()
     found.alone = [passes.seen.norms[k].name for k in mixing.alone]
@@ -96,7 +97,7 @@ def measure_leak(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> Leak:
         return found
     pools = [pool for own in sources.values() for pool in _pools(own)]
     if not pools:
-        raise ValueError("leak=True exchanges samples between batches: expected two batches or more, got one")
+        raise UserError("leak=True exchanges samples between batches: expected two batches or more, got one")
     disable = None if passes.progress and rank() == 0 else True
     with preserve_state(passes.model), mixing.attached():
         for number, pool in enumerate(tqdm(pools, desc="audit, mixed batches", unit=" pools", disable=disable)):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.roi_shuffle import RoIShuffle
+from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..layers.inputs import LayerInput, spatial_elements
 from ..ops.moments import Moments, accumulate_dtype
-from ..statistics.lockstep import barrier_exchange, run_lockstep
+from ..statistics.lockstep import OutOfStepError, barrier_exchange, run_lockstep
 from .norms import Norm
 
 
@@ -86,10 +87,13 @@ class Mixing:
             seed: of the places that samples get at random; None: each batch is normalized as it is.
 
         Raises:
-            OutOfStepError: the model runs its layers in another order for another batch.
+            UserError: the model runs its layers in another order for another batch.
         """
         self._seed, self._places = seed, {}
-        return run_lockstep(forwards, self._combine)
+        try:
+            return run_lockstep(forwards, self._combine)
+        except OutOfStepError as error:
+            raise UserError(f"leak and exact need a model that runs its layers in one order: {error}") from error
 
     def _combine(self, k: int, given: list[Rows]) -> list[tuple[Tensor, Tensor]]:
         """The mean and variance `(S, C)` that each sample of each forward pass is normalized by."""
