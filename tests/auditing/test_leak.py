@@ -209,7 +209,7 @@ def test_few_batches_show_nothing(of_one_class):
 def test_what_cannot_be_mixed(of_any_class):
     with pytest.raises(ValueError, match="expected two batches or more, got one"):
         audit(of_any_class, bags(1, 7), forward=first)
-    with pytest.raises(dn.UserError, match="in one order: forward 0 is .*, forward 1 .*"):
+    with pytest.raises(dn.UserError, match=r"in one order: forward 0 is .*, forward 1 .*"):
         audit(nn.ModuleList([nn.BatchNorm1d(3)]), [torch.randn(4, 3), torch.zeros(0)], forward=only_if_any)
     assert dn.audit(of_any_class, bags(2, 7), forward=first, progress=False).leak is None
     no_norm = audit(nn.Sequential(nn.Linear(3, 2)), [torch.randn(4, 3)] * 2)
