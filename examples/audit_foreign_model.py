@@ -1,6 +1,6 @@
 """Find out why a model of torchvision has an AP of nearly 0 although its loss is fine, and repair it.
 
-    python examples/audit_foreign_model.py [--steps 300] [--out output/audit_foreign_model]
+    python examples/audit_foreign_model.py [--steps 250] [--out output/audit_foreign_model]
 
 An FCOS whose head has `nn.BatchNorm2d` instead of torchvision's GroupNorm. The head is shared by the levels of the
 pyramid, so each norm is called once for each level: in training every level is normalized by its own statistics, in
@@ -72,7 +72,7 @@ class HeadOfLevels(nn.Module):
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """AP before and after the repair, in percent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--out", default="output/audit_foreign_model")
     args = parser.parse_args(argv)
     options = ["SOLVER.MAX_ITER", args.steps, "OUTPUT_DIR", args.out, "MODEL.CLASS_NAMES", CLASSES]
