@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..distributed import gather_objects
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
+from .checks.drift import drift_of
 from .divergence import mean_of
 from .finding import Finding, Thresholds
 from .norms import find_norms
@@ -73,6 +74,7 @@ def audit(
         norms=len(norms),
         not_reached=seen.not_reached,
         thresholds=seen.thresholds,
+        model=type(model).__name__,
     )
 
 
@@ -103,6 +105,7 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
     """Of each site, as a report has them."""
     rows = []
     for k, norm, sites in seen.layers():
+        drift = drift_of(seen, k, norm, sites)
         for s in sites:
             site = (k, s.call, s.domain)
             inference, propagated = seen.inference.get(site), seen.propagated.get(site)
@@ -119,6 +122,7 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "divergence": mean_of(s.drift()),
                     "expected": mean_of(s.expected()),
                     "inference": mean_of(inference.drift()) if inference and inference.total is not None else None,
+                    "drift": drift,
                     "alone": mean_of(s.alone()) ** 0.5 if follows else 0.0,
                     "propagated": propagated.value**0.5 if propagated else None,
                     "between_batches": s.between_batches(),
