@@ -72,12 +72,12 @@ def places(finding: Finding, most: int = _PLACES) -> str:
 
 
 def _findings(findings: Sequence[Finding], room: int) -> list[str]:
-    """Each in full while there is space for a line of each of the others."""
+    """The first in full, and each other one while there is space for a line of each of those after it."""
     lines: list[str] = []
     for k, finding in enumerate(findings):
         left = len(findings) - k - 1
         whole = _whole(finding)
-        if len(lines) + len(whole) + left > room:
+        if k and len(lines) + len(whole) + left > room:
             short = [cut(f"{one.level}: {one.message}", WIDTH) for one in findings[k:]]
             space = room - len(lines)
             if len(short) > space:
@@ -88,9 +88,7 @@ def _findings(findings: Sequence[Finding], room: int) -> list[str]:
 
 
 def _whole(finding: Finding) -> list[str]:
-    lines = textwrap.wrap(
-        f"{finding.level}: {finding.message}", WIDTH, subsequent_indent="  ", break_long_words=False, max_lines=5, placeholder=" …"
-    )
+    lines = _wrapped(f"{finding.level}: {finding.message}", "", "  ", 5)
     said = {
         "where": f"{places(finding)} ({finding.unit}; threshold {figure(finding.threshold)})",
         "repair": finding.remedy,
@@ -98,18 +96,16 @@ def _whole(finding: Finding) -> list[str]:
         "paper": finding.paper,
     }
     for key, value in said.items():
-        if value:
-            lines += textwrap.wrap(
-                value,
-                WIDTH,
-                initial_indent=f"  {key + ':':8}",
-                subsequent_indent=" " * 10,
-                break_long_words=False,
-                break_on_hyphens=False,
-                max_lines=3,
-                placeholder=" …",
-            )
+        lines += _wrapped(value, f"  {key + ':':8}", " " * 10, 3)
     return lines
+
+
+def _wrapped(text: str, first: str, other: str, most: int) -> list[str]:
+    """Lines of a text, what the first and the others begin with; none of an empty text."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=other, max_lines=most, placeholder=" …", **options
+    )
 
 
 def _worst(report: Report) -> list[str]:
@@ -152,4 +148,4 @@ def _measured(report: Report) -> list[str]:
     if report.not_reached:
         names = [*report.not_reached[:_NAMES], *(["…"] if len(report.not_reached) > _NAMES else [])]
         said.append(f"not reached: {len(report.not_reached)} ({', '.join(names)})")
-    return ["", *textwrap.wrap(f"measured: {'; '.join(said)}", WIDTH, subsequent_indent="  ", max_lines=3, placeholder=" …")]
+    return ["", *_wrapped(f"measured: {'; '.join(said)}", "", "  ", 3)]
