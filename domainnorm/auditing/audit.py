@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import gather_objects
+from ..errors import UserError
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
 from .checks.drift import drift_of
+from .checks.frozen import initial_weight
+from .checks.numerics import dead_channels, rounded
 from .divergence import mean_of
 from .finding import Finding, Thresholds
 from .norms import find_norms
@@ -56,12 +59,12 @@ def audit(
             for name, own in sources.items():
                 passes.measure(own, name)
             if not seen.batches:
-                raise ValueError("there is no batch to audit the model with")
+                raise UserError("there is no batch to audit the model with")
             seen.ranks = gather_objects(_of_rank(seen))
             found = {name: CHECKS[name](seen) for name in chosen}
-            if (suspect := _suspect(seen, found)) is not None:
+            if "consistency" in chosen and (suspect := _suspect(seen, found)) is not None:
                 passes.switch_alone(suspect)
-                found |= {name: CHECKS[name](seen) for name in ("consistency",) if name in chosen}
+                found["consistency"] = CHECKS["consistency"](seen)
     findings = sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order)
     return Report(
         findings=findings,
@@ -105,7 +108,11 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
     """Of each site, as a report has them."""
     rows = []
     for k, norm, sites in seen.layers():
-        drift = drift_of(seen, k, norm, sites)
+        of_layer = {
+            "drift": drift_of(seen, k, norm, sites),
+            "dead_channels": dead_channels(norm, sites),
+            "initial_weight": initial_weight(norm) if norm.follows_batches else None,
+        }
         for s in sites:
             site = (k, s.call, s.domain)
             inference, propagated = seen.inference.get(site), seen.propagated.get(site)
@@ -122,12 +129,13 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "divergence": mean_of(s.drift()),
                     "expected": mean_of(s.expected()),
                     "inference": mean_of(inference.drift()) if inference and inference.total is not None else None,
-                    "drift": drift,
                     "alone": mean_of(s.alone()) ** 0.5 if follows else 0.0,
                     "propagated": propagated.value**0.5 if propagated else None,
                     "between_batches": s.between_batches(),
                     "frozen": norm.frozen,
                     "padded": sum(s.padded) / len(s.sizes) if s.padded else 0.0,
+                    "rounded": rounded(s),
+                    **of_layer,
                 }
             )
     return rows

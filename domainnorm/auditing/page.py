@@ -24,15 +24,20 @@ COLUMNS = {  # of the table of layers: a figure, and what it is
     "elements": ("elements", "of a channel in the smallest normalization batch"),
     "between": ("between_batches", "variance between batches over that of random ones"),
     "padded": ("padded", "share of padding"),
+    "rounded": ("rounded", "share of a standard deviation that rounding takes"),
+    "dead": ("dead_channels", "share of channels that vary less than eps"),
+    "initial": ("initial_weight", "weight of the statistics before the first step in the moving average"),
     "channels": ("channels", "of the layer"),
 }
 DIVERGENCE = "Divergence from the running statistics, nats a channel"
 DRIFT = "Drift beyond sampling, nats a channel"
 CHANGE = "Change of normalized values from population to minibatch statistics"
+BETWEEN = "Variance between batches, times that of random ones"
 PANELS = {  # of the plots: columns of the table
     DIVERGENCE: ("inference", "own", "by chance"),
     DRIFT: ("drift",),
     CHANGE: ("alone", "propagated"),
+    BETWEEN: ("between",),
 }
 
 
@@ -42,6 +47,7 @@ def page_of(report: Report) -> Page:
     page.text(verdict(report))
     _findings(page, report)
     _scores(page, report)
+    _leak(page, report)
     if report.layers:
         page.heading("Along depth")
         page.picture(plots.png(_plots(report)), "From the first call of a forward pass to the last", wide=True)
@@ -73,6 +79,12 @@ def _scores(page: Page, report: Report) -> None:
         page.table(["the model", "score"], [[row["what"], figure(row["score"])] for row in report.scores])
 
 
+def _leak(page: Page, report: Report) -> None:
+    if report.leak:
+        page.heading("Batches as they are, and mixed")
+        page.table(["figure", "value"], [[name, figure(value)] for name, value in report.leak.items()])
+
+
 def _plots(report: Report) -> plots.Figure:
     panels = {
         title: {
@@ -80,9 +92,11 @@ def _plots(report: Report) -> plots.Figure:
             for column in columns
         }
         for title, columns in PANELS.items()
+        if title != BETWEEN or report.leak is not None
     }
     names = [last_part(name, _NAME) for name in site_names(report.layers)]
-    return plots.along_depth(names, panels, dict.fromkeys((DIVERGENCE, DRIFT), report.thresholds.drift))
+    limits = {DIVERGENCE: report.thresholds.drift, DRIFT: report.thresholds.drift}
+    return plots.along_depth(names, panels, limits | {BETWEEN: report.thresholds.mixed_batches})
 
 
 def _layers(page: Page, report: Report) -> None:

@@ -24,9 +24,10 @@ class Report:
         findings: the worst first; empty for a healthy model.
         layers: figures of each call and domain of each layer, in the order of the forward pass: dicts with "layer",
             "kind", "call", "domain", "channels", "samples", "elements", "divergence" (own: under minibatch statistics
-            before it), "expected" (of that, by sampling alone), "inference" (under population statistics), "drift"
-            (beyond sampling, the calls of a layer together), "alone", "propagated", "between_batches", "frozen",
-            "padded".
+            before it), "expected" (of that, by sampling alone), "inference" (under population statistics), "alone",
+            "propagated", "between_batches", "frozen", "padded", "rounded" (share of a standard deviation that rounding
+            takes); and of the layer "drift" (beyond sampling, all calls together), "dead_channels" (share),
+            "initial_weight" (of the statistics before the first step, in the average).
         output_change: relative change of the model's output between minibatch and population statistics, or nan.
         changed_alone: the same where one layer alone is switched, by its name: of the main suspect.
         scores: of `score`: rows with "what" and "score", the first as the model is.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 LINES, WIDTH = 40, 100
-_SITES, _SCORES, _PLACES, _NAMES = 6, 6, 4, 3  # of each how many are shown
+_SITES, _SCORES, _PLACES, _NAMES = 5, 6, 4, 3  # of each how many are shown
 FIGURES = {"inference": "inference", "own": "divergence", "alone": "alone", "propagated": "propagated"}
 
 
@@ -145,7 +145,9 @@ def _measured(report: Report) -> list[str]:
     said = [f"{_given(report)}, {report.passes} passes; {counted(report.norms, 'norm')}, {sites}"]
     if not math.isnan(report.output_change):
         said.append(f"the output changes by {100 * report.output_change:.0f}% from population to minibatch statistics")
+    if report.leak:
+        said.append(", ".join(f"{name} {figure(value)}" for name, value in report.leak.items()))
     if report.not_reached:
         names = [*report.not_reached[:_NAMES], *(["…"] if len(report.not_reached) > _NAMES else [])]
         said.append(f"not reached: {len(report.not_reached)} ({', '.join(names)})")
-    return ["", *_wrapped(f"measured: {'; '.join(said)}", "", "  ", 3)]
+    return ["", *_wrapped(f"measured: {'; '.join(said)}", "", "  ", 4)]

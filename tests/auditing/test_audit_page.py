@@ -1,6 +1,7 @@
 """The page of an audit: what is in it, and what a browser shows."""
 
 import base64
+import dataclasses
 import html
 import importlib.util
 import io
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import domainnorm as dn
-from domainnorm.auditing.page import CHANGE, COLUMNS, DIVERGENCE, DRIFT, page_of
+from domainnorm.auditing.page import BETWEEN, CHANGE, COLUMNS, DIVERGENCE, DRIFT, page_of
 from domainnorm.visualization import plots
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -107,7 +108,10 @@ def test_what_is_plotted_is_what_was_measured(report, monkeypatch):
     assert drawn["panels"][DIVERGENCE]["own"] == [layer["divergence"] for layer in report.layers]
     assert drawn["panels"][DIVERGENCE]["inference"] == [layer["inference"] for layer in report.layers]
     assert drawn["panels"][CHANGE]["propagated"] == [layer["propagated"] for layer in report.layers]
-    assert drawn["limits"] == {DIVERGENCE: 0.1, DRIFT: 0.1}
+    assert (drawn["limits"][DIVERGENCE], drawn["limits"][DRIFT]) == (0.1, 0.1)
+    page = str(page_of(dataclasses.replace(report, leak={"loss_given": 1.25})))
+    assert drawn["panels"][BETWEEN] == {"between": [layer["between_batches"] for layer in report.layers]}
+    assert "<td class=word>loss_given</td><td>1.25</td>" in page
 
 
 def test_a_healthy_model_has_a_page_too():

@@ -62,6 +62,7 @@ def finding(level="error", message="It is wrong.", places=2, **others):
 
 def made(findings, rows=0, **others):
     figures = ("divergence", "expected", "inference", "drift", "alone", "propagated", "between_batches", "padded")
+    figures += ("rounded", "dead_channels", "initial_weight")
     layers = [
         {"layer": f"layer{k}", "kind": "BatchNorm2d", "call": 0, "domain": 0, "channels": 4, "samples": 8}
         | {"elements": 64.0, "frozen": False}
@@ -141,6 +142,7 @@ def test_at_most_40_lines_whatever_the_model(count, rows):
     findings = [finding(levels[k * 3 // count], f"{k} is wrong. " + "long " * 150, places=300) for k in range(count)]
     report = made(findings, rows, not_reached=[f"name_{k}" * 5 for k in range(100)])
     report.scores = [{"what": f"with remedy {k}", "score": k / 7} for k in range(20)]
+    report.leak = {f"figure_{k}": k / 7 for k in range(30)}
     lines = str(report).splitlines()
     assert len(lines) <= LINES and max(map(len, lines)) <= 100
     assert [line for line in lines if "0 is wrong" in line] and "  repair: dn.fix(model)" in lines
