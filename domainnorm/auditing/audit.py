@@ -108,6 +108,7 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
     """Of each site, as a report has them."""
     rows = []
     for k, norm, sites in seen.layers():
+        ranks = seen.ranks_of(norm)
         of_layer = {
             "drift": drift_of(seen, k, norm, sites),
             "dead_channels": dead_channels(norm, sites),
@@ -124,8 +125,8 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "call": s.call,
                     "domain": s.domain,
                     "channels": norm.mean.shape[1],
-                    "samples": min((z.independent for z in s.sizes if z.elements), default=0),
-                    "elements": min((z.elements for z in s.sizes if z.elements), default=0),
+                    "samples": ranks * min((z.independent for z in s.sizes if z.elements), default=0),
+                    "elements": ranks * min((z.elements for z in s.sizes if z.elements), default=0),
                     "divergence": mean_of(s.drift()),
                     "expected": mean_of(s.expected()),
                     "inference": mean_of(inference.drift()) if inference and inference.total is not None else None,

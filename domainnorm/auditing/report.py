@@ -93,12 +93,17 @@ class Report:
         Raises:
             UserError: matplotlib or torchvision is not installed.
         """
-        for name in ("matplotlib", "torchvision"):
-            if importlib.util.find_spec(name) is None:
-                raise UserError(f"the page of an audit needs {name}, which is not installed: pip install {name}")
+        check_page()
         from .page import page_of
 
         return str(page_of(self))
+
+
+def check_page() -> None:
+    """UserError if what a page is made with is not installed."""
+    for name in ("matplotlib", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"the page of an audit needs {name}, which is not installed: pip install {name}")
 
 
 def _plain(value: Any) -> Any:

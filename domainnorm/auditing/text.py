@@ -90,7 +90,7 @@ def _findings(findings: Sequence[Finding], room: int) -> list[str]:
 def _whole(finding: Finding) -> list[str]:
     lines = _wrapped(f"{finding.level}: {finding.message}", "", "  ", 5)
     said = {
-        "where": f"{places(finding)} ({finding.unit}; threshold {figure(finding.threshold)})",
+        "where": f"{finding.unit} (threshold {figure(finding.threshold)}): {places(finding)}",
         "repair": finding.remedy,
         "config": finding.config,
         "paper": finding.paper,

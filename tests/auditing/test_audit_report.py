@@ -81,8 +81,7 @@ def test_a_broken_model(broken):
     text = " ".join(str(broken).split())
     order = [
         f"error: {first.message}",
-        f"where: head.1, call 1: {first.places[0].value:.3g}; head.1, call 0: {first.places[1].value:.3g}",
-        "(nats a channel; threshold 0.1)",
+        f"where: nats a channel (threshold 0.1): head.1, call 1: {first.places[0].value:.3g}; head.1, call 0:",
         "repair: dn.DomainBatchNorm(num_features, num_domains=3), called with the list of inputs",
         "config: MODEL.RETINANET.POPULATION_STATISTICS per_domain",
         'paper: Rethinking "Batch", 5.2, Table 5, row 3',
@@ -118,7 +117,7 @@ def test_notes_come_after_that_line():
     assert report.healthy and first.startswith("healthy: no error and no warning in 3 norms of model")
     assert others == [
         "note: It may be shorter.",
-        "  where:  layer0: 1; layer1: 0.99 (nats a channel; threshold 0.1)",
+        "  where:  nats a channel (threshold 0.1): layer0: 1; layer1: 0.99",
         "  repair: dn.fix(model)",
         "  paper:  3.1",
     ]
