@@ -106,7 +106,7 @@ def _audit_function(args: argparse.Namespace, options: dict[str, Any]) -> Report
     known = inspect.signature(audit).parameters
     if not isinstance(found, dict) or not {"model", "batches"} <= found.keys() <= known.keys():
         got = sorted(map(str, found)) if isinstance(found, dict) else quote(found)
-        raise UserError(f"{name} returned {got}: expected (model, batches), or a dict of these and of {list(known)[2:]}")
+        raise UserError(f"{name} returned {got}: expected (model, batches), or a dict with any of {list(known)}")
     if not isinstance(found["model"], nn.Module):
         raise UserError(f"{name} returned a model that is {quote(found['model'])}: expected an nn.Module")
     if not args.threshold:

@@ -48,20 +48,22 @@ FIGURES = {  # of the record of a training: a figure of the layers, and which is
 def audit_batches(cfg: CfgNode, model: nn.Module, batches: Iterable[Any], **options: Any) -> Report:
     """`dn.audit` of `model` as it trains, on batches `(images, targets)` of one forward pass each.
 
-    Inference is all images of a batch in one pass, in the size that they are trained at: what differs then from training
-    are the statistics alone.
+    Inference is all images of a batch in one pass, in the size that they are trained at: what differs from training are
+    the statistics alone.
     """
     device, amp = get_device(cfg.MODEL.DEVICE), cfg.SOLVER.AMP
 
     def forward(model: nn.Module, batch: Any) -> Any:
         images, targets = to_device(batch, device)
         use_domains_of(model, targets)
+        if isinstance(model, (RetinaNet, GeneralizedRCNN)):
+            model.transform.train()
+        # torchvision's forward: ours takes images one by one
         if isinstance(model, RetinaNet):
-            model.head.training = True  # else each image would be its own normalization batch
-        for kind in (RetinaNet, GeneralizedRCNN):
-            if isinstance(model, kind):
-                model.transform.train()
-                return super(kind, model).forward(images)  # torchvision's: ours takes them one by one
+            model.head.training = True  # else each image would be its own normalization batch there
+            return super(RetinaNet, model).forward(images)
+        if isinstance(model, GeneralizedRCNN):
+            return super(GeneralizedRCNN, model).forward(images)
         with whole_minibatches(model):
             return model(images)
 
@@ -73,7 +75,7 @@ def audit_batches(cfg: CfgNode, model: nn.Module, batches: Iterable[Any], **opti
 
 
 def audit_config(cfg: CfgNode, model: nn.Module, number: int, *, with_score: bool = False, **options: Any) -> Report:
-    """`dn.audit` on about `number` images of the training sets, in batches as each of the training's processes has them.
+    """`dn.audit` on `number` images or a few more of the training sets, in batches as a process of training had them.
 
     Args:
         cfg: whose MODEL.WEIGHTS the model has.
