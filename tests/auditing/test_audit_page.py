@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+pytest.importorskip("matplotlib")
+
 import domainnorm as dn
 from domainnorm.auditing.page import BETWEEN, CHANGE, COLUMNS, DIVERGENCE, DRIFT, page_of
 from domainnorm.visualization import plots

@@ -104,7 +104,7 @@ def kinds(content):
 
 
 def test_the_folder_of_a_run(trained, tmp_path, capsys):
-    content = audited(tmp_path, "--weights", trained, "--number", 10, "--html", tmp_path / "page.html")
+    content = audited(tmp_path, "--weights", trained, "--number", 10)
     assert (content["model"], content["samples"], content["batches"], content["passes"]) == ("RetinaNet", 12, 3, 3)
     assert "unfinished average" in kinds(content) and not content["not_reached"]
     levels = [row["domain"] for row in content["layers"] if row["layer"] == "head.regression_head.conv.0.1"]
@@ -112,7 +112,6 @@ def test_the_folder_of_a_run(trained, tmp_path, capsys):
     assert all(row["samples"] == 4 and row["propagated"] is not None for row in content["layers"])
     shown = capsys.readouterr().out
     assert shown.startswith(f"{content['counts']['error']} error") and "measured: 12 samples in 3 batches" in shown
-    assert "Audit of RetinaNet" in (tmp_path / "page.html").read_text()
 
 
 def test_batches_are_those_of_training(trained, tmp_path):
@@ -199,6 +198,13 @@ def test_a_module_of_the_current_folder(models, tmp_path, capsys):
     content = audited(tmp_path, f"{models}:shared")
     assert kinds(content) >= {"shared statistics"} and content["samples"] == 48
     assert "norm is called 2 times" in capsys.readouterr().out
+
+
+def test_a_page(models, tmp_path):
+    pytest.importorskip("matplotlib")
+    content = audited(tmp_path, f"{models}:shared", "--html", tmp_path / "new" / "page.html")
+    text = (tmp_path / "new" / "page.html").read_text()
+    assert "Audit of Head" in text and content["findings"][0]["message"] in text
 
 
 def test_a_file(models, tmp_path, monkeypatch):
