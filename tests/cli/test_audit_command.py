@@ -13,6 +13,7 @@ import domainnorm as dn
 from domainnorm.cli import audit as command
 from domainnorm.cli import main as domainnorm
 from domainnorm.config import save_config
+from domainnorm.engine import audit as engine_audit
 from domainnorm.engine import train
 from domainnorm.modeling.checkpoint_file import read_checkpoint, write_checkpoint
 
@@ -297,3 +298,36 @@ def test_as_a_process(models, tmp_path):
     assert "norm is called 2 times" in done.stdout and json.loads((tmp_path / "audit.json").read_text())
     done = subprocess.run([*command[:2], "absent:x"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+def test_leak_exact_and_the_score_of_a_function(models, tmp_path, monkeypatch):
+    given, real = {}, command.audit
+
+    def audit(model, batches, *, leak=False, exact=False, score=None, thresholds=None):
+        given.update(leak=leak, exact=exact, score=score(model) if score else None)
+        return real(model, batches, thresholds=thresholds)
+
+    monkeypatch.setattr(command, "audit", audit)
+    (tmp_path / "scores.py").write_text("def score(model):\n    return float(model.norm.num_features)\n")
+    assert run(f"{models}:shared", "--leak", "--score", "scores.py:score") == 0
+    assert given == {"leak": True, "exact": False, "score": 4.0}
+    assert run(f"{models}:shared", "--exact") == 0
+    assert given == {"leak": False, "exact": True, "score": None}
+
+
+def test_the_score_of_a_config_is_ap(trained, data_set, tmp_path, monkeypatch, capsys):
+    found, real = [], engine_audit.audit
+
+    def audit(model, batches, *, score=None, **others):
+        found.append(score(model))
+        return real(model, batches, **others)
+
+    monkeypatch.setattr(engine_audit, "audit", audit)
+    options = ["DATASETS.TEST", f"[{data_set}]", "--number", 4]
+    assert run("--weights", trained, *options, "--score") == 0
+    weights = ["MODEL.WEIGHTS", str(trained / "model_final.pth"), "DATASETS.TEST", [data_set]]
+    cfg = dn.load_config(trained / "config.yaml", [*weights, "OUTPUT_DIR", str(tmp_path / "out")])
+    expected = dn.evaluate(cfg, dn.build_model(cfg).eval(), "population")["population"]["bbox"]["AP"]
+    assert found == [expected] and not (trained / "results.json").exists()
+    capsys.readouterr()
+    assert "DATASETS.TEST is empty" in mistake(capsys, "--weights", trained, "--score")
