@@ -13,6 +13,9 @@ from ..distributed import gather_objects
 from ..errors import UserError
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
+from .checks.drift import drift_of
+from .checks.frozen import initial_weight
+from .checks.numerics import dead_channels, rounded
 from .confirm import confirm
 from .divergence import mean_of
 from .exact import exact_moments
@@ -44,7 +47,7 @@ def audit(
 
     Any model of torch will do, without labels and without training. It runs in eval mode, once under population
     statistics and once with each layer that follows its batches normalizing by those of its own input, as training
-    does. Then nine checks look at what came in: at each call of each layer, not at the layer alone. The model, its
+    does. Then ten checks look at what came in: at each call of each layer, not at the layer alone. The model, its
     modes and buffers, and the state of random numbers are as before afterwards, to the bit.
 
     Every rank calls it with its own batches; the layers of each are compared, and each has a report.
@@ -119,10 +122,10 @@ def audit(
         if exact:
             seen.exact = exact_moments(passes, held)
         found = {name: CHECKS[name](seen) for name in chosen}
-        if (suspect := _suspect(seen, found)) is not None:
+        if "consistency" in chosen and (suspect := _suspect(seen, found)) is not None:
             with passes.observer.attached():
                 passes.switch_alone(suspect)
-            found |= {name: CHECKS[name](seen) for name in ("consistency",) if name in chosen}
+            found["consistency"] = CHECKS["consistency"](seen)
         findings = sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order)
         scores = []
         if score is not None:
@@ -141,6 +144,7 @@ def audit(
         thresholds=seen.thresholds,
         leak=seen.leak.figures() if seen.leak else None,
         scores=scores,
+        model=type(model).__name__,
     )
 
 
@@ -180,6 +184,12 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
     """Of each site, as a report has them."""
     rows = []
     for k, norm, sites in seen.layers():
+        ranks = seen.ranks_of(norm)
+        of_layer = {
+            "drift": drift_of(seen, k, norm, sites),
+            "dead_channels": dead_channels(norm, sites),
+            "initial_weight": initial_weight(norm) if norm.follows_batches else None,
+        }
         for s in sites:
             site = (k, s.call, s.domain)
             inference, propagated = seen.inference.get(site), seen.propagated.get(site)
@@ -191,8 +201,8 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "call": s.call,
                     "domain": s.domain,
                     "channels": norm.mean.shape[1],
-                    "samples": min((z.independent for z in s.sizes if z.elements), default=0),
-                    "elements": min((z.elements for z in s.sizes if z.elements), default=0),
+                    "samples": ranks * min((z.independent for z in s.sizes if z.elements), default=0),
+                    "elements": ranks * min((z.elements for z in s.sizes if z.elements), default=0),
                     "divergence": mean_of(s.drift()),
                     "expected": mean_of(s.expected()),
                     "inference": mean_of(inference.drift()) if inference and inference.total is not None else None,
@@ -201,6 +211,8 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "between_batches": s.between_batches(),
                     "frozen": norm.frozen,
                     "padded": sum(s.padded) / len(s.sizes) if s.padded else 0.0,
+                    "rounded": rounded(s),
+                    **of_layer,
                 }
             )
     return rows
