@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..distributed import gather_objects
 from ..errors import UserError
 from ..layers import DomainBatchNorm
 from ..ops.moments import Moments
@@ -56,6 +57,7 @@ def confirm(seen: Seen, observer: Observer, findings: Sequence[Finding], score: 
     if not remedies:
         suspects = [finding for finding in findings if finding.check in ("leak", "consistency")]
         remedies = [remedy for finding in suspects if (remedy := _by_minibatch(seen, finding)) is not None][:1]
+    remedies = gather_objects(remedies)[0]  # the same on all ranks, whose scores may have collectives
     rows = [Remedy("as it is", {}), *remedies]
     if len(remedies) > 1:
         together: dict[int, list[Moments]] = {}

@@ -96,7 +96,7 @@ def measure_leak(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> Leak:
     if not mixing.mixed:
         return found
     pools = [pool for own in sources.values() for pool in _pools(own)]
-    if not pools:
+    if not all(gather_objects(bool(pools))):
         raise UserError("leak=True exchanges samples between batches: expected two batches or more, got one")
     disable = None if passes.progress and rank() == 0 else True
     with preserve_state(passes.model), mixing.attached():

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
 import domainnorm as dn
@@ -214,6 +215,25 @@ def test_what_cannot_be_mixed(of_any_class):
     assert dn.audit(of_any_class, bags(2, 7), forward=first, progress=False).leak is None
     no_norm = audit(nn.Sequential(nn.Linear(3, 2)), [torch.randn(4, 3)] * 2)
     assert no_norm.leak["effect"] != no_norm.leak["effect"] and not no_norm.findings
+
+
+def _on_ranks(rank):
+    torch.manual_seed(0)
+    report = audit(network(), bags(4 + rank, rank, classes=1), forward=first, loss=loss)
+    with pytest.raises(dn.UserError, match="two batches or more"):
+        audit(network(), bags(1 + rank, 0), forward=first)
+    return report.leak
+
+
+def test_each_rank_knows_the_batches_of_all():
+    one, other = run_ranks(_on_ranks, 2)
+    assert one == other and one["batches"] == 9
+    torch.manual_seed(0)
+    alone = audit(network(), bags(4, 0, classes=1), forward=first, loss=loss).leak
+    torch.manual_seed(0)
+    last = audit(network(), bags(5, 1, classes=1), forward=first, loss=loss).leak
+    assert one["loss_given"] == pytest.approx((4 * alone["loss_given"] + 5 * last["loss_given"]) / 9)
+    assert one["loss_mixed"] == pytest.approx((4 * alone["loss_mixed"] + 5 * last["loss_mixed"]) / 9)
 
 
 def test_chance_is_rarely_significant():

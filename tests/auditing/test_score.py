@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
 import domainnorm as dn
@@ -120,6 +121,23 @@ def test_minibatch_statistics_where_there_is_nothing_else():
     report = dn.audit(model, shifted, score=score, checks=["consistency"], progress=False)
     assert [row["what"] for row in report.scores] == ["as it is", "consistency: 0 by minibatch statistics"]
     assert report.scores[0]["score"] != report.scores[1]["score"]
+
+
+def _on_ranks(rank):
+    from domainnorm.distributed import gather_objects
+
+    def score(model):
+        return sum(gather_objects(closeness(model)))
+
+    model = trained(SharedHead(nn.BatchNorm2d(4)))
+    if rank:
+        model.norm.running_var *= 30  # here it is another finding that is the worst
+    return dn.audit(model, images(), score=score, progress=False).scores
+
+
+def test_ranks_score_the_same_remedies():
+    one, other = run_ranks(_on_ranks, 2)
+    assert one == other and "calls: own statistics for each call of norm" in [row["what"] for row in one]
 
 
 @pytest.mark.parametrize("fails_at", [0, 1])
