@@ -30,7 +30,7 @@ class Report:
             "initial_weight" (of the statistics before the first step, in the average).
         output_change: relative change of the model's output between minibatch and population statistics, or nan.
         changed_alone: the same where one layer alone is switched, by its name: of the main suspect.
-        leak: of `leak`: "loss_given" and "loss_mixed", or with "confidence", the means in the given and in mixed batches;
+        leak: of `leak`: "loss_given" and "loss_mixed", or with "confidence", the means in given and mixed batches;
             "effect" (how much better the given ones are, as a share), "significant" (0 or 1), "change_given" and
             "change_mixed" (relative change of predictions from given to mixed batches, and between two mixes),
             "batches"; None: not asked for.
