@@ -23,7 +23,7 @@ def explained(seen: Seen) -> set[str]:
         or in_average(seen, norm)
         or bool(broken_channels(norm).any())
         or (far and norm.mean.shape[0] > 1)
-        or any(rounding(s) >= seen.thresholds.mean_over_std for s in sites)
+        or any(rounded(s) >= seen.thresholds.mean_over_std for s in sites)
     }
 
 
@@ -32,7 +32,7 @@ def broken_channels(norm: Norm) -> Tensor:
     return ~(norm.mean.isfinite() & norm.var.isfinite()) | (norm.var < 0)
 
 
-def rounding(site: SiteStatistics) -> float:
+def rounded(site: SiteStatistics) -> float:
     """What rounding of a mean takes of a normalized value, the worst channel's."""
     unit = max(float(torch.finfo(dtype).eps) for dtype in site.dtypes)
     return float((site.own.mean.abs() / (site.own.var + site.norm.eps).sqrt()).max()) * unit
@@ -45,19 +45,25 @@ def never_updated(norm: Norm) -> bool:
 
 def is_unfinished(seen: Seen, norm: Norm) -> bool:
     """Whether the initial statistics still count in the average."""
-    left = initial_weight(norm)
+    left = initial_share(norm)
     return left is not None and norm.follows_batches and left >= seen.thresholds.unfinished
 
 
 def initial_weight(norm: Norm) -> float | None:
-    """How much of the running variances is that of the first step, the mean over channels; None: not known.
-
-    With the variance of construction, 1, a small weight is much of a variance that is smaller still. A running variance
-    below that weight began with another.
-    """
+    """How much the statistics before the first step weigh in the average; None: not known."""
     if not norm.tracked or norm.momentum is None:
         return None
-    weight = (1 - norm.momentum) ** norm.tracked
+    return (1 - norm.momentum) ** norm.tracked
+
+
+def initial_share(norm: Norm) -> float | None:
+    """How much of the running variances is that of the first step, the mean over channels; None: not known.
+
+    Of the variance of construction, 1, a small weight is much of a variance that is smaller still. A running variance
+    below that weight began with another.
+    """
+    if (weight := initial_weight(norm)) is None:
+        return None
     share = weight / norm.var
     return mean_of(share.where((share <= 1) & (share >= weight), share.new_tensor(weight)))
 

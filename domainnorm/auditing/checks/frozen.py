@@ -7,7 +7,7 @@ from torch import nn
 from ..finding import Finding, Place
 from ..norms import Norm
 from ..seen import Seen
-from .causes import in_average, initial_weight, is_unfinished, never_updated
+from .causes import in_average, initial_share, is_unfinished, never_updated
 from .drift import KEYS, RECOMPUTE, drift_of
 
 PAPER = 'Rethinking "Batch", 4.3, Fig. 6'
@@ -55,7 +55,7 @@ def _unfinished(seen: Seen) -> list[Finding]:
     """Averages of so few steps that the initial statistics still count, where these do not fit."""
     places, drift = [], 0.0
     for k, norm, sites in seen.layers():
-        left = initial_weight(norm)
+        left = initial_share(norm)
         if left is None or never_updated(norm) or in_average(seen, norm) or not is_unfinished(seen, norm):
             continue
         if (value := drift_of(seen, k, norm, sites)) >= seen.thresholds.drift / 2:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..finding import Finding, Place
+from ..norms import Norm
 from ..seen import Seen
-from .causes import broken_channels, rounding
+from ..site import SiteStatistics
+from .causes import broken_channels, rounded
 
 DEAD = 0.01  # of eps: a variance with which the normalized values deviate by a tenth of what they should
 _HALF = (torch.float16, torch.bfloat16)
@@ -96,7 +98,7 @@ def _large_means(seen: Seen) -> list[Finding]:
     for s in seen.own.values():
         if s.total is None:
             continue
-        places.append(Place(s.norm.name, s.call if s.call else None, None, rounding(s)))
+        places.append(Place(s.norm.name, s.call if s.call else None, None, rounded(s)))
     places = sorted((p for p in places if p.value >= seen.thresholds.mean_over_std), key=lambda p: -p.value)
     if not places:
         return []
@@ -122,8 +124,7 @@ def _large_means(seen: Seen) -> list[Finding]:
 def _dead(seen: Seen) -> list[Finding]:
     places = []
     for _, norm, sites in seen.layers():
-        dead = torch.stack([s.own.var[0] < DEAD * norm.eps for s in sites]).all(0)
-        places.append(Place(norm.name, value=float(dead.double().mean())))
+        places.append(Place(norm.name, value=dead_channels(norm, sites)))
     places = sorted((p for p in places if p.value >= seen.thresholds.dead_channels), key=lambda p: -p.value)
     if not places:
         return []
@@ -144,3 +145,9 @@ def _dead(seen: Seen) -> list[Finding]:
             "",
         )
     ]
+
+
+def dead_channels(norm: Norm, sites: list[SiteStatistics]) -> float:
+    """The share of a layer's channels whose variance is far below eps in all calls."""
+    dead = torch.stack([s.own.var[0] < DEAD * norm.eps for s in sites]).all(0)
+    return float(dead.double().mean())
