@@ -17,13 +17,15 @@ from torchvision.models import densenet, detection, segmentation
 import domainnorm as dn
 
 
-def classifier(build: Callable[[], nn.Module], batch: int = 16, size: int = 64, steps: int = 160) -> Given:
+def classifier(
+    build: Callable[[], nn.Module], batch: int = 16, size: int = 64, steps: int = 160, falls: bool = True
+) -> Given:
     """With a momentum of 0.1, whatever is the model's own.
 
     With torchvision's of MobileNetV3, 0.01, or of MNASNet, 0.0003, the statistics do not arrive in so few steps.
     """
     model = _with_momentum(build())
-    training.train(model, training.classify(batch, size), steps)
+    training.train(model, training.classify(batch, size), steps, falls=falls)
     return Given(model, training.batches(8, batch, size))
 
 
@@ -85,6 +87,7 @@ SOUND: dict[str, Callable[[], Given]] = {
     ),
     "resnet18": partial(classifier, partial(_torchvision, "resnet18")),
     "resnet10t of timm": partial(classifier, partial(_timm, "resnet10t")),
+    "resnet10t of timm, in mid-training": partial(classifier, partial(_timm, "resnet10t"), falls=False),
     "mobilenet_v2": partial(classifier, partial(_torchvision, "mobilenet_v2")),
     "mobilenet_v3_small": partial(classifier, partial(_torchvision, "mobilenet_v3_small"), 32),
     "mnasnet0_5": partial(classifier, partial(_torchvision, "mnasnet0_5"), 32),

@@ -53,8 +53,10 @@ def _logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def train(model: nn.Module, data: Iterator[Step], steps: int, rate: float = 0.02, accumulate: int = 1) -> nn.Module:
-    """SGD with a rate that falls to 0 as a cosine; leaves the modes of the layers as they are."""
+def train(
+    model: nn.Module, data: Iterator[Step], steps: int, rate: float = 0.02, accumulate: int = 1, falls: bool = True
+) -> nn.Module:
+    """SGD with a rate that falls to 0 as a cosine, or does not yet; leaves the modes of the layers as they are."""
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -64,5 +66,6 @@ def train(model: nn.Module, data: Iterator[Step], steps: int, rate: float = 0.02
             (next(data)(model) / accumulate).backward()
         nn.utils.clip_grad_norm_(learning, 5.0)
         optimizer.step()
-        schedule.step()
+        if falls:
+            schedule.step()
     return model
