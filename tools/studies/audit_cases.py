@@ -11,7 +11,7 @@ library, do if they are used so. What is written into the page stands between ma
 
 import argparse
 import dataclasses
-import textwrap
+import re
 import time
 import warnings
 from pathlib import Path
@@ -24,10 +24,11 @@ import torch
 from audit_variants import Fault, Given
 
 import domainnorm as dn
-from domainnorm.auditing import Finding, Report, Thresholds
+from domainnorm.auditing import Report, Thresholds
 
 FAULTS: dict[str, Fault] = audit_statistics.FAULTS | audit_trainings.FAULTS
 LESS_IS_WORSE = ("batch_samples", "batch_elements", "separate")
+SHOWN = 2  # findings of a real case
 PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 
 
@@ -132,19 +133,16 @@ def real_cases(names: list[str]) -> str:
         seconds = time.perf_counter() - began
         print(f"{name}: {[(f.level, f.check, f.kind) for f in report.findings]}", flush=True)
         title = name[0].upper() + name[1:]
-        found = [line for f in report.findings[:3] for line in said_of(f)] or ["nothing"]
         said = " ".join((build.__doc__ or "").split())
-        parts.append(f"### {title}\n\n{said} Audited in {seconds:.0f} s:\n\n```\n" + "\n".join(found) + "\n```\n")
+        parts.append(f"### {title}\n\n{said} Audited in {seconds:.0f} s:\n\n```\n" + beginning(report) + "\n```\n")
     return "\n".join(parts)
 
 
-def said_of(finding: Finding) -> list[str]:
-    """Its level, message, layers and remedy, in lines that fit a page."""
-    more = len(finding.layers) - 2
-    layers = ", ".join(map(str, finding.places[:3])) + (f", … {more} more layers" if more > 0 else "")
-    lines = textwrap.wrap(f"{finding.level}: {finding.check}, {finding.kind}. {finding.message}", 110)
-    remedy = textwrap.wrap(f"remedy: {finding.remedy}", 106)
-    return [*lines, f"    at {layers}", *(f"    {line}" for line in remedy)]
+def beginning(report: Report) -> str:
+    """Its first line and its first findings, as it is printed."""
+    blocks = re.split(r"\n\s*\n|\n(?=(?:error|warning|note): )", str(report))
+    found = [block for block in blocks[1:] if block.startswith(("error: ", "warning: ", "note: "))]
+    return "\n".join([blocks[0], "", *found[:SHOWN], *(["…"] if len(found) > SHOWN else [])])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
