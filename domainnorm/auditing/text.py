@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 LINES, WIDTH = 40, 100
-_SITES, _SCORES, _PLACES, _NAMES = 5, 6, 4, 3  # of each how many are shown
+_SITES, _SCORES, _PLACES, _NAMES = 5, 7, 4, 3  # of each how many are shown
 FIGURES = {"inference": "inference", "own": "divergence", "alone": "alone", "propagated": "propagated"}
 
 
