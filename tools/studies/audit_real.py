@@ -153,8 +153,8 @@ def two_data_sets() -> Given:
 
 
 REAL: dict[str, Callable[[], Given]] = {
-    "torchvision's RetinaNet head with BatchNorm": torchvision_retinanet,
-    "torchvision's FCOS head with BatchNorm": torchvision_fcos,
+    "RetinaNet of torchvision, BatchNorm in its head": torchvision_retinanet,
+    "FCOS of torchvision, BatchNorm in its head": torchvision_fcos,
     "Mask R-CNN v2 heads, one image a batch": mask_rcnn_v2,
     "Table 5, row 3": table_5_row_3,
     "a backbone frozen with random statistics": random_frozen_backbone,

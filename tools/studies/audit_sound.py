@@ -13,6 +13,7 @@ from audit_real import objects, pyramid, train_detector
 from audit_variants import Given, norms_of
 from torch import nn
 from torchvision.models import densenet, detection, segmentation
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import domainnorm as dn
 
@@ -63,13 +64,14 @@ def _fcos() -> Given:
 
 
 def _faster_rcnn() -> Given:
-    """torchvision's Faster R-CNN on a trained backbone whose BatchNorms are frozen."""
-    model = _torchvision("resnet18")
-    training.train(model, training.classify(16, 64), 120)
-    backbone = detection.backbone_utils._resnet_fpn_extractor(dn.freeze_batchnorm(model), 3)
-    detector = detection.FasterRCNN(backbone, 4, min_size=64, max_size=64, box_batch_size_per_image=32)
-    train_detector(detector, 4, 20, 1e-3, size=64, background=True)
-    return Given(detector, [objects(4, 64)[0] for _ in range(8)])
+    """torchvision's Faster R-CNN whose BatchNorms, all in the backbone, are frozen for the last steps of training."""
+    anchors = AnchorGenerator(tuple((s,) for s in (8, 16, 32, 64)), ((1.0,),) * 4)
+    options = {"min_size": 64, "max_size": 64, "box_batch_size_per_image": 32, "rpn_anchor_generator": anchors}
+    model = detection.FasterRCNN(pyramid(extra_blocks=None), 4, **options)
+    train_detector(model, 4, 100, size=64, background=True)
+    dn.freeze_batchnorm(model)
+    train_detector(model, 4, 20, 1e-3, size=64, background=True)
+    return Given(model, [objects(8, 64)[0] for _ in range(8)])
 
 
 def _lraspp() -> nn.Module:

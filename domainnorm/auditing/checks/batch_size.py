@@ -6,6 +6,7 @@ import statistics
 
 from ..finding import Finding, Place, counted, norm_key
 from ..seen import Seen
+from .calls import where
 
 PAPER = 'Rethinking "Batch", 4.1 and 6.1, Table 2'
 REMEDY = "dn.convert_batchnorm(model, 'SyncBN'), larger batches, or dn.convert_batchnorm(model, 'GroupNorm')"
@@ -23,10 +24,10 @@ def _few(seen: Seen) -> list[Finding]:
             continue
         ranks = seen.ranks_of(norm)
         for s in sites:
-            call = s.call if len(sites) > 1 else None
+            place = where(norm, s) if len(sites) > 1 else (None, None)
             sizes = [size for size in s.sizes if size.elements]
-            samples.append(Place(norm.name, call, None, ranks * statistics.median(z.independent for z in sizes)))
-            elements.append(Place(norm.name, call, None, ranks * statistics.median(z.elements for z in sizes)))
+            samples.append(Place(norm.name, *place, ranks * statistics.median(z.independent for z in sizes)))
+            elements.append(Place(norm.name, *place, ranks * statistics.median(z.elements for z in sizes)))
     found = []
     limit = seen.thresholds.batch_samples
     if few := sorted((p for p in samples if p.value < limit), key=lambda p: p.value):

@@ -27,7 +27,7 @@ def _shared_statistics(seen: Seen) -> list[Finding]:
             for s, distance in zip(sites, away(sites), strict=True):
                 value = max(mean_of(s.drift()), seen.divergence_in_inference((k, s.call, s.domain)))
                 if min(distance, value) >= seen.thresholds.calls:
-                    places.append(Place(norm.name, *_where(norm, s), value))
+                    places.append(Place(norm.name, *where(norm, s), value))
                     distances[norm.name] = max(distance, distances.get(norm.name, 0.0))
     places.sort(key=lambda place: -place.value)
     if not places:
@@ -37,12 +37,17 @@ def _shared_statistics(seen: Seen) -> list[Finding]:
     several = "; ".join(ranges(group) for group in groups[worst.layer])
     word = "domain" if worst.call is None else "call"
     number = sum(len(group) for group in groups[worst.layer])
+    has = f"is called {number} times"
+    remedy = f"dn.DomainBatchNorm(num_features, num_domains={number}), called with the list of inputs"
+    if word == "domain":
+        has = f"has {number} domains"
+        remedy = "dn.DomainBatchNorm(…, population_statistics='per_domain'), and recomputed statistics"
     return [
         Finding(
             "calls",
             "shared statistics",
             "error" if worst.value >= 3 * seen.thresholds.calls else "warning",
-            f"{worst.layer} is called {number} times in a forward pass. Training normalizes each {word} by its own "
+            f"{worst.layer} {has} in a forward pass. Training normalizes each {word} by its own "
             f"statistics, inference all by the same running statistics: what {word} "
             f"{worst.domain if worst.call is None else worst.call} is given is {worst.value:.2g} nats a channel away "
             f"from them, and one {word} up to {distances[worst.layer]:.2g} from all together. Alike are the {word}s "
@@ -52,7 +57,7 @@ def _shared_statistics(seen: Seen) -> list[Finding]:
             "nats a channel",
             tuple(places),
             'Rethinking "Batch", 5.2, Table 5, row 3',
-            f"dn.DomainBatchNorm(num_features, num_domains={number}), called with the list of inputs",
+            remedy,
             "MODEL.RETINANET.POPULATION_STATISTICS per_domain",
             {"alike": groups, "distance": distances},
         )
@@ -111,8 +116,8 @@ def away(sites: list[SiteStatistics]) -> list[float]:
     return [max(0.0, mean_of(v) - 2 * mean_of(c)) for v, c in zip(values, chance, strict=True)]
 
 
-def _where(norm: Norm, site: SiteStatistics) -> tuple[int | None, int | None]:
-    """Call and domain, where they tell something apart."""
+def where(norm: Norm, site: SiteStatistics) -> tuple[int | None, int | None]:
+    """Call and domain, of a layer that has several, where they tell something apart."""
     return (None, site.domain) if norm.ours and norm.module.num_domains > 1 else (site.call, None)  # type: ignore[operator]
 
 
