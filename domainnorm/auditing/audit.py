@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import gather_objects
-from ..errors import UserError
+from ..errors import UserError, quote
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
 from .checks.causes import initial_weight, rounded
@@ -95,6 +98,13 @@ def audit(
         >>> dn.audit(model, batches, progress=False).healthy
         True
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model takes an nn.Module, got {quote(model)}")
+    for name, value in (("forward", forward), ("loss", loss), ("score", score)):
+        if value is not None and not callable(value):
+            raise UserError(f"{name} takes a function, got {quote(value)}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimizer takes an optimizer of torch, got {quote(optimizer)}")
     if isinstance(model, DistributedDataParallel):
         model = model.module
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -105,7 +115,7 @@ def audit(
     seen = Seen(model, norms, Thresholds.of(thresholds), optimizer=optimizer, accumulate=accumulate)
     seen.model_training = model.training
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with preserve_state(model), torch.random.fork_rng(list(devices)):
+    with preserve_state(model), torch.random.fork_rng(list(devices)), _other_generators():
         model.eval()
         passes = Passes(model, seen, forward or _call, loss, progress)
         with passes.observer.attached():
@@ -148,8 +158,23 @@ def audit(
     )
 
 
+@contextmanager
+def _other_generators() -> Iterator[None]:
+    """After the block the random numbers of Python and numpy are as before."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
 def _chosen(checks: Iterable[str] | None) -> list[str]:
     """The names of the checks to make."""
+    if not isinstance(checks, (Iterable, type(None))):
+        raise UserError(f"checks takes names of {list(CHECKS)}, got {checks!r}")
     names = [checks] if isinstance(checks, str) else list(CHECKS if checks is None else checks)
     for name in names:
         if name not in CHECKS:

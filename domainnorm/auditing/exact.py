@@ -60,10 +60,10 @@ def exact_moments(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> dict[
     """
     together = Together(passes.model, passes.seen.norms)
     batches = [batch for own in sources.values() for batch in own]
-    run = passes.forward if passes.loss is None else passes.loss
+    run = passes.predict if passes.loss is None else passes.score
     mode = contextlib.nullcontext() if passes.loss is None else passes.in_training_mode()
     with preserve_state(passes.model), together.attached(), mode:
-        together.run([partial(run, passes.model, batch) for batch in batches], None)
+        together.run([partial(run, batch) for batch in batches], None)
     passes.seen.passes += 1
     return _folded(together.found, passes.seen.own)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class Thresholds:
     consistency: float = 0.5
     leak: float = 0.1
     batch_samples: float = 4
-    batch_elements: float = 16
+    batch_elements: float = 8
     mean_over_std: float = 0.05
     dead_channels: float = 0.25
     unfinished: float = 0.1
@@ -60,10 +61,12 @@ class Thresholds:
         if isinstance(values, Thresholds):
             return values
         known = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, (Mapping, type(None))):
+            raise UserError(f"thresholds takes numbers by their names, such as {{'drift': 0.2}}, got {values!r}")
         for name, value in (values or {}).items():
             if name not in known:
                 raise UserError(f"thresholds take any of {known}, got {name!r}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise UserError(f"thresholds: {name} takes a positive number, got {value!r}")
         return cls(**(values or {}))
 
@@ -156,9 +159,10 @@ class Finding:
         return max(value / threshold, threshold / value)
 
     @property
-    def order(self) -> tuple[int, float]:
-        """The worst first."""
-        return LEVELS.index(self.level), -self.excess if self.excess == self.excess else 0.0
+    def order(self) -> tuple[int, bool, float]:
+        """The worst first; nothing is worse than numbers that are none, which other figures are made of."""
+        is_broken = self.kind in ("broken statistics", "NaN")
+        return LEVELS.index(self.level), not is_broken, -self.excess if self.excess == self.excess else 0.0
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:

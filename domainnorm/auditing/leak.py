@@ -101,13 +101,13 @@ def measure_leak(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> Leak:
     disable = None if passes.progress and rank() == 0 else True
     with preserve_state(passes.model), mixing.attached():
         for number, pool in enumerate(tqdm(pools, desc="audit, mixed batches", unit=" pools", disable=disable)):
-            forwards = [partial(passes.forward, passes.model, batch) for batch in pool]
+            forwards = [partial(passes.predict, batch) for batch in pool]
             for outputs in zip(*_three(mixing, forwards, number), strict=True):
                 found.confidences.append(tuple(map(confidence, outputs)))
                 found.changes.append(_changes(*map(tensors_in, outputs)))
             if passes.loss is not None:
                 with passes.in_training_mode():
-                    forwards = [partial(passes.loss, passes.model, batch) for batch in pool]
+                    forwards = [partial(passes.score, batch) for batch in pool]
                     three = _three(mixing, forwards, number)
                     found.losses += [tuple(map(_total, losses)) for losses in zip(*three, strict=True)]
     passes.seen.passes += 3 if passes.loss is None else 6

@@ -156,9 +156,13 @@ class Observer:
     def _see_ours(self, k: int, layer: DomainBatchNorm, inputs: LayerInput) -> None:
         number = self._next(k)
         total = sum(x.shape[0] for x in inputs.tensors)
-        each = Partition(total, [(s, 1) for s in range(total)])
-        rows = layer.moments_of_domains(inputs, Segmentation([None] * len(inputs.tensors), each)).double()
-        rows = Moments(rows.count.expand(total, 1), rows.mean, rows.var)
+        if total:
+            each = Partition(total, [(s, 1) for s in range(total)])
+            rows = layer.moments_of_domains(inputs, Segmentation([None] * len(inputs.tensors), each)).double()
+            rows = Moments(rows.count.expand(total, 1), rows.mean, rows.var)
+        else:
+            none = inputs.tensors[0].new_zeros(0, self.norms[k].mean.shape[1], dtype=torch.float64)
+            rows = Moments(none[:, :1], none, none)
         ids = inputs.ids().to(rows.mean.device)
         per_sample = spatial_elements(inputs.tensors)
         elements = torch.cat(

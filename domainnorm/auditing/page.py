@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from ..visualization import plots
@@ -86,12 +87,14 @@ def _leak(page: Page, report: Report) -> None:
         page.table(["figure", "value"], [[name, figure(value)] for name, value in report.leak.items()])
 
 
+def _finite(value: float | None) -> float:
+    """As a plot takes it: nan where there is no point."""
+    return value if value is not None and math.isfinite(value) else float("nan")
+
+
 def _plots(report: Report) -> plots.Figure:
     panels = {
-        title: {
-            column: [float("nan") if (value := row[COLUMNS[column][0]]) is None else value for row in report.layers]
-            for column in columns
-        }
+        title: {column: [_finite(row[COLUMNS[column][0]]) for row in report.layers] for column in columns}
         for title, columns in PANELS.items()
         if title != BETWEEN or report.leak is not None
     }

@@ -82,8 +82,25 @@ class Passes:
         """One forward pass."""
         self.observer.begin(padding_of(batch))
         with padded_images(self.model, self._padded):
-            output = self.forward(self.model, batch)
+            output = self.predict(batch)
         return tensors_in(output), self.observer.calls
+
+    def predict(self, batch: Any) -> Any:
+        """What the model returns for a copy of a batch: a model may change its input, and each pass gets the same."""
+        try:
+            return self.forward(self.model, _copied(batch))
+        except (TypeError, AttributeError) as error:
+            if isinstance(batch, (tuple, list)) and hasattr(error, "add_note"):  # of Python 3.11
+                error.add_note(
+                    f"dn.audit called model(batch) with a {type(batch).__name__} of {len(batch)}: for batches of "
+                    "inputs and targets, give forward=lambda model, batch: model(batch[0])"
+                )
+            raise
+
+    def score(self, batch: Any) -> Any:
+        """The loss of a copy of a batch."""
+        assert self.loss is not None
+        return self.loss(self.model, _copied(batch))
 
     def train(self, batch: Any) -> list[Call]:
         """One forward pass of training, without its gradients."""
@@ -91,7 +108,7 @@ class Passes:
         with self.in_training_mode(), self.observer.by_minibatch(self.follow):
             self.observer.begin(padding_of(batch))
             with padded_images(self.model, self._padded):
-                self.loss(self.model, batch)
+                self.score(batch)
         return self.observer.calls
 
     @contextlib.contextmanager
@@ -176,6 +193,19 @@ def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None or one.shape[1:] != other.shape[1:]:
         return one
     return torch.cat([one, other])
+
+
+def _copied(batch: Any) -> Any:
+    """The same with tensors, lists, tuples and dicts of its own."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if type(batch) is dict:
+        return {key: _copied(value) for key, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(map(_copied, batch))
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_copied, batch))
+    return batch
 
 
 def given_sources(batches: Iterable[Any] | Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:

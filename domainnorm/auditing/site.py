@@ -12,6 +12,8 @@ from .divergence import divergence, inconsistency, mean_of, noise, seldom, varia
 from .norms import Norm
 from .observe import Call
 
+_ENOUGH = 1000  # elements of a channel, among which an event would have been that is not very rare
+
 
 @dataclass
 class BatchSize:
@@ -117,12 +119,19 @@ class SiteStatistics:
     def own(self) -> Moments:
         """The moments `(1, C)` of all batches.
 
+        A channel that does not vary at all in few elements, and did before, is one of rare events: its variance is
+        taken to be what it was.
+
         Raises:
             ValueError: no batch had an element, or a finite one.
         """
         if self.total is None:
             raise ValueError(f"{self.norm.name} was reached by no finite element")
-        return self.total
+        if float(self.total.count.max()) >= _ENOUGH:
+            return self.total
+        _, var = self.running
+        rare = (self.total.var == 0) & (var > 0) & var.isfinite()
+        return Moments(self.total.count, self.total.mean, torch.where(rare, var, self.total.var))
 
     def expected(self, *, with_average: bool = True) -> Tensor:
         """The divergence `(C,)` that sampling alone makes, of the batches and of a moving average of such batches."""

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,9 @@ def _thresholds(texts: Sequence[str]) -> dict[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Audit, print and write; the exit code."""
-    files = {name: user_path(file) for name in ("html", "json") if (file := getattr(args, name))}
+    files = {name: user_path(file) for name in ("html", "json") if (file := getattr(args, name)) is not None}
+    if len(set(files.values())) < len(files) or not all(file.name for file in files.values()):
+        raise UserError(f"--html and --json take two files, got {[str(file) for file in files.values()]}")
     for name, file in files.items():  # what is wrong with them shows before the model runs
         output_folder(file.parent, f"--{name}")
     if "html" in files:
@@ -184,3 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
+        except Exception:  # of the user's own code, most likely: told whole, and no finding (1)
+            traceback.print_exc()
+            return 2

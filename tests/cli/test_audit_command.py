@@ -275,13 +275,19 @@ def test_what_cannot_be_written_shows_first(models, tmp_path, capsys, monkeypatc
     assert "pip install matplotlib" in message and not (tmp_path / "page.html").exists()
 
 
-def test_errors_of_the_model_keep_their_traceback(models, tmp_path):
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        run(f"{models}:failing", "--json", tmp_path / "a.json")
-    assert not (tmp_path / "a.json").exists()
+def test_errors_of_the_model_keep_their_traceback(models, tmp_path, capsys):
+    """And are no finding, whose exit code is 1."""
+    assert run(f"{models}:failing", "--strict", "--json", tmp_path / "a.json") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "mat1 and mat2" in error and not (tmp_path / "a.json").exists()
     (tmp_path / f"{models}_broken.py").write_text("import absent_package")
-    with pytest.raises(ModuleNotFoundError, match="absent_package"):
-        run(f"{models}_broken:model")
+    assert run(f"{models}_broken:model") == 2
+    assert "No module named 'absent_package'" in capsys.readouterr().err
+
+
+def test_two_files_are_written(models, tmp_path, capsys):
+    for files in (["--html", tmp_path / "a", "--json", tmp_path / "a"], ["--json", ""]):
+        assert "take two files" in mistake(capsys, f"{models}:shared", *files)
 
 
 def test_one_command_for_all(models, capsys):

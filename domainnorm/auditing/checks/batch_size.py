@@ -9,7 +9,7 @@ from ..seen import Seen
 from .calls import where
 
 PAPER = 'Rethinking "Batch", 4.1 and 6.1, Table 2'
-REMEDY = "dn.convert_batchnorm(model, 'SyncBN'), larger batches, or dn.convert_batchnorm(model, 'GroupNorm')"
+REMEDY = "larger batches (or groups); dn.convert_batchnorm(model, 'GroupNorm'); on several processes 'SyncBN'"
 
 
 def check(seen: Seen) -> list[Finding]:

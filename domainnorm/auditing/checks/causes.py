@@ -80,7 +80,13 @@ def _is_average(module: nn.Module) -> bool:
 
 def is_far(seen: Seen, norm: Norm, sites: list[SiteStatistics]) -> bool:
     """Whether one of the domains is given what none of them knows."""
-    return norm.mean.shape[0] > 1 and any(distance(s)[0] >= seen.thresholds.far_domain for s in sites)
+    return norm.mean.shape[0] > 1 and any(is_unknown(s, seen.thresholds.far_domain) for s in sites)
+
+
+def is_unknown(site: SiteStatistics, threshold: float) -> bool:
+    """Whether it is so far from all domains, and nearer to another one than to its own, whose statistics may lag."""
+    value, nearest = distance(site)
+    return value >= threshold and nearest != site.domain
 
 
 def distance(site: SiteStatistics) -> tuple[float, int]:

@@ -24,7 +24,7 @@ def check(seen: Seen) -> list[Finding]:
         return []
     share = 1 - chance / alone
     value = seen.output.value * share**0.5
-    if value < seen.thresholds.consistency or share < 0.5:
+    if not (value >= seen.thresholds.consistency and share >= 0.5):  # nan too
         return []
     worst = places[0]
     alone_at = {seen.norms[k].name: change for k, change in seen.alone.items()}
@@ -42,9 +42,8 @@ def check(seen: Seen) -> list[Finding]:
             "relative change",
             tuple(p for p in places[:20] if p.value > 0),
             PAPER,
-            "dn.set_statistics(dn.convert_batchnorm(model, 'DomainBatchNorm'), 'minibatch'), to compare; then repair "
-            "what is found beside this",
-            'TEST.STATISTICS "[population, minibatch]"',
+            "what is named beside this; if nothing is, dn.recompute_population_statistics(model, batches)",
+            'TEST.STATISTICS "[population, minibatch, recomputed]"',
             {"changed_alone": alone_at, "output_change": seen.output.value, "chance": 1 - share},
         )
     ]

@@ -9,7 +9,7 @@ from ..divergence import divergence, mean_of, pairwise
 from ..finding import Finding, Place
 from ..seen import Seen
 from ..site import SiteStatistics
-from .causes import distance
+from .causes import distance, is_unknown
 
 ENOUGH = 4  # batches that can be told from others
 PAPER = 'Rethinking "Batch", 5.1 and 5.2, Table 4'
@@ -137,8 +137,9 @@ def _far(seen: Seen) -> list[Finding]:
             continue
         for s in sites:
             value, nearest = distance(s)
-            places.append((Place(norm.name, s.call if s.call else None, s.domain, value), nearest))
-    places = sorted((p for p in places if p[0].value >= seen.thresholds.far_domain), key=lambda p: -p[0].value)
+            if is_unknown(s, seen.thresholds.far_domain):
+                places.append((Place(norm.name, s.call if s.call else None, s.domain, value), nearest))
+    places.sort(key=lambda pair: -pair[0].value)
     if not places:
         return []
     worst, nearest = places[0]
@@ -148,13 +149,14 @@ def _far(seen: Seen) -> list[Finding]:
             "far from all",
             "error" if worst.value >= 2 * seen.thresholds.far_domain else "warning",
             f"What {worst.layer} is given as domain {worst.domain} is like none that it knows: {worst.value:.2g} nats "
-            f"a channel from domain {nearest}, the nearest.",
+            f"a channel from domain {nearest}, the nearest. It is a new domain, or the statistics of domain "
+            f"{worst.domain} are of something else.",
             worst.value,
             seen.thresholds.far_domain,
             "nats a channel",
             tuple(place for place, _ in places),
             PAPER,
-            "dn.add_domain(model, batches)",
+            "dn.add_domain(model, batches, name), or dn.recompute_population_statistics(model, batches)",
             "TEST.RECOMPUTE.DATASET",
         )
     ]

@@ -115,7 +115,7 @@ def _modes(seen: Seen) -> list[Finding]:
                 "layers",
                 tuple(moving),
                 PAPER,
-                "dn.freeze_batchnorm(model.backbone)",
+                "dn.freeze_batchnorm(module), of the part that they are in",
                 "MODEL.BACKBONE.NORM FrozenBN",
             )
         )
@@ -132,7 +132,7 @@ def _modes(seen: Seen) -> list[Finding]:
                 "layers",
                 tuple(fixed),
                 PAPER,
-                "dn.freeze_batchnorm(model.backbone), if it is meant: train() does not undo it",
+                "dn.freeze_batchnorm(module), if it is meant: train() does not undo it",
                 "MODEL.BACKBONE.NORM FrozenBN",
             )
         )

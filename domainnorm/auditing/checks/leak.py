@@ -16,7 +16,8 @@ def check(seen: Seen) -> list[Finding]:
     value, is_significant = seen.leak.effect()
     given, mixed, differs = seen.leak.change()
     unit = f"of the {seen.leak.measure}"
-    if value != value:  # of what the model returns it is not known what is better
+    if not seen.leak.losses and not (is_significant and abs(value) >= seen.thresholds.leak):
+        # Nothing is known of what is better, or confidence does not show it: predictions may change all the same.
         value, is_significant, unit = -(max(0.0, given**2 - mixed**2) ** 0.5), differs, "relative change"
     if not is_significant or abs(value) < seen.thresholds.leak:
         return []
