@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,9 +40,11 @@ def replace_file(file: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     temporary file has a name that no other writer has, and is never one that was there, nor a link.
 
     Raises:
-        UserError: it cannot be written, such as for a full disk.
+        UserError: it cannot be written, such as for a full disk, or is a device.
     """
     file = Path(file)
+    if _is_device(file):
+        raise UserError(f"{file} is a device or a pipe, which cannot be replaced: name a file")
     temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as stream:
@@ -56,6 +59,15 @@ def replace_file(file: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         if isinstance(error, OSError):
             raise UserError(f"{file}: cannot be written: {reason_of(error)}; what was there is as it was") from error
         raise
+
+
+def _is_device(file: Path) -> bool:
+    """Whether there is something in that place that is neither a file, nor a folder, nor a link."""
+    try:
+        mode = file.lstat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
 
 
 def remove_leftovers(folder: str | Path) -> None:

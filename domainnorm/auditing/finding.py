@@ -95,6 +95,20 @@ class Place:
         return ", ".join([self.layer, *said])
 
 
+def norm_key(layer: str) -> str:
+    """The config key of the norms among which a layer of this library's models is."""
+    parts = {"roi_heads.box": "ROI_BOX_HEAD", "roi_heads.mask": "ROI_MASK_HEAD", "head.": "RETINANET"}
+    for beginning, part in parts.items():
+        if layer.startswith(beginning):
+            return f"MODEL.{part}.NORM"
+    return "MODEL.BACKBONE.NORM"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 batch`, `2 batches`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('ch') else 's'}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One fault.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..visualization import plots
 from ..visualization.page import Page
-from .text import counted, figure, last_part, places, site_names, verdict
+from .finding import counted
+from .text import figure, last_part, places, site_names, verdict
 
 if TYPE_CHECKING:
     from .report import Report

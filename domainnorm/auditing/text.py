@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import cut
-from .finding import Finding
+from .finding import Finding, counted
 
 if TYPE_CHECKING:
     from .report import Report
 
 LINES, WIDTH = 40, 100
-_SITES, _SCORES, _PLACES, _NAMES = 5, 6, 4, 3  # of each how many are shown
+_SITES, _SCORES, _PLACES, _NAMES = 5, 7, 4, 3  # of each how many are shown
 FIGURES = {"inference": "inference", "own": "divergence", "alone": "alone", "propagated": "propagated"}
 
 
@@ -35,11 +35,6 @@ def verdict(report: Report) -> str:
         return f"nothing to audit: no layer of {report.model} normalizes by running statistics"
     reached = f"; {len(report.not_reached)} of them not reached" if report.not_reached else ""
     return f"healthy: no error and no warning in {norms}; {_given(report)}{reached}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 batch`, `2 batches`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('ch') else 's'}"
 
 
 def figure(value: float | None) -> str:

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..auditing import Finding, Report, audit
 from ..auditing.checks import CHEAP
-from ..auditing.text import counted, figure, site_names
+from ..auditing.finding import counted
+from ..auditing.text import figure, site_names
 from ..config import iteration_of
 from ..data import train_loader, training_sets
 from ..data.classes import with_classes

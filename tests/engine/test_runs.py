@@ -288,6 +288,14 @@ def test_a_full_disk_is_one_line_and_harms_nothing(data_set, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+def test_a_device_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="pipe is a device or a pipe, which cannot be replaced"), replace_file(pipe):
+        raise AssertionError
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
 def test_a_log_that_cannot_be_written_is_one_line(data_set, tmp_path, small_model, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"log\.txt: cannot be written: No space left on device"):

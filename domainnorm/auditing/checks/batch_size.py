@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-from ..finding import Finding, Place
+from ..finding import Finding, Place, counted, norm_key
 from ..seen import Seen
 from .calls import where
 
 PAPER = 'Rethinking "Batch", 4.1 and 6.1, Table 2'
 REMEDY = "dn.convert_batchnorm(model, 'SyncBN'), larger batches, or dn.convert_batchnorm(model, 'GroupNorm')"
-KEYS = "MODEL.BACKBONE.NORM SyncBN (or GN), SOLVER.IMS_PER_BATCH"
 
 
 def check(seen: Seen) -> list[Finding]:
@@ -44,16 +43,15 @@ def _few(seen: Seen) -> list[Finding]:
                 "batch_size",
                 "few samples",
                 "error" if worst.value < 2 else "warning",
-                f"{len({p.layer for p in few})} layers normalize {worst.value:g} independent "
-                f"sample{'' if worst.value == 1 else 's'} together, such as {worst.layer}: their "
-                f"statistics say more of those samples than of the data.{regions}",
+                f"{_normalize(few)} {worst.value:g} independent sample{'' if worst.value == 1 else 's'} together, "
+                f"such as {worst.layer}: the statistics say more of those samples than of the data.{regions}",
                 worst.value,
                 limit,
                 "samples",
                 tuple(few),
                 PAPER,
                 "dn.RoIShuffle(head), or " + REMEDY if rois else REMEDY,
-                f"MODEL.ROI_HEADS.SHUFFLE True, {KEYS}" if rois else KEYS,
+                f"MODEL.ROI_HEADS.SHUFFLE True, {_keys(worst)}" if rois else _keys(worst),
             )
         )
     limit = seen.thresholds.batch_elements
@@ -66,18 +64,27 @@ def _few(seen: Seen) -> list[Finding]:
                 "batch_size",
                 "few elements",
                 "warning",
-                f"{len({p.layer for p in tiny})} layers normalize {worst.value:g} elements of a channel together, such "
-                f"as {worst.layer}: a variance of so few is off by {100 * (2 / max(worst.value, 2)) ** 0.5:.0f}%.",
+                f"{_normalize(tiny)} {worst.value:g} elements of a channel together, such as {worst.layer}: a "
+                f"variance of so few is off by {100 * (2 / max(worst.value, 2)) ** 0.5:.0f}%.",
                 worst.value,
                 limit,
                 "elements",
                 tuple(tiny),
                 PAPER,
                 REMEDY,
-                KEYS,
+                _keys(worst),
             )
         )
     return found
+
+
+def _normalize(places: list[Place]) -> str:
+    number = len({place.layer for place in places})
+    return f"{counted(number, 'layer')} normalize{'s' if number == 1 else ''}"
+
+
+def _keys(place: Place) -> str:
+    return f"{norm_key(place.layer)} SyncBN (or GN), SOLVER.IMS_PER_BATCH"
 
 
 def _of_regions(seen: Seen, layer: str) -> bool:
@@ -100,8 +107,8 @@ def _single(seen: Seen) -> list[Finding]:
             "batch_size",
             "one sample",
             "warning",
-            f"One of the batches has a single sample: {places[0].layer} and {len(places) - 1} other layers normalize "
-            "it by itself, and their averages count it as much as a whole batch.",
+            f"One of the batches has a single sample: {counted(len(places), 'layer')}, such as {places[0].layer}, "
+            "take it for a batch, and their averages count it as much as a whole batch.",
             1.0,
             2.0,
             "samples",
@@ -167,6 +174,6 @@ def _ranks(seen: Seen) -> list[Finding]:
             tuple(places),
             'Rethinking "Batch", App. A.6',
             "dn.convert_batchnorm(model, 'SyncBN'), which counts elements",
-            "MODEL.BACKBONE.NORM SyncBN",
+            f"{norm_key(worst.layer)} SyncBN",
         )
     ]

@@ -35,7 +35,7 @@ def check(seen: Seen) -> list[Finding]:
             "train/test inconsistency",
             "error" if value >= 2 * seen.thresholds.consistency else "warning",
             f"The model's output changes by {100 * seen.output.value:.0f}% between minibatch statistics, as in "
-            f"training, and population statistics, as in inference; batches of this size explain "
+            "training, and population statistics, as in inference; batches of this size explain "
             f"{100 * (1 - share):.0f}% of that change. Most of it begins at {worst.layer}.{tail}",
             value,
             seen.thresholds.consistency,

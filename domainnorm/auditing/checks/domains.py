@@ -52,7 +52,7 @@ def _named_sets(seen: Seen) -> list[Finding]:
             tuple(places),
             PAPER,
             f"dn.convert_batchnorm(model, 'DomainBatchNorm', num_domains={len(seen.sources)}), then dn.use_domain",
-            "DATASETS.DOMAINS, MODEL.BACKBONE.NORM_DOMAINS dataset",
+            "DATASETS.DOMAINS, MODEL.NORM_DOMAINS dataset",
         )
     ]
 

@@ -6,7 +6,7 @@ import torch
 
 from ...ops.moments import Moments
 from ..divergence import divergence, mean_of
-from ..finding import Finding, Place
+from ..finding import Finding, Place, counted, norm_key
 from ..norms import Norm
 from ..seen import Seen
 from ..site import SiteStatistics
@@ -33,9 +33,9 @@ def check(seen: Seen) -> list[Finding]:
                 "drift",
                 "statistics lag",
                 "error" if worst.value >= 5 * seen.thresholds.drift else "warning",
-                f"The running statistics of {len(places)} of {len(moving)} layers are not the {exact}statistics of "
-                f"these batches: those of {worst.layer} are {worst.value:.2g} nats a channel away, beyond what "
-                f"sampling {seen.samples} samples explains.",
+                f"The running statistics of {len(places)} of {counted(len(moving), 'layer')} are not the "
+                f"{exact}statistics of these batches: those of {worst.layer} are {worst.value:.2g} nats a channel "
+                f"away, beyond what sampling {seen.samples} samples explains.",
                 worst.value,
                 seen.thresholds.drift,
                 "nats a channel",
@@ -52,15 +52,15 @@ def check(seen: Seen) -> list[Finding]:
                 "drift",
                 "frozen statistics do not fit",
                 "warning",
-                f"{len(places)} frozen layers normalize by constants that are far from what they are given: those of "
-                f"{worst.layer} are {worst.value:.2g} nats a channel away from these batches.",
+                f"Constants of {counted(len(places), 'frozen layer')} are far from what is normalized by them: those "
+                f"of {worst.layer} are {worst.value:.2g} nats a channel away from these batches.",
                 worst.value,
                 seen.thresholds.frozen_drift,
                 "nats a channel",
                 tuple(places),
                 'Rethinking "Batch", 4.3',
                 f"{RECOMPUTE}, after dn.freeze_batchnorm(model, False); or load the weights that they belong to",
-                "MODEL.BACKBONE.NORM BN, MODEL.WEIGHTS",
+                f"{norm_key(worst.layer)} BN, MODEL.WEIGHTS",
             )
         )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..finding import Finding, Place
+from ..finding import Finding, Place, counted
 from ..norms import Norm
 from ..seen import Seen
 from .causes import in_average, initial_share, is_unfinished, never_updated
@@ -38,8 +38,8 @@ def _never_updated(seen: Seen) -> list[Finding]:
             "frozen",
             "never updated",
             "error",
-            f"The statistics of {len(places)} layers were never updated, mean 0 and variance 1, and {what}: those of "
-            f"{worst.layer} are {worst.value:.2g} nats a channel from these batches.",
+            f"The statistics of {counted(len(places), 'layer')} were never updated, mean 0 and variance 1, and "
+            f"{what}: those of {worst.layer} are {worst.value:.2g} nats a channel from these batches.",
             worst.value,
             seen.thresholds.drift,
             "nats a channel",
@@ -71,9 +71,9 @@ def _unfinished(seen: Seen) -> list[Finding]:
             "frozen",
             "unfinished average",
             "error" if drift >= 5 * seen.thresholds.drift else "warning",
-            f"The moving averages of {len(places)} layers have not converged, which makes up to {drift:.2g} nats a "
-            f"channel: after {norm.tracked} steps with a "
-            f"momentum of {norm.momentum:g}, {worst.layer} is still {100 * worst.value:.0f}% what it began with.",
+            f"The moving averages of {counted(len(places), 'layer')} have not converged, which makes up to "
+            f"{drift:.2g} nats a channel: after {norm.tracked} steps with a momentum of {norm.momentum:g}, "
+            f"{worst.layer} is still {100 * worst.value:.0f}% what it began with.",
             worst.value,
             seen.thresholds.unfinished,
             "of the statistics",
@@ -107,8 +107,9 @@ def _modes(seen: Seen) -> list[Finding]:
                 "frozen",
                 "parameters frozen, statistics not",
                 "warning",
-                f"The weight and bias of {len(moving)} layers, such as {moving[0].layer}, do not learn, but the layers "
-                "are in training mode: they normalize by minibatches, and their running statistics move away.",
+                f"The weight and bias of {counted(len(moving), 'layer')}, such as {moving[0].layer}, do not learn, "
+                "but the layers are in training mode: they normalize by minibatches, and their running statistics "
+                "move away.",
                 float(len(moving)),
                 1.0,
                 "layers",
@@ -124,8 +125,8 @@ def _modes(seen: Seen) -> list[Finding]:
                 "frozen",
                 "statistics frozen, parameters not",
                 "note",
-                f"{len(fixed)} layers, such as {fixed[0].layer}, are in eval mode within a model that trains: their "
-                "statistics are constants, while weight and bias learn. train() undoes that.",
+                f"In eval mode within a model that trains: {counted(len(fixed), 'layer')}, such as {fixed[0].layer}. "
+                "The statistics are constants, while weight and bias learn. train() undoes that.",
                 float(len(fixed)),
                 1.0,
                 "layers",
@@ -158,8 +159,8 @@ def _ranks(seen: Seen) -> list[Finding]:
             "frozen",
             "ranks differ",
             "warning",
-            f"The running statistics of {len(places)} layers differ between the ranks, most of all those of "
-            f"{places[0].layer}: which of them are saved, and evaluated, is a matter of chance.",
+            f"The running statistics of {counted(len(places), 'layer')} differ between the ranks, most of all those "
+            f"of {places[0].layer}: which of them are saved, and evaluated, is a matter of chance.",
             places[0].value,
             0.0,
             "difference",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..finding import Finding, Place
+from ..finding import Finding, Place, counted
 from ..norms import Norm
 from ..seen import Seen
 from ..site import SiteStatistics
@@ -33,8 +33,9 @@ def _not_finite(seen: Seen) -> list[Finding]:
                 "numerics",
                 "broken statistics",
                 "error",
-                f"The running statistics of {len(buffers)} layers are no numbers, or variances below 0: those of "
-                f"{buffers[0].layer} in {buffers[0].value:.0f} channels. All that these layers predict from is NaN.",
+                f"The running statistics of {counted(len(buffers), 'layer')} are no numbers, or variances below 0: "
+                f"those of {buffers[0].layer} in {buffers[0].value:.0f} channels. All that these layers predict from "
+                "is NaN.",
                 buffers[0].value,
                 1.0,
                 "channels",
@@ -50,8 +51,8 @@ def _not_finite(seen: Seen) -> list[Finding]:
                 "numerics",
                 "NaN",
                 "error",
-                f"NaN or infinity reaches {inputs[0].layer} first, in {inputs[0].value:.0f} of {seen.batches} batches: "
-                "one such batch makes the running statistics NaN for ever.",
+                f"NaN or infinity reaches {inputs[0].layer} first, in {inputs[0].value:.0f} of {seen.batches} "
+                "batches: one such batch makes the running statistics NaN for ever.",
                 inputs[0].value,
                 1.0,
                 "batches",
@@ -79,9 +80,9 @@ def _half(seen: Seen) -> list[Finding]:
             "numerics",
             "half-precision statistics",
             "error",
-            f"{len(places)} layers keep their running statistics in half precision, such as {worst.layer}: they are "
-            f"rounded to {100 * worst.value:.2g}%, and a step of the average, {100 * momentum:.2g}% of the difference, "
-            "is lost where it is smaller.",
+            f"Running statistics in half precision: {counted(len(places), 'layer')}, such as {worst.layer}. They are "
+            f"rounded to {100 * worst.value:.2g}%, and a step of the average, {100 * momentum:.2g}% of the "
+            "difference, is lost where it is smaller.",
             worst.value,
             float(torch.finfo(torch.float32).eps),
             "rounding",
@@ -134,8 +135,8 @@ def _dead(seen: Seen) -> list[Finding]:
             "numerics",
             "dead channels",
             "warning",
-            f"{100 * worst.value:.0f}% of the channels of {worst.layer} have a variance below a hundredth of eps: they "
-            "are divided by sqrt(eps) and not by their deviation, or carry nothing.",
+            f"{100 * worst.value:.0f}% of the channels of {worst.layer} have a variance below a hundredth of eps: "
+            "they are divided by sqrt(eps) and not by their deviation, or carry nothing.",
             worst.value,
             seen.thresholds.dead_channels,
             "of the channels",

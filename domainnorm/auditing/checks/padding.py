@@ -28,8 +28,8 @@ def check(seen: Seen) -> list[Finding]:
             "padding",
             "padding counts",
             "warning",
-            f"{100 * shares[worst]:.0f}% of what {worst.layer} normalizes is padding, to the size of the largest image "
-            f"of the batch: it moves the statistics by {worst.value:.2g} nats a channel.",
+            f"{100 * shares[worst]:.0f}% of what {worst.layer} normalizes is padding, to the size of the largest "
+            f"image of the batch: it moves the statistics by {worst.value:.2g} nats a channel.",
             worst.value,
             seen.thresholds.padding,
             "nats a channel",

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 
 from ..divergence import mean_of
-from ..finding import Finding, Place
+from ..finding import Finding, Place, counted
 from ..seen import Seen
 from .causes import in_average
 from .drift import RECOMPUTE, drift_of
@@ -37,8 +37,8 @@ def _accumulation(seen: Seen) -> list[Finding]:
             "training",
             "accumulation",
             "warning",
-            f"Gradients are accumulated over {seen.accumulate} passes, but each normalizes alone: {worst.layer} "
-            f"has {worst.value:g} samples in a normalization batch, not {worst.value * seen.accumulate:g}.",
+            f"Gradients are accumulated over {seen.accumulate} passes, but each normalizes alone: {worst.layer} has "
+            f"{worst.value:g} samples in a normalization batch, not {worst.value * seen.accumulate:g}.",
             worst.value,
             float(ENOUGH),
             "samples",
@@ -67,8 +67,9 @@ def _updated_twice(seen: Seen) -> list[Finding]:
             "training",
             "updated twice",
             "warning",
-            f"{len(places)} layers, such as {places[0].layer}, have had two updates of their running statistics a "
-            "step: activation checkpointing runs them again in the backward pass, as with twice the momentum.",
+            f"Two updates of the running statistics a step: {counted(len(places), 'layer')}, such as "
+            f"{places[0].layer}: activation checkpointing runs them again in the backward pass, as with twice the "
+            "momentum.",
             2.0,
             1.0,
             "updates a step",
@@ -106,7 +107,7 @@ def _averaged(seen: Seen) -> list[Finding]:
             tuple(places),
             'Rethinking "Batch", 3.3',
             RECOMPUTE,
-            "SOLVER.AVERAGE (which recomputes them)",
+            "SOLVER.AVERAGE_WEIGHTS EMA (or SWA), which recomputes them",
         )
     ]
 
