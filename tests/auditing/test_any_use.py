@@ -57,7 +57,8 @@ def test_rare_events_are_no_dead_channels(probability, batch):
     norm = nn.BatchNorm1d(64)
     norm.running_mean.fill_(probability)
     norm.running_var.fill_(probability * (1 - probability))
-    assert audit(nn.Sequential(norm).eval(), [(torch.rand(batch, 64) < probability).float() for _ in range(8)]).findings == []
+    batches = [(torch.rand(batch, 64) < probability).float() for _ in range(8)]
+    assert audit(nn.Sequential(norm).eval(), batches).findings == []
 
 
 def test_an_empty_batch_of_this_librarys_layers():
