@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import write_report
-from studies import STUDIES, Row, Study
+from study_report import write_report
+from study_rows import STUDIES, Row, Study
 
 from domainnorm.errors import UserError
 from domainnorm.output import output_folder, write_json

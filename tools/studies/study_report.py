@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from studies import Study
+from study_rows import Study
 
 from domainnorm.output import replace_file
 
