@@ -62,7 +62,7 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
     if not found.exists():
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
         command += ["--num-gpus", str(row.processes)] if row.processes > 1 else []
-        options = [*row.options, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        options = [*map(os.path.expandvars, row.options), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
         if row.weights_of:
             options += ["MODEL.WEIGHTS", str(study / row.weights_of / f"seed-{seed}" / "model_final.pth")]
             command.append("--eval-only")
