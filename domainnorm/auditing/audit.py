@@ -10,10 +10,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import gather_objects
+from ..errors import UserError
 from ..statistics.preserve import preserve_state
 from .checks import CHECKS
+from .checks.drift import drift_of
+from .checks.frozen import initial_weight
+from .checks.numerics import dead_channels, rounded
+from .confirm import confirm
 from .divergence import mean_of
+from .exact import exact_moments
 from .finding import Finding, Thresholds
+from .leak import measure_leak
 from .norms import find_norms
 from .report import Report
 from .run import Passes, given_sources
@@ -27,6 +34,9 @@ def audit(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
+    leak: bool = False,
+    exact: bool = False,
+    score: Callable[[nn.Module], Any] | None = None,
     thresholds: Thresholds | Mapping[str, float] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     accumulate: int = 1,
@@ -35,13 +45,62 @@ def audit(
 ) -> Report:
     """Examine every layer of a model that normalizes by running statistics: what is wrong, how bad, what repairs it.
 
-    Any model of torch will do, without labels. It runs in eval mode, under population and under minibatch statistics,
-    and is left as it was, to the bit.
+    Any model of torch will do, without labels and without training. It runs in eval mode, once under population
+    statistics and once with each layer that follows its batches normalizing by those of its own input, as training
+    does. Then ten checks look at what came in: at each call of each layer, not at the layer alone. The model, its
+    modes and buffers, and the state of random numbers are as before afterwards, to the bit.
+
+    Every rank calls it with its own batches; the layers of each are compared, and each has a report.
+
+    Args:
+        model: with all its layers; one within `DistributedDataParallel` or of `torch.compile` is taken out of it. In
+            training mode or not: layers in eval mode within a model in training mode count as frozen.
+        batches: whatever `model(batch)` takes, as training has them: how many samples are normalized together is what
+            is judged. 4 to 32 batches are enough. A mapping of names to such batches: each of another domain.
+        forward: `forward(model, batch)`, which returns predictions, for batches that are not the model's argument, such
+            as pairs of inputs and targets. None: `model(batch)`.
+        loss: `loss(model, batch)` of a model in training mode, for models that do something else in training: a number,
+            a tensor, or a dict of losses. One more pass, and statistics are of what it gives to the layers.
+        leak: whether to compare predictions, and the loss, in the given batches with those where samples of several
+            batches are normalized together (*Rethinking "Batch"*, §6): three more passes, six with a loss. Samples are
+            exchanged between up to 8 batches at each layer, RoIs of an image too, so it takes the memory of 8 forward
+            passes. At least 4 batches; 16 or more show smaller leaks.
+        exact: whether to compare running statistics with those of all batches as if they were one (App. A.3): one more
+            pass, with the activations of all batches in memory.
+        score: `score(model)`, higher is better, such as accuracy on a validation set. The remedies of the five worst
+            findings that need no training are applied to the model one by one, and then all together, and scored.
+        thresholds: from which on figures are findings, by their names: `{"drift": 0.2}`. `docs/audit.md` has them all.
+        optimizer: for weight decay that reaches no parameter.
+        accumulate: over how many batches gradients are summed before a step.
+        checks: names of the checks to make; None: all. `"calls"`, `"domains"`, `"drift"`, `"consistency"`, `"leak"`,
+            `"batch_size"`, `"numerics"`, `"frozen"`, `"training"`, `"padding"`.
+        progress: whether rank 0 shows a bar.
+
+    Returns:
+        A `Report`: printed, a table; `report.findings`, the worst first; `report.layers`, figures of each call.
+
+    Raises:
+        UserError: arguments that are none of these, no batch or, for `leak`, one only, a score that is not a finite
+            number, or `leak` or `exact`, and the model runs its layers in another order for another batch.
+        ValueError: a model of TorchScript, or layers without a shape.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> batches = [5 * torch.randn(16, 3, 9, 9) for _ in range(4)]
+        >>> report = dn.audit(model.eval(), batches, progress=False)  # was never trained
+        >>> [(finding.check, finding.kind, finding.layers) for finding in report.findings if finding.level == "error"]
+        [('frozen', 'never updated', ['1'])]
+        >>> model = dn.recompute_population_statistics(model, batches, progress=False)
+        >>> dn.audit(model, batches, progress=False).healthy
+        True
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    chosen = list(CHECKS if checks is None else checks)
+    chosen = _chosen(checks)
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise UserError(f"accumulate takes the number of batches in a step, 1 or more, got {accumulate!r}")
     norms = find_norms(model)
     seen = Seen(model, norms, Thresholds.of(thresholds), optimizer=optimizer, accumulate=accumulate)
     seen.model_training = model.training
@@ -51,17 +110,27 @@ def audit(
         passes = Passes(model, seen, forward or _call, loss, progress)
         with passes.observer.attached():
             sources = given_sources(batches)
+            held = {name: list(own) for name, own in sources.items()} if leak or exact else {}
             seen.sources = list(sources)
-            for name, own in sources.items():
+            for name, own in (held or sources).items():
                 passes.measure(own, name)
-            if not seen.batches:
-                raise ValueError("there is no batch to audit the model with")
-            seen.ranks = gather_objects(_of_rank(seen))
-            found = {name: CHECKS[name](seen) for name in chosen}
-            if (suspect := _suspect(seen, found)) is not None:
+        if not seen.batches:
+            raise UserError("there is no batch to audit the model with")
+        seen.ranks = gather_objects(_of_rank(seen))
+        if leak:
+            seen.leak = measure_leak(passes, held)
+        if exact:
+            seen.exact = exact_moments(passes, held)
+        found = {name: CHECKS[name](seen) for name in chosen}
+        if "consistency" in chosen and (suspect := _suspect(seen, found)) is not None:
+            with passes.observer.attached():
                 passes.switch_alone(suspect)
-                found |= {name: CHECKS[name](seen) for name in ("consistency",) if name in chosen}
-    findings = sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order)
+            found["consistency"] = CHECKS["consistency"](seen)
+        findings = sorted((finding for own in found.values() for finding in own), key=lambda finding: finding.order)
+        scores = []
+        if score is not None:
+            with passes.observer.attached():
+                scores = confirm(seen, passes.observer, findings, score)
     return Report(
         findings=findings,
         layers=_figures(seen),
@@ -73,7 +142,19 @@ def audit(
         norms=len(norms),
         not_reached=seen.not_reached,
         thresholds=seen.thresholds,
+        leak=seen.leak.figures() if seen.leak else None,
+        scores=scores,
+        model=type(model).__name__,
     )
+
+
+def _chosen(checks: Iterable[str] | None) -> list[str]:
+    """The names of the checks to make."""
+    names = [checks] if isinstance(checks, str) else list(CHECKS if checks is None else checks)
+    for name in names:
+        if name not in CHECKS:
+            raise UserError(f"checks takes any of {list(CHECKS)}, got {name!r}")
+    return names
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -103,6 +184,12 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
     """Of each site, as a report has them."""
     rows = []
     for k, norm, sites in seen.layers():
+        ranks = seen.ranks_of(norm)
+        of_layer = {
+            "drift": drift_of(seen, k, norm, sites),
+            "dead_channels": dead_channels(norm, sites),
+            "initial_weight": initial_weight(norm) if norm.follows_batches else None,
+        }
         for s in sites:
             site = (k, s.call, s.domain)
             inference, propagated = seen.inference.get(site), seen.propagated.get(site)
@@ -114,8 +201,8 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "call": s.call,
                     "domain": s.domain,
                     "channels": norm.mean.shape[1],
-                    "samples": min((z.independent for z in s.sizes if z.elements), default=0),
-                    "elements": min((z.elements for z in s.sizes if z.elements), default=0),
+                    "samples": ranks * min((z.independent for z in s.sizes if z.elements), default=0),
+                    "elements": ranks * min((z.elements for z in s.sizes if z.elements), default=0),
                     "divergence": mean_of(s.drift()),
                     "expected": mean_of(s.expected()),
                     "inference": mean_of(inference.drift()) if inference and inference.total is not None else None,
@@ -124,6 +211,8 @@ def _figures(seen: Seen) -> list[dict[str, Any]]:
                     "between_batches": s.between_batches(),
                     "frozen": norm.frozen,
                     "padded": sum(s.padded) / len(s.sizes) if s.padded else 0.0,
+                    "rounded": rounded(s),
+                    **of_layer,
                 }
             )
     return rows

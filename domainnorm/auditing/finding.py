@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import UserError
+
 LEVELS = ("error", "warning", "note")  # the worst first
 
 
@@ -53,16 +55,16 @@ class Thresholds:
         """The defaults, with other `values`.
 
         Raises:
-            ValueError: unknown names, or values that are no positive numbers.
+            UserError: unknown names, or values that are no positive numbers.
         """
         if isinstance(values, Thresholds):
             return values
         known = [f.name for f in dataclasses.fields(cls)]
         for name, value in (values or {}).items():
             if name not in known:
-                raise ValueError(f"thresholds take any of {known}, got {name!r}")
+                raise UserError(f"thresholds take any of {known}, got {name!r}")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"thresholds: {name} takes a positive number, got {value!r}")
+                raise UserError(f"thresholds: {name} takes a positive number, got {value!r}")
         return cls(**(values or {}))
 
 

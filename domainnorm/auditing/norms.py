@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..errors import UserError
 from ..layers import BatchRenorm, DomainBatchNorm
 
 _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
@@ -94,15 +95,15 @@ def find_norms(model: nn.Module) -> list[Norm]:
     """The layers of `model` that keep running statistics, in the order of its modules.
 
     Raises:
-        ValueError: layers that take their shape from the first batch, or TorchScript, whose layers cannot be observed.
+        UserError: layers that take their shape from the first batch, or TorchScript, whose layers cannot be observed.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("the model is of TorchScript, whose layers cannot be observed: audit the model it was made of")
+        raise UserError("the model is of TorchScript, whose layers cannot be observed: audit the model it was made of")
     learns = any(p.requires_grad for p in model.parameters())
     found = []
     for name, module in model.named_modules():
         if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
-            raise ValueError(f"{name or 'the model'} has no shape yet: run the model on one batch before it is audited")
+            raise UserError(f"{name or 'the model'} has no shape yet: run the model on one batch before it is audited")
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if isinstance(module, _INSTANCE_NORM) or not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
             continue

@@ -58,7 +58,7 @@ class Call:
         return self.norm, self.number, self.domain
 
 
-Choice = Callable[[Norm, int], Moments | None]  # of a layer and the number of its call; None: its own statistics
+Choice = Callable[[Norm, int], Moments | None]  # of a layer and the number of its call; None: what it had
 
 
 class Observer:
@@ -114,11 +114,12 @@ class Observer:
             for module, statistics in zip(ours, before, strict=True):
                 module.statistics = statistics
             for k in which:
-                self._write(k, None)
+                if not self.norms[k].ours:
+                    self._write(k, None)
 
     @contextmanager
     def by(self, choice: Choice) -> Iterator[None]:
-        """In this block norms that are not of this library normalize each call by the statistics that `choice` has."""
+        """In this block each call of a norm normalizes by the running statistics that `choice` has for it."""
         self._choice = choice
         try:
             yield
@@ -128,15 +129,13 @@ class Observer:
                 self._write(k, None)
 
     def _write(self, k: int, moments: Moments | None) -> None:
-        """The buffers of a layer that is not ours; None: what they were."""
+        """The buffers of a layer; None: what they were."""
         norm = self.norms[k]
-        if norm.ours:
-            return
-        mean, var = (norm.mean[0], norm.var[0]) if moments is None else (moments.mean[0], moments.var[0])
+        mean, var = (norm.mean, norm.var) if moments is None else (moments.mean, moments.var)
         module: Any = norm.module
         with torch.no_grad():
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(var)
+            for buffer, value in ((module.running_mean, mean), (module.running_var, var)):
+                buffer.copy_(value if buffer.ndim > 1 else value[0])
 
     def _see(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -179,6 +178,8 @@ class Observer:
             number_of = float(elements[together.cpu()].sum())
             if own.mean.shape[0] or inputs.num_domains == 1:
                 self._add(k, number, domain, own, batch, int(together.sum()), number_of, x, inputs.tensors[0].dtype)
+        if self._choice is not None:
+            self._write(k, self._choice(self.norms[k], number))
 
     def _next(self, k: int) -> int:
         self._numbers[k] += 1

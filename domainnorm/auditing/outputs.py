@@ -28,6 +28,31 @@ def tensors_in(output: Any) -> Outputs:
     return [tensor for value in inner.values() for tensor in tensors_in(value)]
 
 
+def confidence(output: Any) -> float:
+    """How sure a model is of what it returns, the mean over its samples; nan where that is not clear.
+
+    The largest probability of logits `(N, K, *)`, or of one `(N,)` or `(N, 1)`; of detections the sum of an image's
+    scores.
+    """
+    if isinstance(output, Tensor):
+        if not output.is_floating_point() or not output.numel():
+            return float("nan")
+        logits = output.detach().float()
+        if logits.ndim > 1 and logits.shape[1] > 1:
+            return float(logits.softmax(1).amax(1).mean())
+        return float(logits.abs().sigmoid().mean())
+    if isinstance(output, Mapping):
+        if "scores" in output and "boxes" in output:
+            return float(output["scores"].sum())
+        output = list(output.values())
+    if not isinstance(output, (list, tuple)):
+        output = list(vars(output).values()) if hasattr(output, "__dict__") else []
+    if output and all(isinstance(value, Mapping) for value in output):
+        return sum(map(confidence, output)) / len(output)
+    found = (confidence(value) for value in output if isinstance(value, (Tensor, Mapping, list, tuple)))
+    return next((value for value in found if value == value), float("nan"))
+
+
 class Change:
     """The relative change of outputs, over several passes; add pairs, then read.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..distributed import rank
+from ..errors import UserError
 from ..ops.moments import Moments
 from ..statistics.batches import batch_size
 from .divergence import mean_of
@@ -178,5 +179,17 @@ def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def given_sources(batches: Iterable[Any] | Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:
-    """Sets of batches by their names; one without a name is `""`."""
-    return dict(batches) if isinstance(batches, Mapping) else {"": batches}
+    """Sets of batches by their names; one without a name is `""`.
+
+    Raises:
+        UserError: one batch, and not several.
+    """
+    sources = dict(batches) if isinstance(batches, Mapping) else {"": batches}
+    for name, own in sources.items():
+        if isinstance(own, (Tensor, str)) or not isinstance(own, Iterable):
+            where = f" for {name!r}" if name else ""
+            raise UserError(
+                f"batches takes several batches in a list, a loader or another iterable, got one {type(own).__name__}"
+                f"{where}: give [batch] if it is one"
+            )
+    return sources

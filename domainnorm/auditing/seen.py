@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..distributed import world_size
 from ..layers import DomainBatchNorm
+from ..ops.moments import Moments
 from .divergence import mean_of
 from .finding import Thresholds
+from .leak import Leak
 from .norms import Norm
 from .observe import Site
 from .outputs import Change
@@ -50,8 +52,8 @@ class Seen:
         samples: how many were given, and in how many batches.
         passes: forward passes over all batches.
         optimizer, accumulate: as given.
-        exact: of each layer's number, exact statistics of the batches `(mean, var)`.
-        leak: what `leak` measured; None: not asked for.
+        exact: of each site, the moments `(1, C)` of all batches, where each layer before it normalizes by those of all.
+        leak: what mixed batches have shown; None: not asked for.
         ranks: of each rank, what layers have there; one entry without processes.
         empty: names of layers that got a batch without elements.
         model_training: whether the model was in training mode.
@@ -72,8 +74,8 @@ class Seen:
     passes: int = 0
     optimizer: torch.optim.Optimizer | None = None
     accumulate: int = 1
-    exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    leak: Any = None
+    exact: dict[Site, Moments] = field(default_factory=dict)
+    leak: Leak | None = None
     ranks: list[Mapping[str, Any]] = field(default_factory=list)
     model_training: bool = False
 

@@ -22,6 +22,7 @@ COMMANDS = {  # the module of each, and the arguments that it begins with
     "explain": ("explain", []),
     "show": ("show", []),
     "analyze": ("analyze", []),
+    "audit": ("audit", []),
 }
 USAGE = f"usage: domainnorm {{{','.join(COMMANDS)}}} …   (domainnorm COMMAND --help says more)"
 

@@ -163,6 +163,12 @@ class TrainingLog:
             )
             logger.info("iteration %d/%d  %s", iteration, self.last, shown)
 
+    def write(self, iteration: int, metrics: dict[str, float], text: str) -> None:
+        """Note other numbers of one step at once, and a line of `text` about them."""
+        if rank() == 0:
+            self._write(iteration, metrics)
+            logger.info("iteration %d/%d  %s", iteration, self.last, text)
+
     def close(self) -> None:
         """Finish the files."""
         if rank() == 0:

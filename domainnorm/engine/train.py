@@ -23,6 +23,7 @@ from ..modeling import build_model
 from ..modeling.channels_last import ChannelsLast
 from ..modeling.description import class_names_in
 from ..statistics.merge import merge_population_statistics
+from .audit import TrainingAudit
 from .average import WeightAverage
 from .check import check_model, check_test_sets
 from .checkpoint import (
@@ -163,6 +164,7 @@ def _train(
         restore_training(checkpoint, file, model, optimizer, scaler, average, seed=cfg.SEED)
     del checkpoint  # as large as the model and its optimizer
     log = TrainingLog(folder, start, solver.MAX_ITER, device)
+    audit = TrainingAudit(cfg, model, optimizer, log)
     logger.info("%s", describe_normalization(cfg, model))
     if rank() == 0:
         report = describe_data(cfg, model, datasets, tests)
@@ -223,6 +225,8 @@ def _train(
         trainer.losses = losses
         hooks.call("after_step")
         log.step(done, losses, rate, time.perf_counter() - began, data_seconds)
+        if _is_due(cfg.TEST.AUDIT_PERIOD, done):
+            audit(done, images, targets)
         last, signal_number = done == solver.MAX_ITER, stop.number(device)
         if last and cfg.TEST.RECOMPUTE.IN_CHECKPOINT:
             recompute(cfg, model, datasets)

@@ -86,8 +86,8 @@ class Predictor:
             raise UserError(f"score takes a number from 0 to 1, got {score:g}")
         if batch_size < 1:
             raise UserError(f"batch_size takes 1 or more, got {batch_size}")
-        self.file = _checkpoint(weights)
-        self.cfg = _config(self.file, config_file, options)
+        self.file = checkpoint_of(weights)
+        self.cfg = config_of(self.file, config_file, options)
         self.score, self.batch_size = score, batch_size
         self.device = get_device(self.cfg.MODEL.DEVICE)
         model = build_model(self.cfg, trained=True).eval()
@@ -190,7 +190,8 @@ class Predictor:
         return Nearest(model) if nearest else model
 
 
-def _checkpoint(weights: str | Path) -> Path:
+def checkpoint_of(weights: str | Path) -> Path:
+    """A checkpoint, or the last one of a run's folder."""
     path = user_path(os.fspath(weights))
     if not path.is_dir():
         return path
@@ -200,7 +201,7 @@ def _checkpoint(weights: str | Path) -> Path:
     return file
 
 
-def _config(file: Path, config_file: str | Path | None, options: Sequence[Any]) -> CfgNode:
+def config_of(file: Path, config_file: str | Path | None, options: Sequence[Any]) -> CfgNode:
     """What the checkpoint was trained with, or `config_file`, with `options`."""
     pairs: list[Any] = []
     if config_file is None:

@@ -26,7 +26,29 @@ thead th { border-bottom: 2px solid #999; position: sticky; top: 0; background: 
 .grid figure { margin: 0.5rem 0; } .grid img { width: 100%; } figcaption { white-space: pre-line; }
 .grid.large { grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); }
 .long { max-height: 32rem; overflow: auto; }
+.scroll img { max-width: none; }
+pre { background: #f4f4f4; padding: 0.4rem 0.6rem; margin: 0.5rem 0; white-space: pre-wrap; font-size: 0.85rem; }
+.level-error, .level-warning, .level-note { border-left: 0.4rem solid #c22; padding-left: 0.6rem; }
+.level-warning { border-color: #e90; } .level-note { border-color: #999; }
+.sortable th { cursor: pointer; } .sortable th::after { content: " ↕"; color: #bbb; }
+.sortable [aria-sort=ascending]::after { content: " ↑"; color: #222; }
+.sortable [aria-sort=descending]::after { content: " ↓"; color: #222; }
 """
+# A click on a head sorts: numbers from the largest on, words by the alphabet; another click the other way. Dashes come
+# last.
+_SORT = """
+for (const table of document.querySelectorAll("table.sortable")) table.tHead.addEventListener("click", event => {
+  const head = event.target.closest("th"), body = table.tBodies[0], before = head.getAttribute("aria-sort");
+  const down = before ? before === "ascending" : !head.classList.contains("word");
+  const order = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b, "en", {numeric: true}) : a - b;
+  const compare = (a, b) => (a === "-") - (b === "-") || (down ? order(b, a) : order(a, b));
+  const text = row => row.cells[head.cellIndex].textContent;
+  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))));
+});
+"""
+_SORTABLE = "<table class=sortable>"
 _LONG = 25  # rows, from which on a table scrolls
 
 
@@ -52,31 +74,45 @@ class Page:
         """All parts of another page."""
         self._parts += other._parts
 
-    def heading(self, text: str, level: int = 2) -> None:
-        """A heading, of level 2 or 3."""
-        self._parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
+    def heading(self, text: str, level: int = 2, *, mark: str = "") -> None:
+        """A heading, of level 2 or 3, with the colour of an "error", a "warning" or a "note" as its `mark`."""
+        look = f' class="level-{mark}"' if mark else ""
+        self._parts.append(f"<h{level}{look}>{html.escape(text)}</h{level}>")
 
     def text(self, text: str) -> None:
         """A paragraph, in grey."""
         self._parts.append(f'<p class="note">{html.escape(text)}</p>')
 
+    def code(self, text: str) -> None:
+        """Lines of code."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
     def items(self, texts: Sequence[str]) -> None:
         """A list."""
         self._parts.append("<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>")
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
-        """A table, which scrolls if it is long. Its first `words` columns are text, the others are numbers."""
+    def table(
+        self, head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1, sortable: bool = False
+    ) -> None:
+        """A table, which scrolls if it is long. Its first `words` columns are text, the others are numbers.
+
+        A `sortable` one is sorted by a column whose head is clicked.
+        """
         header = _cells("th", head, words)
         lines = [f"<tr>{_cells('td', row, words)}</tr>" for row in rows]
         look = "scroll long" if len(rows) > _LONG else "scroll"
-        body = "\n".join(lines)
+        body, table = "\n".join(lines), _SORTABLE if sortable else "<table>"
         self._parts.append(
-            f'<div class="{look}"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="{look}">{table}<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
-    def picture(self, image: bytes | Tensor, caption: str = "") -> None:
-        """A picture: the bytes of a PNG, or uint8 (3, H, W), which is compressed."""
-        self._parts.append(_figure(image, caption))
+    def picture(self, image: bytes | Tensor, caption: str = "", *, wide: bool = False) -> None:
+        """A picture: the bytes of a PNG, or uint8 (3, H, W), which is compressed.
+
+        A `wide` one keeps its size, and scrolls where the page is narrower.
+        """
+        figure = _figure(image, caption)
+        self._parts.append(f'<div class="scroll">{figure}</div>' if wide else figure)
 
     def pictures(self, pictures: Sequence[tuple[bytes | Tensor, str]], *, large: bool = False) -> None:
         """Small or larger pictures and their captions of one or more lines, several in a row where there is space."""
@@ -89,7 +125,8 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>"
         )
-        return "\n".join([head, *self._parts, "</body></html>\n"])
+        script = f"<script>{_SORT}</script>" if any(_SORTABLE in part for part in self._parts) else ""
+        return "\n".join([head, *self._parts, f"{script}</body></html>\n"])
 
 
 def _cells(tag: str, texts: Sequence[str], words: int) -> str:

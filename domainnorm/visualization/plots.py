@@ -1,6 +1,7 @@
 """Figures of matplotlib: training, precision by recall, F1 by score, confusion matrices. Needs matplotlib."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,41 @@ def confusion_matrix(confusion: np.ndarray, rows: Sequence[str], columns: Sequen
             color = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
     figure.colorbar(image, label="share of the row", shrink=0.5)
+    return figure
+
+
+def along_depth(
+    names: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]], limits: Mapping[str, float]
+) -> Figure:
+    """One panel above the other, with a line for each series over the layers of a model; as wide as names need.
+
+    The scale is linear up to a hundredth of the limit, or of 1, and logarithmic beyond.
+
+    Args:
+        names: of the layers, from the first to be reached on.
+        panels: of each title the series, with a number of each layer; nan where there is none.
+        limits: of some titles the height of a dashed line.
+    """
+    width = min(max(7.0, 1.2 + 0.17 * len(names)), 60.0)  # inches
+    step = math.ceil(0.17 * len(names) / width)
+    longest = max(map(len, names), default=0)
+    figure = Figure(figsize=(width, 2.2 * len(panels) + 0.065 * longest + 0.3), layout="constrained")
+    axes = _axes(figure, len(panels))
+    for one, (title, series) in zip(axes, panels.items(), strict=True):
+        limit = limits.get(title)
+        for k, (name, values) in enumerate(series.items()):
+            look: dict[str, Any] = {"color": _color(k), "linestyle": ("-", "--", ":")[k % 3], "linewidth": 1.2}
+            one.plot(range(len(names)), values, label=name, marker="o", markersize=3, **look)
+        if limit:
+            one.axhline(limit, color="#cc2222", linestyle="--", linewidth=0.8, label=f"threshold {limit:g}")
+        one.set_yscale("symlog", linthresh=(limit or 1) / 100)
+        highest = np.nanmax([limit or 0.01, *(value for values in series.values() for value in values)])
+        one.set_ylim(0, 10 * highest)  # with space for the legend
+        one.set_title(title, loc="left", fontsize=10)
+        one.legend(fontsize=8, frameon=False, loc="upper left", ncols=4)
+        one.tick_params(labelbottom=one is axes[-1])
+    axes[-1].set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=8)
+    axes[-1].set_xlim(-0.7, len(names) - 0.3)
     return figure
 
 

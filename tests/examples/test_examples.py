@@ -61,3 +61,23 @@ def test_own_model(tmp_path, capsys):
     assert found.keys() == {"population", "minibatch"} and all(0 <= value <= 100 for value in found.values())
     assert "training 1" in capsys.readouterr().out
     assert "norm_of_class_weights" in (tmp_path / "out" / "metrics.json").read_text()
+
+
+@pytest.mark.slow
+def test_audit_foreign_model(tmp_path, capsys):
+    found = example("audit_foreign_model").main(["--steps", "2", "--out", str(tmp_path / "out")])
+    assert found.keys() == {"before", "after"} and all(0 <= value <= 100 for value in found.values())
+    assert "with population statistics of each level" in capsys.readouterr().out
+
+
+def test_a_head_that_knows_its_levels_is_the_same_with_the_same_statistics():
+    audit_foreign_model = example("audit_foreign_model")
+    torch.manual_seed(0)
+    model, images = audit_foreign_model.fcos().eval(), [torch.rand(3, 128, 128), torch.rand(3, 100, 128)]
+    with torch.no_grad():
+        expected = model(images)
+        model.head = audit_foreign_model.HeadOfLevels(model.head)
+        found = model.eval()(images)
+    for one, other in zip(found, expected, strict=True):
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key])

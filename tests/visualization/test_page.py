@@ -57,3 +57,26 @@ def test_a_page_within_another():
     page.append(other)
     text = str(page)
     assert text.index("first") < text.index("inner") and text.count("<h1>") == 1
+
+
+def test_a_script_is_there_for_a_table_that_sorts_and_only_then():
+    page = Page("t")
+    page.table(["<table class=sortable>"], [["1"]])
+    assert "<script" not in str(page) and "<table>" in str(page)
+    other = Page()
+    for _ in range(2):
+        other.table(["word", "n"], [["a", "1"]], sortable=True)
+    page.append(other)
+    text = str(page)
+    assert text.count("<script>") == 1 and text.count("<table class=sortable><thead>") == 2
+    assert not re.search(r"https?:|src=|import", text)
+
+
+def test_code_marked_headings_and_wide_pictures():
+    page = Page("t")
+    page.code("a < b\n  c")
+    page.heading("bad & worse", 3, mark="error")
+    page.picture(torch.full((3, 20, 30), 200, dtype=torch.uint8), "wide", wide=True)
+    text = str(page)
+    assert "<pre>a &lt; b\n  c</pre>" in text and '<h3 class="level-error">bad &amp; worse</h3>' in text
+    assert '<div class="scroll"><figure><img src="data:image/jpeg' in text

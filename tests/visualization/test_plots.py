@@ -68,3 +68,23 @@ def test_large_matrices_have_no_numbers_and_fit(number):
     figure = plots.confusion_matrix(np.eye(number, dtype=int), names, names)
     assert len(figure.axes[0].texts) == (1 if number == 1 else 0)
     assert Image.open(io.BytesIO(plots.png(figure))).width < 3300
+
+
+def test_along_depth_is_as_wide_as_its_names_need():
+    names = [f"layer{k}.norm" for k in range(80)]
+    values = [0.0, float("nan"), *(k / 10 for k in range(78))]
+    figure = plots.along_depth(names, {"a": {"x": values, "y": [1.0] * 80}, "b": {"z": [0.001] * 80}}, {"a": 0.1})
+    first, second = figure.axes
+    assert figure.get_figwidth() == pytest.approx(1.2 + 0.17 * 80)
+    assert [label.get_text() for label in second.get_xticklabels()] == names
+    assert shown(first).keys() == {"x", "y", "threshold 0.1"} and shown(second).keys() == {"z"}
+    np.testing.assert_allclose(np.array(shown(first)["x"])[:, 1], values)
+    assert first.get_yscale() == "symlog" and first.get_ylim() == (0, pytest.approx(77.0))
+    assert plots.png(figure)
+
+
+def test_along_depth_of_very_many_layers_names_some():
+    names = [f"layer{k}" for k in range(1000)]
+    figure = plots.along_depth(names, {"a": {"x": [1.0] * 1000}}, {})
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert figure.get_figwidth() == 60 and labels == names[::3]

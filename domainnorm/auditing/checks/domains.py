@@ -62,7 +62,9 @@ def _mixed_batches(seen: Seen) -> list[Finding]:
     places = []
     for s in seen.inference.values():  # minibatch statistics of the layers before would make the batches alike
         whole = all(size.samples <= size.images for size in s.sizes)
-        if s.total is not None and s.norm.follows_batches and whole and s.samples >= 2 * len(s.sizes):
+        # the features of large images are others, those of a coarse level most of all
+        alike = len({size.elements / size.samples for size in s.sizes if size.samples}) == 1
+        if s.total is not None and s.norm.follows_batches and whole and alike and s.samples >= 2 * len(s.sizes):
             places.append(Place(s.norm.name, s.call if s.call else None, None, s.between_batches()))
     places = sorted((p for p in places if p.value >= seen.thresholds.mixed_batches), key=lambda p: -p.value)
     if not places:

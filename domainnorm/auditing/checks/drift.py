@@ -71,23 +71,21 @@ def drift_of(seen: Seen, k: int, norm: Norm, sites: list[SiteStatistics]) -> flo
 
     Calls that share running statistics are compared with what an average over the calls would be.
     """
-    if k in seen.exact:
-        mean, var = seen.exact[k]
-        return mean_of(divergence(mean, var, norm.mean, norm.var, norm.eps).amax(0))
     values = []
     for row in range(norm.mean.shape[0]):
         own = [s for s in sites if norm.row(s.domain) == row]
         if not own:
             continue
-        mean, var = (torch.cat([getattr(s.own, v) for s in own]) for v in ("mean", "var"))
+        moments = [seen.exact.get((k, s.call, s.domain), s.own) for s in own]
+        mean, var = (torch.cat([getattr(m, v) for m in moments]) for v in ("mean", "var"))
         if norm.shared_sgd:
-            merged = Moments(torch.cat([s.own.count for s in own]), mean, var).merge(0)
+            merged = Moments(torch.cat([m.count for m in moments]), mean, var).merge(0)
             mean, var = merged.mean, merged.var
         chance = sum(mean_of(s.expected()) for s in own) / len(own)
         running = norm.mean[row : row + 1], norm.var[row : row + 1]
         together = Moments(torch.ones_like(mean[:, :1]), mean, var).merge(0)
         average = mean.mean(0, keepdim=True), var.mean(0, keepdim=True)
-        ways = [divergence(*moments, *running, norm.eps) for moments in ((together.mean, together.var), average)]
+        ways = [divergence(*way, *running, norm.eps) for way in ((together.mean, together.var), average)]
         values.append(max(0.0, min(mean_of(way) for way in ways) - 2 * chance))
     return max(values, default=0.0)
 

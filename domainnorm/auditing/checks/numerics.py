@@ -7,6 +7,7 @@ import torch
 from ..finding import Finding, Place
 from ..norms import Norm
 from ..seen import Seen
+from ..site import SiteStatistics
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -100,9 +101,7 @@ def _large_means(seen: Seen) -> list[Finding]:
     for s in seen.own.values():
         if s.total is None:
             continue
-        rounding = max(float(torch.finfo(dtype).eps) for dtype in s.dtypes)
-        ratio = s.own.mean.abs() / (s.own.var + s.norm.eps).sqrt()
-        places.append(Place(s.norm.name, s.call if s.call else None, None, float(ratio.max()) * rounding))
+        places.append(Place(s.norm.name, s.call if s.call else None, None, rounded(s)))
     places = sorted((p for p in places if p.value >= seen.thresholds.mean_over_std), key=lambda p: -p.value)
     if not places:
         return []
@@ -125,11 +124,17 @@ def _large_means(seen: Seen) -> list[Finding]:
     ]
 
 
+def rounded(s: SiteStatistics) -> float:
+    """The share of a standard deviation that rounding takes, for the channel whose mean is largest against it."""
+    rounding = max(float(torch.finfo(dtype).eps) for dtype in s.dtypes)
+    ratio = s.own.mean.abs() / (s.own.var + s.norm.eps).sqrt()
+    return float(ratio.max()) * rounding
+
+
 def _dead(seen: Seen) -> list[Finding]:
     places = []
     for _, norm, sites in seen.layers():
-        dead = torch.stack([s.own.var[0] < norm.eps for s in sites]).all(0)
-        places.append(Place(norm.name, value=float(dead.double().mean())))
+        places.append(Place(norm.name, value=dead_channels(norm, sites)))
     places = sorted((p for p in places if p.value >= seen.thresholds.dead_channels), key=lambda p: -p.value)
     if not places:
         return []
@@ -150,3 +155,9 @@ def _dead(seen: Seen) -> list[Finding]:
             "",
         )
     ]
+
+
+def dead_channels(norm: Norm, sites: list[SiteStatistics]) -> float:
+    """The share of a layer's channels that vary less than eps in all calls."""
+    dead = torch.stack([s.own.var[0] < norm.eps for s in sites]).all(0)
+    return float(dead.double().mean())

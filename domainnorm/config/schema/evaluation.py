@@ -43,6 +43,11 @@ class Test(Section, key="TEST"):
         used_by=CLASSIFIER,
     )
     EVAL_PERIOD = Option(0, "Number of iterations between evaluations; 0: only after training.", ITERATIONS_OR_0)
+    AUDIT_PERIOD = Option(
+        0,
+        "Number of iterations between audits of the norms on the images of a step, for the log; 0: none.",
+        ITERATIONS_OR_0,
+    )
     IMS_PER_BATCH = Option(1, "Number of images that a rank loads together; results do not depend on it.", IMAGES)
     DETECTIONS_PER_IMAGE = Option(
         100,
