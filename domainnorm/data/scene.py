@@ -1,6 +1,7 @@
 """Draw one image of a built-in data set: a textured background and textured shapes, several that may overlap or one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -8,16 +9,12 @@ CLASSES = ("disk", "square", "triangle", "ring")
 # Colour and texture are hints, not answers: the hue (of 0…6) spreads around the class's own, the texture is the
 # class's own in most objects. Without them 800 steps from random weights learn where objects are, but not what.
 HUES = (0.0, 1.5, 3.0, 4.5)
-HUE_SPREAD = 0.35  # standard deviation
 TEXTURES = ("plain", "checked", "striped", "plain")
-TEXTURE_SHARE = 0.85
 MIN_VISIBLE = 0.5  # of an object's pixels: a place in which one would show less is not taken
-COUNTS = (0.05, 0.25, 0.25, 0.2, 0.12, 0.08, 0.05)  # probability of 0, 1, … 6 objects
-SIZES = (10.0, 110.0)  # pixels, diameter of the circle around an object; log-uniform
 TRIES = 10  # places tried for an object before it is left out
 # Of a patch, which shows one object: weaker hints, since one need not find it among others.
 PATCH_SIDE = 32  # pixels
-PATCH_SIZES = (9.0, 28.0)  # pixels, as SIZES
+PATCH_SIZES = (9.0, 28.0)  # pixels, as `Layout.sizes`
 PATCH_HUE_SPREAD = 0.8
 PATCH_TEXTURE_SHARE = 0.7
 
@@ -46,6 +43,47 @@ PATCH_LOOK = Look((0.2, 0.6), (0.4, 1.0), (0.0, 0.4), (0.2, 0.9), (1.0, 1.0, 1.0
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What is in the images of a set.
+
+    Attributes:
+        image_sizes: height and width, with their probabilities.
+        counts: numbers of objects, with their probabilities.
+        sizes: pixels, the diameter of the circle around an object; log-uniform.
+        hue_spread: standard deviation of an object's hue from that of its class.
+        texture_share: of the objects that have the texture of their class for sure.
+        one_class: whether all objects of an image are of one class.
+    """
+
+    image_sizes: dict[tuple[int, int], float]
+    counts: dict[int, float]
+    sizes: tuple[float, float]
+    hue_spread: float
+    texture_share: float
+    one_class: bool = False
+
+
+LAYOUTS = {
+    "shapes": Layout(
+        {(128, 128): 0.7, (128, 160): 0.15, (160, 128): 0.15},
+        {0: 0.05, 1: 0.25, 2: 0.25, 3: 0.2, 4: 0.12, 5: 0.08, 6: 0.05},
+        (10.0, 110.0),
+        hue_spread=0.35,
+        texture_share=0.85,
+    ),
+    # Small objects whose outline, colour and texture hardly tell their class: those of an image tell it together.
+    "herds": Layout(
+        {(128, 128): 1.0},
+        dict.fromkeys(range(8, 12), 0.25),
+        (10.0, 24.0),
+        hue_spread=2.0,
+        texture_share=0.25,
+        one_class=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Scene:
     """An image, uint8 (H, W, 3), with each object's class and visible pixels, bool (H, W), of which there are some."""
 
@@ -54,17 +92,19 @@ class Scene:
     masks: list[np.ndarray]
 
 
-def draw_scene(look: Look, rng: np.random.Generator) -> Scene:
+def draw_scene(look: Look, rng: np.random.Generator, layout: Layout = LAYOUTS["shapes"]) -> Scene:
     """One scene; the same state of `rng` gives the same pixels."""
-    height, width = ((128, 128), (128, 160), (160, 128))[rng.choice(3, p=(0.7, 0.15, 0.15))]
+    height, width = _choose(layout.image_sizes, rng)
     image = _background(look, height, width, rng)
     ys, xs = np.mgrid[:height, :width] + 0.5
     labels: list[int] = []
     whole: list[int] = []  # pixels of each object, had nothing been drawn over it
     masks: list[np.ndarray] = []
-    for _ in range(rng.choice(len(COUNTS), p=COUNTS)):
-        label = int(rng.integers(len(CLASSES)))
-        radius = np.exp(rng.uniform(*np.log(SIZES))) / 2
+    hints = layout.hue_spread, layout.texture_share
+    common = int(rng.integers(len(CLASSES))) if layout.one_class else None
+    for _ in range(_choose(layout.counts, rng)):
+        label = int(rng.integers(len(CLASSES))) if common is None else common
+        radius = np.exp(rng.uniform(*np.log(layout.sizes))) / 2
         for _ in range(TRIES):
             # Up to 0.3 radii beyond the border: some objects are cut off.
             x, y = (rng.uniform(0.7 * radius, side - 0.7 * radius) for side in (width, height))
@@ -75,9 +115,14 @@ def draw_scene(look: Look, rng: np.random.Generator) -> Scene:
                 masks = [*remaining, inside]
                 whole.append(int(inside.sum()))
                 labels.append(label)
-                image = _cover(image, distance, _paint(look, label, xs, ys, rng, HUE_SPREAD, TEXTURE_SHARE))
+                image = _cover(image, distance, _paint(look, label, xs, ys, rng, *hints))
                 break
     return Scene(_expose(image, look, rng), labels, masks)
+
+
+def _choose(probabilities: dict[Any, float], rng: np.random.Generator) -> Any:
+    """One of the keys, by their probabilities."""
+    return list(probabilities)[rng.choice(len(probabilities), p=list(probabilities.values()))]
 
 
 def draw_patch(label: int, rng: np.random.Generator) -> np.ndarray:

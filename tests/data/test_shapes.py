@@ -43,7 +43,7 @@ def digest(folder):
 
 def test_names():
     assert {"shapes_train", "shapes_val", "shapes_night_train", "shapes_night_val"} <= SHAPES.keys()
-    assert len(SHAPES) == 2 * len(LOOKS)
+    assert len(SHAPES) == 2 * len(LOOKS) + 2 and {"herds_train", "herds_val"} <= SHAPES.keys()
 
 
 def test_generated_once_on_first_use(cache, monkeypatch):
@@ -72,6 +72,20 @@ def test_annotations_are_the_known_ones(shapes):
     data = json.loads(shapes.annotation_file.read_text())
     layout = [(a["image_id"], a["category_id"], *(round(v / 4) for v in a["bbox"])) for a in data["annotations"][:40]]
     assert hashlib.sha256(repr(layout).encode()).hexdigest()[:16] == "f6fdb910979cf536"
+
+
+def test_herds():
+    """Small, many, all of one class; what a class looks like is a hint only."""
+    file, images = shapes_dataset("herds_train", 60)
+    data = CocoDataset(f"{file}:{images}")
+    classes = []
+    for image, target in data:
+        assert image.shape == (3, 128, 128) and 5 <= len(target["labels"]) <= 11
+        assert len(set(target["labels"].tolist())) == 1
+        classes.append(int(target["labels"][0]))
+        width, height = (target["boxes"][:, 2:] - target["boxes"][:, :2]).T
+        assert max(width.max(), height.max()) <= 26
+    assert min(classes.count(k) for k in range(4)) >= 5
 
 
 def test_looks_and_splits_are_different_pictures():

@@ -1,0 +1,155 @@
+"""tools/studies/run.py: rows are trained once, reports are rebuilt from results, every config takes its first steps."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import domainnorm as dn
+from domainnorm.data import shapes
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
+
+import run
+import study_report
+from study_rows import COLUMNS, STUDIES, Row, Study
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = [
+    *("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu", "TEST.REPORT", False),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", 10, "TEST.PICTURES", 0, "TEST.RECOMPUTE.NUM_SAMPLES", 8),
+]
+CONFIGS = sorted(
+    {(row.config, row.options) for study in STUDIES.values() if not study.data for row in study.rows.values()}
+)
+
+
+@pytest.fixture
+def few_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 8, "val": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "options"), CONFIGS, ids=[f"{Path(c).stem}{len(o)}" for c, o in CONFIGS])
+def test_first_steps(config, options, few_images, tmp_path):
+    given = [*options, *SMALL, "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = dn.load_config(str(ROOT / config), given)
+    dn.train(cfg)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    study, row = next((s, r) for s in STUDIES.values() for r in s.rows.values() if r.config == config)
+    assert set(row.paper) <= set(study.columns)
+    assert study.value(results, next(iter(study.columns))) is not None
+
+
+def test_rows_have_equal_budgets():
+    for study in STUDIES.values():
+        budgets = set()
+        for row in study.rows.values():
+            solver = dn.load_config(str(ROOT / row.config), list(row.options)).SOLVER
+            budgets.add((solver.MAX_ITER, solver.IMS_PER_BATCH, solver.BASE_LR, solver.OPTIMIZER))
+        assert len(budgets) == 1
+
+
+def results(population, minibatch):
+    return {"population": {"bbox": {"AP": population}}, "minibatch": {"bbox": {"AP": minibatch}}}
+
+
+TINY = Study(
+    "A title",
+    "About it.",
+    {
+        "one": Row("one row", "a.yaml", paper={"population AP": 30.7}),
+        "other": Row("other row", "b.yaml", weights_of="one"),
+        "third": Row("never run", "c.yaml"),
+    },
+    COLUMNS,
+)
+CONTENT = {
+    "command": "tools/studies/run.py tiny --seeds 0 1",
+    "machine": "this one",
+    "conclusions": ["It shows."],
+    "results": {
+        "one": {
+            "0": {"results": results(10.0, 20.0), "seconds": 60},
+            "1": {"results": results(14.0, 20.0), "seconds": 60},
+        },
+        "other": {"0": {"results": {"population": {"bbox": {"AP": 5.0}}}, "seconds": 60}},
+    },
+}
+
+
+def test_the_table():
+    text = study_report.markdown(TINY, "tiny", CONTENT)
+    assert "| one row | 12.0 ± 2.8 | 20.0 ± 0.0 | 30.7 | 0, 1 |" in text
+    assert "| other row | 5.0 | - |  | 0 |" in text and "never run" not in text
+    assert "It shows." in text and "3 minutes in all, this one" in text
+
+
+def test_the_same_bytes_again(tmp_path):
+    study_report.write_report(TINY, "tiny", CONTENT, tmp_path)
+    first = [(tmp_path / f"tiny.{kind}").read_bytes() for kind in ("md", "png")]
+    study_report.write_report(TINY, "tiny", CONTENT, tmp_path)
+    assert first == [(tmp_path / f"tiny.{kind}").read_bytes() for kind in ("md", "png")]
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if (ROOT / "docs" / "studies" / f"{name}.json").exists()])
+def test_committed_reports_are_those_of_their_results(name):
+    folder = ROOT / "docs" / "studies"
+    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert (folder / f"{name}.md").read_text(encoding="utf-8") == study_report.markdown(STUDIES[name], name, content)
+
+
+def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
+    trained = []
+
+    def train(row, folder, seed, study):
+        if row.title == "other row" and len(trained) == 1:
+            raise dn.UserError("interrupted")
+        trained.append((row.title, seed))
+        return results(float(seed), 1.0)
+
+    monkeypatch.setitem(STUDIES, "tiny", TINY)
+    monkeypatch.setattr(run, "train", train)
+    arguments = ["run.py", "tiny", "--seeds", "0", "1", "--rows", "one", "other", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert run.main() == 2 and trained == [("one row", 0)]
+    trained.append(None)  # so that it goes on
+    assert run.main() == 0
+    assert trained == [("one row", 0), None, ("other row", 0), ("one row", 1), ("other row", 1)]
+    before = (tmp_path / "tiny.md").read_bytes()
+    assert run.main() == 0 and len(trained) == 5
+    (tmp_path / "tiny.md").unlink()
+    monkeypatch.setattr(sys, "argv", [*arguments[:2], "--out", str(tmp_path), "--report-only"])
+    assert run.main() == 0 and (tmp_path / "tiny.md").read_bytes() == before
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    for arguments, message in (
+        (["table6", "--rows", "bn"], "--rows take any of"),
+        (["table6", "--report-only", "--out", str(tmp_path)], "run the study first"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        assert run.main() == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_and_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    torch.manual_seed(0)
+    small = (*map(str, SMALL), "DATASETS.TRAIN", "[herds_val]", "MODEL.BACKBONE.NAME", "mobilenet_v3_small")
+    config = "configs/studies/table6/bn_4_images.yaml"
+    row = Row("one", config, small)
+    found = run.train(row, tmp_path / "work" / "one" / "seed-0", 0, tmp_path / "work")
+    assert set(found) == {"population", "minibatch"}
+    again = Row("again", config, small, weights_of="one")
+    assert run.train(again, tmp_path / "work" / "again" / "seed-0", 0, tmp_path / "work") == found
+    broken = Row("broken", config, ("SOLVER.MAX_ITER", "none"))
+    with pytest.raises(dn.UserError, match=r"exit code 2: .*broken.*log says why"):
+        run.train(broken, tmp_path / "work" / "broken" / "seed-0", 0, tmp_path / "work")
+    assert "SOLVER.MAX_ITER" in (tmp_path / "work" / "broken" / "seed-0.log").read_text()

@@ -1,0 +1,84 @@
+"""The report of a study from its results: a table and a plot, the same bytes for the same results."""
+
+import io
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from study_rows import Study
+
+from domainnorm.output import replace_file
+
+CONCLUSIONS = "conclusions"  # in the JSON file: what the figures say, in sentences, written by hand
+
+
+def write_report(study: Study, name: str, content: Mapping[str, Any], folder: Path) -> None:
+    """NAME.md and NAME.png."""
+    for suffix, data in (("md", markdown(study, name, content).encode()), ("png", plot(study, content))):
+        with replace_file(folder / f"{name}.{suffix}", "wb") as stream:
+            stream.write(data)
+
+
+def figures(study: Study, content: Mapping[str, Any], row: str, column: str) -> list[float]:
+    """Of all seeds that were run."""
+    runs = content["results"].get(row, {}).values()
+    found = (study.value(run["results"], column) for run in runs)
+    return [value for value in found if value is not None]
+
+
+def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
+    """Mean ± standard deviation over the seeds, the paper's figures beside them."""
+    has_paper = [column for column in study.columns if any(column in row.paper for row in study.rows.values())]
+    head = ["", *study.columns, *(f"paper: {column}" for column in has_paper), "seeds"]
+    lines = [f"# {study.title}", "", study.about, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for key, row in study.rows.items():
+        own = [figures(study, content, key, column) for column in study.columns]
+        if not any(own):
+            continue
+        seeds = ", ".join(sorted(content["results"][key], key=int))
+        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Mean ± standard deviation over the seeds."]
+    lines += ["", f"![{study.title}]({name}.png)", ""]
+    if content.get(CONCLUSIONS):
+        lines += [*content[CONCLUSIONS], ""]
+    minutes = sum(run["seconds"] for runs in content["results"].values() for run in runs.values()) / 60
+    lines += [f"`{content['command']}`: {minutes:.0f} minutes in all, {content['machine']}.", ""]
+    return "\n".join(lines)
+
+
+def plot(study: Study, content: Mapping[str, Any]) -> bytes:
+    """Bars of the means, with a point for each seed."""
+    rows = [key for key in study.rows if any(figures(study, content, key, column) for column in study.columns)]
+    figure = Figure(figsize=(7, 0.6 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(study.columns)
+    for c, column in enumerate(study.columns):
+        places = [r + (c - (len(study.columns) - 1) / 2) * height for r in range(len(rows))]
+        values = [figures(study, content, key, column) for key in rows]
+        axes.barh(places, [statistics.mean(v) if v else 0 for v in values], height * 0.9, label=column, color=f"C{c}")
+        for place, own in zip(places, values, strict=True):
+            axes.plot(own, [place] * len(own), ".", color="black", markersize=4)
+    axes.set_yticks(range(len(rows)), [study.rows[key].title for key in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("AP")
+    axes.grid(True, axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
