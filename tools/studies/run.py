@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Train the rows of a study side by side, and write its report.
 
-    tools/studies/run.py NAME [--seeds 0 1 2] [--rows ROW …] [--work FOLDER] [--out docs/studies] [--report-only]
+    tools/studies/run.py NAME [--seeds 0 1 2] [--rows ROW …] [--jobs 1] [--work FOLDER]
+        [--out docs/studies] [--report-only]
 
-Each row is a config of `configs/studies/`, trained once for each seed with `tools/train_net.py`, with equal budgets.
-What is finished is skipped, what was interrupted goes on: the same command again, or with more seeds. After every run
-NAME.json, NAME.md and NAME.png in `--out` have all results so far, also those from before. `--report-only` makes the
-two latter from the JSON file.
+Each row is a config of `configs/studies/`, trained once for each seed with `tools/train_net.py`, or a script of this
+folder; all have equal budgets. What is finished is skipped, what was interrupted goes on: the same command again, or
+with more seeds. After every run NAME.json, NAME.md and NAME.png in `--out` have all results so far, also those from
+before. `--report-only` makes the two latter from the JSON file. `--jobs` processes train at a time: as many as there
+are cores.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +33,51 @@ from domainnorm.output import output_folder, write_json
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(study: Study, name: str, seeds: list[int], rows: list[str], work: Path, out: Path) -> None:
+def run(study: Study, name: str, seeds: list[int], rows: list[str], jobs: int, work: Path, out: Path) -> None:
     """All rows of one seed, then those of the next: an interruption leaves whole tables."""
-    file = out / f"{name}.json"
-    content = read(file) or {"results": {}}
+    content = read(out / f"{name}.json") or {"results": {}}
     content |= {"command": f"tools/studies/run.py {name} --seeds {' '.join(map(str, seeds))}", "machine": machine()}
-    todo = [(seed, row) for seed in seeds for row in rows]
-    for number, (seed, row) in enumerate(todo, start=1):
-        own = content["results"].setdefault(row, {})
-        if str(seed) in own:
-            continue
-        folder = work / name / row / f"seed-{seed}"
-        began = time.monotonic()
-        print(f"[{number}/{len(todo)}] {row}, seed {seed} …", end=" ", flush=True)
-        results = train(study.rows[row], folder, seed, work / name)
-        own[str(seed)] = {"results": results, "seconds": round(time.monotonic() - began)}
-        content["results"] = {r: content["results"][r] for r in study.rows if r in content["results"]}
-        output_folder(out, "--out")
-        write_json(file, content)
-        write_report(study, name, content, out)
-        print(f"{own[str(seed)]['seconds']} s, {study.headline(results)}", flush=True)
+    waiting = [(row, seed) for seed in seeds for row in rows if str(seed) not in content["results"].get(row, {})]
+    count, done, began = len(waiting), 0, time.monotonic()
+    running: dict[Future[tuple[dict[str, Any], int]], tuple[str, int]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            busy = sum(study.rows[row].processes for row, _ in running.values())
+            while (chosen := startable(study, waiting, list(running.values()), jobs - busy)) is not None:
+                waiting.remove(chosen)
+                row, seed = chosen
+                running[pool.submit(timed, study.rows[row], work / name, row, seed)] = chosen
+                busy += study.rows[row].processes
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                row, seed = running.pop(future)
+                results, seconds = future.result()
+                content["results"].setdefault(row, {})[str(seed)] = {"results": results, "seconds": seconds}
+                content["results"] = {r: content["results"][r] for r in study.rows if r in content["results"]}
+                output_folder(out, "--out")
+                write_json(out / f"{name}.json", content)
+                write_report(study, name, content, out)
+                done += 1
+                left = (time.monotonic() - began) / done * (count - done) / 60
+                said = f"[{done}/{count}] {row}, seed {seed}: {seconds} s, {study.headline(results)}"
+                print(f"{said}; {left:.0f} minutes left" if done < count else said, flush=True)
+
+
+def startable(
+    study: Study, waiting: list[tuple[str, int]], running: list[tuple[str, int]], free: int
+) -> tuple[str, int] | None:
+    """The first run that has a place, and whose weights are there."""
+    for row, seed in waiting:
+        needs = (study.rows[row].weights_of, seed)
+        # one of more processes than there are places gets all of them
+        if (study.rows[row].processes <= free or not running) and needs not in waiting and needs not in running:
+            return row, seed
+    return None
+
+
+def timed(row: Row, work: Path, name: str, seed: int) -> tuple[dict[str, Any], int]:
+    """What `train` returns, and the seconds that it took."""
+    began = time.monotonic()
+    return train(row, work / name / f"seed-{seed}", seed, work), round(time.monotonic() - began)
 
 
 def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
@@ -60,20 +88,23 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
     """
     found = folder / "results.json"
     if not found.exists():
-        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
-        command += ["--num-gpus", str(row.processes)] if row.processes > 1 else []
-        options = [*map(os.path.expandvars, row.options), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-        if row.weights_of:
-            options += ["MODEL.WEIGHTS", str(study / row.weights_of / f"seed-{seed}" / "model_final.pth")]
-            command.append("--eval-only")
+        options = list(map(os.path.expandvars, row.options))
+        if row.config.endswith(".py"):
+            command = [sys.executable, str(ROOT / row.config), *options, "--seed", str(seed), "--out", str(folder)]
         else:
-            command.append("--resume")  # or start, where there is nothing yet
+            command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
+            command += ["--num-gpus", str(row.processes)] if row.processes > 1 else []
+            # --resume also starts, where there is nothing yet
+            command += ["--eval-only" if row.weights_of else "--resume", *options]
+            command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            if row.weights_of:
+                command += ["MODEL.WEIGHTS", str(study / row.weights_of / f"seed-{seed}" / "model_final.pth")]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".log")
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | os.environ
         with open(log, "a", encoding="utf-8") as stream:
             code = subprocess.run(
-                [*command, *options], stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False
+                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False
             ).returncode
         if code:
             raise UserError(f"{shlex.join(command)} ended with exit code {code}: {log} says why")
@@ -98,6 +129,7 @@ def main() -> int:
     parser.add_argument("name", choices=sorted(STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="some of them; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each of one thread")
     parser.add_argument("--work", type=Path, default=Path("output/studies"), help="for the runs")
     parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="for the report")
     parser.add_argument("--report-only", action="store_true")
@@ -107,10 +139,12 @@ def main() -> int:
     try:
         if unknown := [row for row in rows if row not in study.rows]:
             raise UserError(f"--rows take any of {list(study.rows)}, got {unknown[0]!r}")
+        if args.jobs < 1:
+            raise UserError(f"--jobs takes a positive number, got {args.jobs}")
         if missing := [key for key in study.data if key not in os.environ]:
             raise UserError(f"the study {args.name} needs {missing[0]}: {study.data[missing[0]]}")
         if not args.report_only:
-            run(study, args.name, args.seeds, rows, args.work, args.out)
+            run(study, args.name, args.seeds, rows, args.jobs, args.work, args.out)
         elif (content := read(args.out / f"{args.name}.json")) is None:
             raise UserError(f"{args.out / args.name}.json is not there: run the study first")
         else:

@@ -45,12 +45,46 @@ def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
     if content.get(CONCLUSIONS):
         lines += [*content[CONCLUSIONS], ""]
     minutes = sum(run["seconds"] for runs in content["results"].values() for run in runs.values()) / 60
-    lines += [f"`{content['command']}`: {minutes:.0f} minutes in all, {content['machine']}.", ""]
+    lines += [f"`{content['command']}`: {minutes:.0f} minutes of runs, {content['machine']}.", ""]
     return "\n".join(lines)
 
 
 def plot(study: Study, content: Mapping[str, Any]) -> bytes:
-    """Bars of the means, with a point for each seed."""
+    """The study's curves; or bars of the means, with a point for each seed."""
+    stream = io.BytesIO()
+    figure = curves(study, content) if study.plots else bars(study, content)
+    figure.savefig(stream, dpi=110, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def curves(study: Study, content: Mapping[str, Any]) -> Figure:
+    """Means over the seeds; error bars are standard deviations."""
+    columns = min(len(study.plots), 2)
+    rows = -(-len(study.plots) // columns)
+    figure = Figure(figsize=(1 + 4.5 * columns, 3.4 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for drawn, axes in zip(study.plots, places, strict=False):  # in this order: what is left over stays in places
+        for label, points in drawn.curves.items():
+            known = [(x, v) for x, row, column in points if (v := figures(study, content, row, column))]
+            spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in known]
+            means = [statistics.mean(v) for _, v in known]
+            axes.errorbar([x for x, _ in known], means, spreads, marker="o", markersize=3, capsize=2, label=label)
+        axes.set(title=drawn.title, xlabel=drawn.x, ylabel=drawn.y)
+        if drawn.log:
+            ticks = sorted({x for points in drawn.curves.values() for x, _, _ in points})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    for axes in places:
+        axes.set_visible(False)
+    return figure
+
+
+def bars(study: Study, content: Mapping[str, Any]) -> Figure:
+    """One for each row and column, with a point for each seed."""
     rows = [key for key in study.rows if any(figures(study, content, key, column) for column in study.columns)]
     figure = Figure(figsize=(7, 0.6 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -63,14 +97,12 @@ def plot(study: Study, content: Mapping[str, Any]) -> bytes:
             axes.plot(own, [place] * len(own), ".", color="black", markersize=4)
     axes.set_yticks(range(len(rows)), [study.rows[key].title for key in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("AP")
+    axes.set_xlabel(study.unit)
     axes.grid(True, axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=110, metadata={"Software": None})
-    return stream.getvalue()
+    return figure
 
 
 def _mean(values: list[float]) -> str:

@@ -1,6 +1,6 @@
 """What each study trains, and what the paper has found: the rows of run.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ class Row:
 
     Attributes:
         title: in the table.
-        config: file, from the root of the project.
-        options: KEY VALUE pairs over it.
+        config: file, from the root of the project; or a script that takes `--seed` and `--out FOLDER`, and writes
+            `results.json` there.
+        options: KEY VALUE pairs over the config, or the script's arguments.
         processes: how many train together.
         weights_of: the row that trains what this one evaluates.
         paper: the paper's figure for each column; None: it has none.
@@ -30,6 +31,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Curves of the means over the seeds.
+
+    Attributes:
+        title, x, y: of it and of its axes.
+        curves: label -> its points, each an x, a row and a column of the study.
+        log: whether x has a logarithmic scale.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, Sequence[tuple[float, str, str]]]
+    log: bool = False
+
+
+@dataclass(frozen=True)
 class Study:
     """A table of the paper in small.
 
@@ -39,6 +57,8 @@ class Study:
         rows: by their names.
         columns: title -> path in `results.json`, such as `"population/bbox/AP"`.
         data: environment variables that it needs, and what each is.
+        plots: curves; without any, the report has bars of all rows and columns.
+        unit: of the columns.
     """
 
     title: str
@@ -46,6 +66,8 @@ class Study:
     rows: Mapping[str, Row]
     columns: Mapping[str, str]
     data: Mapping[str, str] = field(default_factory=dict)
+    plots: Sequence[Plot] = ()
+    unit: str = "AP"
 
     def value(self, results: Mapping[str, Any], column: str) -> float | None:
         """The figure of a column in what a run has written; None where it has none."""
