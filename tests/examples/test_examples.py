@@ -1,6 +1,7 @@
 """The examples run, and do what they say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.data import shapes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -68,6 +70,19 @@ def test_audit_foreign_model(tmp_path, capsys):
     found = example("audit_foreign_model").main(["--steps", "2", "--out", str(tmp_path / "out")])
     assert found.keys() == {"before", "after"} and all(0 <= value <= 100 for value in found.values())
     assert "with population statistics of each level" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_adapt_domain(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 8, "val": 4})
+    run = ["SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run")]
+    dn.train(dn.load_config(str(EXAMPLES.parent / "configs" / "quickstart.yaml"), run))
+    found = example("adapt_domain").main([str(tmp_path / "run"), "--images", "3", "--out", str(tmp_path / "out")])
+    assert found.keys() == {"minibatch", "source", "target", "nearest"}
+    assert all(set(scores) == {"shapes_val", "shapes_night_val"} for scores in found.values())
+    assert "the image itself" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text()).keys() == found.keys()
 
 
 def test_a_head_that_knows_its_levels_is_the_same_with_the_same_statistics():

@@ -49,9 +49,9 @@ def test_first_steps(config, options, few_images, tmp_path):
     cfg = dn.load_config(str(ROOT / config), given)
     dn.train(cfg)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    study, row = next((s, r) for s in STUDIES.values() for r in s.rows.values() if r.config == config)
+    study, name, row = next((s, n, r) for s in STUDIES.values() for n, r in s.rows.items() if r.config == config)
     assert set(row.paper) <= set(study.columns)
-    assert study.value(results, next(iter(study.columns))) is not None
+    assert study.value(name, results, next(iter(study.columns))) is not None
 
 
 def test_rows_have_equal_budgets():
@@ -73,6 +73,7 @@ TINY = Study(
     {
         "one": Row("one row", "a.yaml", paper={"population AP": 30.7}),
         "other": Row("other row", "b.yaml", weights_of="one"),
+        "minibatch": Row("the same row", results_of="one", columns={"population AP": "minibatch/bbox/AP"}),
         "third": Row("never run", "c.yaml"),
     },
     COLUMNS,
@@ -94,7 +95,8 @@ CONTENT = {
 def test_the_table():
     text = study_report.markdown(TINY, "tiny", CONTENT)
     assert "| one row | 12.0 ± 2.8 | 20.0 ± 0.0 | 30.7 | 0, 1 |" in text
-    assert "| other row | 5.0 | - |  | 0 |" in text and "never run" not in text
+    assert "| other row | 5.0 | - |  | 0 |" in text and "| the same row | 20.0 ± 0.0 | 20.0 ± 0.0 |  | 0, 1 |" in text
+    assert "never run" not in text
     assert "It shows." in text and "3 minutes of runs, this one" in text
 
 
@@ -123,7 +125,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setitem(STUDIES, "tiny", TINY)
     monkeypatch.setattr(run, "train", train)
-    arguments = ["run.py", "tiny", "--seeds", "0", "1", "--rows", "one", "other", "--out", str(tmp_path)]
+    arguments = ["run.py", "tiny", "--seeds", "0", "1", "--rows", "one", "minibatch", "other", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     assert run.main() == 2 and trained == [("one row", 0)]
     trained.append(None)  # so that it goes on

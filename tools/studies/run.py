@@ -37,7 +37,8 @@ def run(study: Study, name: str, seeds: list[int], rows: list[str], jobs: int, w
     """All rows of one seed, then those of the next: an interruption leaves whole tables."""
     content = read(out / f"{name}.json") or {"results": {}}
     content |= {"command": f"tools/studies/run.py {name} --seeds {' '.join(map(str, seeds))}", "machine": machine()}
-    waiting = [(row, seed) for seed in seeds for row in rows if str(seed) not in content["results"].get(row, {})]
+    own = [row for row in rows if not study.rows[row].results_of]
+    waiting = [(row, seed) for seed in seeds for row in own if str(seed) not in content["results"].get(row, {})]
     count, done, began = len(waiting), 0, time.monotonic()
     running: dict[Future[tuple[dict[str, Any], int]], tuple[str, int]] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -58,7 +59,7 @@ def run(study: Study, name: str, seeds: list[int], rows: list[str], jobs: int, w
                 write_report(study, name, content, out)
                 done += 1
                 left = (time.monotonic() - began) / done * (count - done) / 60
-                said = f"[{done}/{count}] {row}, seed {seed}: {seconds} s, {study.headline(results)}"
+                said = f"[{done}/{count}] {row}, seed {seed}: {seconds} s, {study.headline(row, results)}"
                 print(f"{said}; {left:.0f} minutes left" if done < count else said, flush=True)
 
 
@@ -90,7 +91,9 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
     if not found.exists():
         options = list(map(os.path.expandvars, row.options))
         if row.config.endswith(".py"):
-            command = [sys.executable, str(ROOT / row.config), *options, "--seed", str(seed), "--out", str(folder)]
+            weights = [str(study / row.weights_of / f"seed-{seed}")] if row.weights_of else []
+            command = [sys.executable, str(ROOT / row.config), *options, *weights]
+            command += ["--seed", str(seed), "--out", str(folder)]
         else:
             command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
             command += ["--num-gpus", str(row.processes)] if row.processes > 1 else []
