@@ -133,10 +133,9 @@ def _table5(data: tuple[str, ...] = ()) -> dict[str, Row]:
 
 def _shift() -> dict[str, Row]:
     config = "configs/studies/shift/base.yaml"
-    train = {name: f"$BLOOD/train_{name}.json:$BLOOD/images" for name in ("pbc", "bccd")}
-    val = {name: f"{name}=$BLOOD/val_{name}.json:$BLOOD/images" for name in ("pbc", "bccd")}
+    val = {name: _cells(name, "val") for name in ("pbc", "bccd")}
     both = ("DATASETS.TEST", f"[{val['pbc']}, {val['bccd']}]")
-    pbc = ("DATASETS.TRAIN", f"[{train['pbc']}]")
+    pbc = ("DATASETS.TRAIN", f"[{_cells('pbc', 'train')}]")
     weighed = ("TEST.STATISTICS", "[population]", "TEST.EXAMPLE_WEIGHTS", "[0.0, 0.1, 0.2, 0.4, 0.7, 1.0]")
 
     def under(statistics: str) -> dict[str, str]:
@@ -155,17 +154,50 @@ def _shift() -> dict[str, Row]:
         "adapted": Row(
             "… population statistics of 300 images of bccd, without labels",
             "examples/adapt_domain.py",
-            ("--source", val["pbc"], "--target", val["bccd"], "--unlabelled", train["bccd"]),
+            ("--source", val["pbc"], "--target", val["bccd"], "--unlabelled", _cells("bccd", "train")),
             weights_of="pbc",
             columns=under("target"),
         ),
         "nearest": Row("… of either, by the nearest for each image", results_of="adapted", columns=under("nearest")),
-        "bccd": Row("trained on bccd: population statistics", config, ("DATASETS.TRAIN", f"[{train['bccd']}]", *both)),
+        "bccd": Row(
+            "trained on bccd: population statistics",
+            config,
+            ("DATASETS.TRAIN", f"[{_cells('bccd', 'train')}]", *both),
+        ),
         "bccd_minibatch": Row(
             "… minibatch statistics of each test image", results_of="bccd", columns=under("minibatch")
         ),
     }
 
+
+def _cells(laboratory: str, part: str) -> str:
+    """Its images, as a data set of that name; `part` is train or val."""
+    folder = "$BLOOD" if laboratory in ("pbc", "bccd") else "$NUCLEI"
+    return f"{laboratory}={folder}/{part}_{laboratory}.json:{folder}/images"
+
+
+def _table5_blood() -> dict[str, Row]:
+    """As `configs/domains.yaml`, on one laboratory."""
+    data = ("DATASETS.TRAIN", f"[{_cells('pbc', 'train')}]", "DATASETS.TEST", f"[{_cells('pbc', 'val')}]")
+    size = ("INPUT.MIN_SIZE_TRAIN", "[160]", "INPUT.MAX_SIZE_TRAIN", "240", "INPUT.MIN_SIZE_TEST", "160")
+    anchors = ("INPUT.MAX_SIZE_TEST", "240", "MODEL.ANCHOR_GENERATOR.SIZES", "[16, 32, 64, 128, 192]")
+    return _table5((*data, *size, *anchors, "SOLVER.MAX_ITER", "400"))
+
+
+def _table6_cells() -> dict[str, Row]:
+    """Real images whose objects tell their laboratory: all four domains of blood and nuclei, mixed."""
+    laboratories = ("pbc", "bccd", "fluorescence", "stain")
+    train, val = (", ".join(_cells(name, part) for name in laboratories) for part in ("train", "val"))
+    data = ("DATASETS.TRAIN", f"[{train}]", "DATASETS.TEST", f"[{val}]", "DATASETS.LABELS", "union")
+    domains = ("DATASETS.DOMAINS", f"[{', '.join(laboratories)}]")
+    size = ("INPUT.MIN_SIZE_TRAIN", "[160]", "INPUT.MAX_SIZE_TRAIN", "240", "INPUT.MIN_SIZE_TEST", "160")
+    anchors = ("INPUT.MAX_SIZE_TEST", "240", "MODEL.ANCHOR_GENERATOR.SIZES", "[6, 10, 16, 26, 42]")
+    rows = _table6((*data, *domains, *size, *anchors))
+    return {name: rows[name] for name in ("bn_1_image", "bn_4_images", "bn_2_processes", "shuffle", "syncbn", "gn")}
+
+
+BLOOD = {"BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/"}
+NUCLEI = {"NUCLEI": "the folder of the nuclei in COCO format, {train,val}_{fluorescence,stain}.json and images/"}
 
 COLUMNS = {"population AP": "population/bbox/AP", "minibatch AP": "minibatch/bbox/AP"}
 ALL_COLUMNS = COLUMNS | {"recomputed AP": "recomputed/bbox/AP"}
@@ -188,6 +220,23 @@ STUDIES = {
         _table5(),
         ALL_COLUMNS,
     ),
+    "table5_blood": Study(
+        "Table 5 on blood cells",
+        "As Table 5 on `shapes`, from random weights, 400 steps of 8 images of 160 pixels of one laboratory, pbc, of "
+        "TXL-PBC.",
+        _table5_blood(),
+        ALL_COLUMNS,
+        BLOOD,
+    ),
+    "table6_cells": Study(
+        "Table 6 on cells of four laboratories",
+        "As Table 6 on `herds`, 600 steps of 4 images of 160 pixels of blood cells (TXL-PBC: pbc, bccd) and nuclei "
+        "(2018 Data Science Bowl: fluorescence, stain), mixed: the RoIs of an image tell its laboratory, and that "
+        "which classes it has. AP over all classes and images.",
+        _table6_cells(),
+        {"population AP": "population/overall/bbox/AP", "minibatch AP": "minibatch/overall/bbox/AP"},
+        BLOOD | NUCLEI,
+    ),
     "shift": Study(
         "Domain shift: trained in one laboratory, tested in another",
         "RetinaNet, ResNet-18 with BN in backbone and head, random weights, 800 steps of 4 images of blood cells "
@@ -195,6 +244,6 @@ STUDIES = {
         "statistics of the source fail on a target, those of the target repair some of it.",
         _shift(),
         {"AP on pbc": "population/pbc/bbox/AP", "AP on bccd": "population/bccd/bbox/AP"},
-        {"BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/"},
+        BLOOD,
     ),
 }
