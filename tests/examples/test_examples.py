@@ -193,3 +193,19 @@ def test_slurm_goes_on_after_its_time_is_up_with_the_options_given(tmp_path, sta
     args = train.parse(machines[1][1:])
     assert args.config_file == "configs/quickstart.yaml"
     assert args.opts == ["MODEL.DEVICE", "cpu", "DATASETS.TEST", "[a b, c]"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))  # of the kernel, a process of its own
+    notebook = nbformat.read(EXAMPLES / "first_look.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # it is stored without them
+    client.NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(EXAMPLES))
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+    assert text.count("means of") == 5 and "shared statistics" not in text.split("repair:")[1]
+    assert "has 5 domains in a forward pass" in text.split("repair:")[0]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
