@@ -84,10 +84,10 @@ CONTENT = {
     "conclusions": ["It shows."],
     "results": {
         "one": {
-            "0": {"results": results(10.0, 20.0), "seconds": 60},
-            "1": {"results": results(14.0, 20.0), "seconds": 60},
+            "0": {"results": results(10.0, 20.0), "cpu_seconds": 60},
+            "1": {"results": results(14.0, 20.0), "cpu_seconds": 60},
         },
-        "other": {"0": {"results": {"population": {"bbox": {"AP": 5.0}}}, "seconds": 60}},
+        "other": {"0": {"results": {"population": {"bbox": {"AP": 5.0}}}, "cpu_seconds": 60}},
     },
 }
 
@@ -97,7 +97,7 @@ def test_the_table():
     assert "| one row | 12.0 ± 2.8 | 20.0 ± 0.0 | 30.7 | 0, 1 |" in text
     assert "| other row | 5.0 | - |  | 0 |" in text and "| the same row | 20.0 ± 0.0 | 20.0 ± 0.0 |  | 0, 1 |" in text
     assert "never run" not in text
-    assert "It shows." in text and "3 minutes of runs, this one" in text
+    assert "It shows." in text and "3 runs of 1.0 CPU minutes (median), this one" in text
 
 
 def test_the_same_bytes_again(tmp_path):
@@ -121,7 +121,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
         if row.title == "other row" and len(trained) == 1:
             raise dn.UserError("interrupted")
         trained.append((row.title, seed))
-        return results(float(seed), 1.0)
+        return results(float(seed), 1.0), 60
 
     monkeypatch.setitem(STUDIES, "tiny", TINY)
     monkeypatch.setattr(run, "train", train)
@@ -155,10 +155,11 @@ def test_a_row_is_trained_and_evaluated(tmp_path, monkeypatch):
     small = (*map(str, SMALL), "DATASETS.TRAIN", "[herds_val]", "MODEL.BACKBONE.NAME", "mobilenet_v3_small")
     config = "configs/studies/table6/bn.yaml"
     row = Row("one", config, small)
-    found = run.train(row, tmp_path / "work" / "one" / "seed-0", 0, tmp_path / "work")
+    found, seconds = run.train(row, tmp_path / "work" / "one" / "seed-0", 0, tmp_path / "work")
+    assert 1 < seconds < 600
     assert set(found) == {"population", "minibatch"}
     again = Row("again", config, small, weights_of="one")
-    assert run.train(again, tmp_path / "work" / "again" / "seed-0", 0, tmp_path / "work") == found
+    assert run.train(again, tmp_path / "work" / "again" / "seed-0", 0, tmp_path / "work")[0] == found
     broken = Row("broken", config, ("SOLVER.MAX_ITER", "none"))
     with pytest.raises(dn.UserError, match=r"exit code 2: .*broken.*log says why"):
         run.train(broken, tmp_path / "work" / "broken" / "seed-0", 0, tmp_path / "work")
@@ -177,7 +178,7 @@ def test_rows_side_by_side(tmp_path, monkeypatch):
         time.sleep(0.05)
         running.remove((row.title, seed))
         ended.append((row.title, seed))
-        return results(float(seed), 1.0)
+        return results(float(seed), 1.0), 60
 
     monkeypatch.setitem(STUDIES, "tiny", study)
     monkeypatch.setattr(run, "train", train)
@@ -208,4 +209,5 @@ def test_a_script_is_a_row(tmp_path):
         "(out / 'results.json').write_text(json.dumps({'seed': int(sys.argv[4])}))\n"
     )
     row = Row("scripted", str(script), ("--size", "3"))
-    assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work") == {"seed": 7}
+    assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work")[0] == {"seed": 7}
+    assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work") == ({"seed": 7}, None)
