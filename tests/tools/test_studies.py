@@ -28,8 +28,8 @@ SMALL = [
     *("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu", "TEST.REPORT", False),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", 10, "TEST.PICTURES", 0, "TEST.RECOMPUTE.NUM_SAMPLES", 8),
 ]
-TRAINED = {  # one row of each config of a study
-    (name, row.config): key
+TRAINED = {  # one row of each config; of a study on other data one row, its configs are those of another study
+    (name, "" if study.data else row.config): key
     for name, study in STUDIES.items()
     for key, row in reversed(study.rows.items())
     if row.config.endswith(".yaml") and not row.weights_of
