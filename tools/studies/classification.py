@@ -20,9 +20,8 @@ from typing import Any
 
 import classification_report
 import torch
-from classification_runs import Run, measure, read_data, train
+from classification_runs import DEBIAN, Run, measure, read_data, train
 
-DEBIAN = "/usr/share/datasets/fashion-mnist"
 BATCHES = (128, 32, 8, 4, 2)
 GHOST_SIZES = (128, 64, 32, 16, 8, 4, 2)
 RATES = (0.1, 0.2, 0.4, 0.8)

@@ -18,6 +18,7 @@ from domainnorm.data.arrays import read_idx_pair
 from domainnorm.data.class_sampler import ClassBatchSampler
 from domainnorm.surgery.freeze import freeze_batchnorm
 
+DEBIAN = "/usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist lies
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # the α of which validation chooses one
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9, 0.97, 1.0)  # those of the section on α
 Split = tuple[Tensor, Tensor]  # images (N, 1, H, W), labels (N,)
