@@ -151,7 +151,7 @@ def test_a_row_is_trained_and_evaluated(tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
     torch.manual_seed(0)
     small = (*map(str, SMALL), "DATASETS.TRAIN", "[herds_val]", "MODEL.BACKBONE.NAME", "mobilenet_v3_small")
-    config = "configs/studies/table6/bn_4_images.yaml"
+    config = "configs/studies/table6/bn.yaml"
     row = Row("one", config, small)
     found = run.train(row, tmp_path / "work" / "one" / "seed-0", 0, tmp_path / "work")
     assert set(found) == {"population", "minibatch"}

@@ -82,19 +82,29 @@ class Study:
         return ", ".join(f"{column} {value:.1f}" for column, value in values if value is not None)
 
 
-def _table6() -> dict[str, Row]:
+def _table6(data: tuple[str, ...] = ()) -> dict[str, Row]:
     one, two = "population AP", "minibatch AP"
+
+    def row(title: str, config: str, images: int = 4, processes: int = 1, paper: tuple[float, ...] = ()) -> Row:
+        """Of `images` normalized together on each process, of four in a step."""
+        options = ("SOLVER.ACCUMULATE", str(4 // images // processes), *data)
+        figures = dict(zip((one, two), paper, strict=False))
+        return Row(title, f"{TABLE_6}/{config}.yaml", options, processes, paper=figures)
+
     return {
-        "bn_1_image": Row("BN, RoIs of 1 image", f"{TABLE_6}/bn_1_image.yaml", paper={one: 30.7, two: 41.5}),
-        "bn_2_images": Row("BN, RoIs of 2 images", f"{TABLE_6}/bn_2_images.yaml", paper={one: 40.1, two: 41.3}),
-        "bn_4_images": Row("BN, RoIs of 4 images", f"{TABLE_6}/bn_4_images.yaml"),
-        "bn_2_processes": Row(
-            "BN, 1 image on each of 2 processes", f"{TABLE_6}/bn_1_image.yaml", ("SOLVER.ACCUMULATE", "2"), processes=2
-        ),
-        "shuffle": Row("… RoIs shuffled", f"{TABLE_6}/shuffle_1_image.yaml", processes=2, paper={one: 41.7}),
-        "syncbn": Row("… SyncBN", f"{TABLE_6}/syncbn.yaml", processes=2, paper={one: 41.7}),
-        "gn": Row("GroupNorm", f"{TABLE_6}/gn.yaml", paper={one: 41.4}),
-        "none": Row("no norm", f"{TABLE_6}/none.yaml", paper={one: 41.1}),
+        "bn_1_image": row("BN, RoIs of 1 image", "bn", 1, paper=(30.7, 41.5)),
+        "bn_2_images": row("BN, RoIs of 2 images", "bn", 2, paper=(40.1, 41.3)),
+        "bn_4_images": row("BN, RoIs of 4 images", "bn"),
+        "bn_2_processes": row("BN, 1 image on each of 2 processes", "bn", 1, 2),
+        "shuffle": row("… RoIs shuffled", "shuffle", 1, 2, paper=(41.7,)),
+        "syncbn": row("… SyncBN", "syncbn", 1, 2),
+        "bn_2_processes_2_images": row("BN, 2 images on each of 2 processes", "bn", 2, 2),
+        "shuffle_2_images": row("… RoIs shuffled", "shuffle", 2, 2, paper=(41.6,)),
+        "syncbn_2_images": row("… SyncBN", "syncbn", 2, 2, paper=(41.7,)),
+        "bn_4_processes": row("BN, 1 image on each of 4 processes", "bn", 1, 4),
+        "shuffle_4_processes": row("… RoIs shuffled", "shuffle", 1, 4),
+        "gn": row("GroupNorm", "gn", paper=(41.4,)),
+        "none": row("no norm", "none", paper=(41.1,)),
     }
 
 
