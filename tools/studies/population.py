@@ -24,13 +24,13 @@ from classification_runs import DEBIAN, Block, Split, minibatches, read_data
 from torch import Tensor, nn
 
 import domainnorm as dn
-from domainnorm.output import output_folder, write_json
+from domainnorm.output import write_json
 from domainnorm.statistics.recompute import METHODS
 
 MOMENTUM = 0.1  # of the EMA
 VALIDATION = 5120  # images
 EARLY, FREEZE_AT = 0.3, 0.8  # shares of the training: where N is looked at, as the paper's epoch 30; Fig. 6
-NUMBERS = (100, 1000, 10_000)  # N
+NUMBERS = (10, 100, 1000, 10_000)  # N
 BATCHES = (2, 10, 100, 1000)  # B, of N = 1000
 
 
@@ -87,7 +87,7 @@ def of_one_process(model: nn.Module) -> nn.Module:
 
 
 class Training:
-    """A model, its optimizer and the schedule of the learning rate: rises over 5 % of the steps, falls linearly to 0."""
+    """A model, its optimizer and its learning rate, which rises over 5 % of the steps and falls linearly to 0."""
 
     def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
         self.model = model
@@ -177,7 +177,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     results = run(args)
-    output_folder(args.out, "--out")
     write_json(args.out / "results.json", results)
 
 

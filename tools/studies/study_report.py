@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,32 @@ def figures(study: Study, content: Mapping[str, Any], row: str, column: str) -> 
 
 def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
     """Mean ± standard deviation over the seeds, the paper's figures beside them."""
-    has_paper = [column for column in study.columns if any(column in row.paper for row in study.rows.values())]
-    head = ["", *study.columns, *(f"paper: {column}" for column in has_paper), "seeds"]
-    lines = [f"# {study.title}", "", study.about, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for key, row in study.rows.items():
-        own = [figures(study, content, key, column) for column in study.columns]
-        if not any(own):
-            continue
-        seeds = ", ".join(sorted(content["results"][key], key=int))
-        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Mean ± standard deviation over the seeds."]
+    lines = [f"# {study.title}", "", study.about, ""]
+    for title, columns in (study.tables or {"": list(study.columns)}).items():
+        lines += [f"## {title}", ""] if title else []
+        lines += [*table(study, content, columns), ""]
+    lines += ["Mean ± standard deviation over the seeds."]
     lines += ["", f"![{study.title}]({name}.png)", ""]
     if content.get(CONCLUSIONS):
         lines += [*content[CONCLUSIONS], ""]
     minutes = sum(run["seconds"] for runs in content["results"].values() for run in runs.values()) / 60
     lines += [f"`{content['command']}`: {minutes:.0f} minutes of runs, {content['machine']}.", ""]
     return "\n".join(lines)
+
+
+def table(study: Study, content: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """The rows that have a figure in one of `columns`."""
+    has_paper = [column for column in columns if any(column in row.paper for row in study.rows.values())]
+    head = ["", *columns, *(f"paper: {column}" for column in has_paper), "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for key, row in study.rows.items():
+        own = [figures(study, content, key, column) for column in columns]
+        if not any(own):
+            continue
+        seeds = ", ".join(sorted(content["results"][key], key=int))
+        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def plot(study: Study, content: Mapping[str, Any]) -> bytes:
