@@ -1,5 +1,7 @@
 """What was seen in the committed run of the study classification.py, by section: written by hand, for its sizes."""
 
+OVERVIEW = ""
+
 COMMENTS = {
     "rate": "The best of four, by less than the seeds differ.",
     "batch size": """

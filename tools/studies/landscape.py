@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="steps from one that is measured to the next")
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the learning rate of the step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="over the config; after --")
-    args = parser.parse_args(argv)
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="over the config")
+    args = parser.parse_intermixed_args(argv)  # run.py writes --seed and --out behind KEY VALUE
     try:
         if args.every < 1:
             raise dn.UserError(f"--every takes a positive number of steps, got {args.every}")
