@@ -161,10 +161,10 @@ def _all_four(of: Measured) -> list[str]:
     sizes = _sizes(of)
     alone = {name: [(name, EMA)] * len(sizes) for name in ("BN", "GN", "GhostBN")}
     together = [("GBGN" if size == 2 else "GhostBN", ALPHA) for size in sizes]
-    rows = [
-        [name, *(of.cell("batch size", f"{norm}/{size}", measure) for size, (norm, measure) in zip(sizes, of_sizes, strict=True))]
-        for name, of_sizes in (alone | {"GhostBN and α; at 2 GBGN and α": together}).items()
-    ]
+    rows = []
+    for name, columns in (alone | {"GhostBN and α; at 2 GBGN and α": together}).items():
+        cells = zip(sizes, columns, strict=True)
+        rows.append([name, *(of.cell("batch size", f"{norm}/{size}", measure) for size, (norm, measure) in cells)])
     text = f"{_passes(of)}; cells of the tables above: γ and β decay as the weights everywhere."
     return [text, "", *table(("batch size", *sizes), rows)]
 
