@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         ("rate", "learning rate for a batch of 128"),
     ):
         parser.add_argument(f"--{name}", type=type(defaults[name]), default=defaults[name], help=text)
+    parser.add_argument("--sections", nargs="+", metavar="SECTION", help="to train; all by default")
     parser.add_argument("--seeds", type=int, default=defaults["seeds"])
     args = parser.parse_args(argv)
     options = {name: getattr(args, name) for name in defaults}
@@ -174,7 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     data = read_data(args.data, args.validation, args.test)
     runs = sections()
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed, run in ordered(runs, args.seeds):
+    if unknown := [section for section in args.sections or () if section not in runs]:
+        parser.error(f"--sections takes any of {list(runs)}, got {unknown[0]!r}")
+    chosen = {section: runs[section] for section in args.sections or runs}
+    for seed, run in ordered(chosen, args.seeds):
         key, sweep = run.key(seed), run in runs["α"].values()
         if key in results["runs"]:
             continue

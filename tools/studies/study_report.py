@@ -67,7 +67,7 @@ def plot(study: Study, content: Mapping[str, Any]) -> bytes:
 
 
 def curves(study: Study, content: Mapping[str, Any]) -> Figure:
-    """Means over the seeds; error bars are standard deviations."""
+    """Means over the seeds; error bars are standard deviations, the edges of bands means alone."""
     columns = min(len(study.plots), 2)
     rows = -(-len(study.plots) // columns)
     figure = Figure(figsize=(1 + 4.5 * columns, 3.4 * rows), layout="constrained")
@@ -78,6 +78,10 @@ def curves(study: Study, content: Mapping[str, Any]) -> Figure:
             spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in known]
             means = [statistics.mean(v) for _, v in known]
             axes.errorbar([x for x, _ in known], means, spreads, marker="o", markersize=3, capsize=2, label=label)
+        for label, edges in drawn.bands.items():
+            known = [{x: v for x, row, column in e if (v := figures(study, content, row, column))} for e in edges]
+            lower, upper = ([statistics.mean(v) for v in edge.values()] for edge in known)
+            axes.fill_between(list(known[0]), lower, upper, alpha=0.4, label=label)
         axes.set(title=drawn.title, xlabel=drawn.x, ylabel=drawn.y)
         if drawn.log:
             ticks = sorted({x for points in drawn.curves.values() for x, _, _ in points})
