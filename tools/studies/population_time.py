@@ -40,7 +40,7 @@ def layer_by_layer(model: nn.Module, batches: list[Tensor]) -> None:
         hook.remove()
         merged = dn.Moments.cat(moments).merge(0)
         layer.running_mean.copy_(merged.mean[0])
-        layer.running_var.copy_(merged.var[0])
+        layer.running_var.copy_(merged.var[0])  # which normalizes, as in one batch
 
 
 @torch.no_grad()
