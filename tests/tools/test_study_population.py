@@ -89,5 +89,5 @@ def test_exact_layer_by_layer():
     twin = dn.recompute_population_statistics(copy.deepcopy(model), batches, method="exact", progress=False)
     population_time.layer_by_layer(model, batches)
     torch.testing.assert_close(model[4].running_mean, twin[4].running_mean)
-    torch.testing.assert_close(model[4].running_var, twin[4].running_var * 127 / 128)  
+    torch.testing.assert_close(model[4].running_var, twin[4].running_var * 127 / 128)
     assert set(population_time.measure(model, batches, repeats=1)) == {"pooled", "exact", "layer by layer"}
