@@ -72,7 +72,7 @@ def seq_norms() -> dict[str, Run]:
     runs |= {f"GhostBN, {128 // size} groups": ghost(128, size, times=3) for size in (64, 32, 16, 8)}
     for number in (1, 2, 4, 8, 16):
         options = {"num_channel_groups": number, "num_sample_groups": 8}
-        runs[f"SeqNorm, {number} channel groups, 8 groups"] = Run("SeqNorm", 128, options, times=3)
+        runs[f"SeqNorm, {number} groups of channels"] = Run("SeqNorm", 128, options, times=3)
     return runs
 
 

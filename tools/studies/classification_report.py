@@ -38,6 +38,11 @@ class Measured:
         found = [self.results["runs"].get(run.key(seed), {}) for seed in seeds] if run else []
         return [result[measure] for result in found if measure in result]
 
+    def begun(self, section: str) -> bool:
+        """Whether one of its runs is finished; a section without runs shows those of others."""
+        runs = self.sections.get(section, {})
+        return not runs or any(self.values(section, name, "seconds") for name in runs)
+
     def mean(self, section: str, name: str, measure: str = EMA) -> float:
         return statistics.mean(self.values(section, name, measure))
 
@@ -96,6 +101,8 @@ def report(results: dict[str, Any], sections: dict[str, dict[str, Run]], folder:
         "renorm": ("Over training (Batch Renormalization, Figs. 1 to 3)", _renorm),
     }
     for key, (title, part) in parts.items():
+        if not measured.begun(key):
+            continue
         lines += [f"## {title}", "", *part(measured)]
         if committed and key in COMMENTS:
             lines += [COMMENTS[key].strip(), ""]
@@ -124,8 +131,8 @@ def _batch_size(of: Measured) -> list[str]:
     lines = [
         f"{_passes(of)}. GN has 8 groups; GBGN 8 channel groups of 2 examples; GhostBN groups of 16, of 4 at batch 8,",
         "of 2 at 4 and 2 (where it is BN); SeqNorm 8 channel groups, then the groups of GhostBN; BGN the paper's G,",
-        "512, 128, 16, 2, 1. BRN has the paper's schedule of limits in shares of the steps, and momentum",
-        "0.1 · batch / 32, from 0.01 to 0.1.",
+        "512, 128, 16, 2, 1, or the nearest number that divides a layer's features. BRN has the paper's schedule of",
+        "limits in shares of the steps, and momentum 0.1 · batch / 32, from 0.01 to 0.1.",
         "",
     ]
     for title, measure in (("EMA", EMA), ("Recomputed", RECOMPUTED), ("α", ALPHA)):
@@ -172,7 +179,7 @@ def _all_four(of: Measured) -> list[str]:
 def _seq_norm(of: Measured) -> list[str]:
     measures = ("validation", EMA)
     rows = [[name, *(of.cell("SeqNorm", name, measure) for measure in measures)] for name in of.sections["SeqNorm"]]
-    text = f"Batch 128, {_passes(of, times=3)}; *groups* are of samples. SeqNorm has the paper's eight."
+    text = f"Batch 128, {_passes(of, times=3)}; *groups* are of samples, of which SeqNorm has the paper's eight."
     return [text, "", *table(("norm", "validation accuracy", "test accuracy"), rows)]
 
 
@@ -290,12 +297,14 @@ def _figure(of: Measured, file: Path) -> None:
     last.barh([label for label, _ in shown], means, xerr=deviations, color="lightsteelblue")
     last.set(xlim=(max(min(means) - 5, 0), None), xlabel="test accuracy, %, trained on 2 classes × 16")
     last.tick_params(axis="y", labelsize=7)
-    for label, which in CURVES.items():
+    for label, which in CURVES.items() if of.begun("renorm") else ():
         axis = few if label.startswith("2 classes") else iid
         _errors(axis, list(enumerate(curve(of, *which), 1)), label.removeprefix("2 classes: "))
     iid.set(xlabel="epoch", title="minibatches of 32")
     few.set(xlabel="epoch", title="minibatches of 2 classes")
-    for axis in (left, right, low, iid, few):
+    for axis in (iid, few):
+        axis.set_visible(bool(axis.containers))
+    for axis in (axis for axis in (left, right, low, iid, few) if axis.containers):
         axis.set(ylabel="test accuracy, %")
         axis.legend(fontsize=7)
         axis.minorticks_off()
