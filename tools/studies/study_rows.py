@@ -350,15 +350,15 @@ STUDIES = {
     "population": Study(
         "Population statistics: Tables 1 and 2, Figs. 3 to 6",
         "A ResNet of nine blocks on 6144 images of Fashion-MNIST at half resolution (where it is not there, of the "
-        "built-in `patches`), each of a contrast and a brightness of its own; 10 epochs, SGD with learning rate "
-        "0.2 for 128 images, proportional to them, which rises over 5 % of the steps and falls linearly to 0. A "
-        "row is how many images are normalized together, of how many in an SGD step. Errors in percent, of 5120 "
-        "validation images unless *training* is said. *EMA*: of all images of a step, as this library keeps it; "
-        "*of one process*: of the first normalization batch of each step, as one of many processes would. "
-        "*Frozen*: the last fifth of the training with the statistics frozen. *Population*: recomputed from N = "
-        "6000 images in batches of B = 1000; in Table 1, B = 100; in Table 2, N = 1000, as over the training. The "
-        "paper's figures are of ResNet-50 on ImageNet, 256 images a step; beside our 1024, 8192; beside our N = "
-        "6000, N = 10000.",
+        "built-in `patches`), each multiplied by a log-normal number (standard deviation of its logarithm 1.5); 10 "
+        "epochs, SGD with learning rate 0.2 for 128 images, proportional to them, which rises over 5 % of the "
+        "steps and falls linearly to 0. A row is how many images are normalized together, of how many in an SGD "
+        "step. Errors in percent, of 5120 validation images unless *training* is said. *EMA*: of all images of a "
+        "step, as this library keeps it; *of one process*: of the first normalization batch of each step, as one "
+        "of many processes would. *Frozen*: the last fifth of the training with the statistics frozen. "
+        "*Population*: recomputed from N = 6000 images in batches of B = 1000; in Table 1, B = 100; in Table 2, N "
+        "= 1000, as over the training. The paper's figures are of ResNet-50 on ImageNet, 256 images a step; beside "
+        "our 1024, 8192; beside our N = 6000, N = 10000.",
         _population(),
         STATISTICS | ESTIMATORS | NUMBERS | TIMES | EPOCHS,
         tables={
