@@ -229,6 +229,24 @@ def test_curves(tmp_path):
     assert line.get_xydata().tolist() == [[1.0, 12.0], [2.0, 5.0]]  # what was never run is no point
 
 
+def test_bands():
+    """Between the means of two columns."""
+    edges = ([(1.0, "one", "population AP")], [(1.0, "one", "minibatch AP")])
+    figure = study_report.curves(dataclasses.replace(TINY, plots=[Plot("a", "x", "AP", bands={"one": edges})]), CONTENT)
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {12.0, 20.0} == set(corners[:, 1].tolist())
+
+
+def test_several_tables():
+    tables = {"First": ["minibatch AP"], "Second": ["population AP"]}
+    study = dataclasses.replace(TINY, tables=tables)
+    text = study_report.markdown(study, "tiny", CONTENT)
+    first, second = text.split("## Second")
+    assert "## First" in first and "| one row | 20.0 ± 0.0 | 0, 1 |" in first and "other row" not in first
+    assert "| one row | 12.0 ± 2.8 | 30.7 | 0, 1 |" in second and "| other row | 5.0 |  | 0 |" in second
+    assert study.headline("one", results(1.0, 2.0)) == "minibatch AP 2.0"
+
+
 def test_a_script_is_a_row(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
