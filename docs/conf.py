@@ -1,15 +1,14 @@
 """The documentation as a site: `python -m sphinx -W --keep-going -b html docs docs/_build/html`."""
 
+import importlib
 import sys
 from pathlib import Path
 
 sys.path[:0] = map(str, [Path(__file__).parents[1], Path(__file__).parent])  # this tree's domainnorm; own extensions
 
-import domainnorm
-
 project = "domainnorm"
 author = "domainnorm developers"
-version = release = domainnorm.__version__
+version = release = importlib.import_module(project).__version__
 extensions = [
     *("myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"),
     *("sphinx_copybutton", "sphinx_design", "reference_pages"),

@@ -1,11 +1,10 @@
 """A Sphinx extension: what pages of the reference hold that is generated when the site is built.
 
-A comment `<!-- config keys -->` in a page becomes tables of all keys, `<!-- help of COMMAND -->` what the command prints
-with `--help`; the command is `domainnorm NAME` or a file in `tools/`.
+A comment `<!-- config keys -->` in a page becomes tables of all keys, and `<!-- help of COMMAND -->` what the command
+prints with `--help`; the command is `domainnorm NAME` or a file in `tools/`.
 """
 
 import contextlib
-import importlib
 import io
 import os
 import re
@@ -88,9 +87,7 @@ def fill(app, docname: str, source: list[str]) -> None:
     """The comments of a page, replaced."""
     if docname in PAGES:
         text = source[0].replace("<!-- config keys -->", config_tables())
-        source[0] = re.sub(
-            r"<!-- help of (.+?) -->", lambda match: f"```text\n{help_of(match[1]).strip()}\n```", text
-        )
+        source[0] = re.sub(r"<!-- help of (.+?) -->", lambda match: f"```text\n{help_of(match[1]).strip()}\n```", text)
 
 
 def setup(app) -> dict:
