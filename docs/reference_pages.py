@@ -50,8 +50,8 @@ def _row(option: Option) -> str:
 
 
 def _anchor(key: str) -> str:
-    """The anchor of a key in the page: MyST takes no dots there."""
-    return key.lower().replace(".", "-")
+    """The anchor of a key in the page: `solver-base-lr`; MyST takes no dots there."""
+    return re.sub(r"[._]", "-", key.lower())
 
 
 def _linked(text: str, section: str) -> str:
