@@ -48,5 +48,14 @@ def keep_sentences(app, what, name, obj, options, lines):
             lines[number + 1] = lines[number + 1].replace("    ", "    : ", 1)
 
 
+def keep_anchors(app, doctree):
+    """All anchors of a page, not those of its headings alone, for links `page.md#anchor`: MyST 4 does not know them."""
+    anchors = app.env.metadata[app.env.docname].setdefault("myst_slugs", {})
+    for name, identifier in doctree.nameids.items():
+        if identifier:
+            anchors.setdefault(name, (0, identifier, name))
+
+
 def setup(app):
+    app.connect("doctree-read", keep_anchors)
     app.connect("autodoc-process-docstring", keep_sentences, priority=400)  # before napoleon's, of 500

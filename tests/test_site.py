@@ -82,6 +82,7 @@ def test_a_run_writes_the_files_that_are_documented(tmp_path, monkeypatch):
         "SOLVER__AVERAGE_WEIGHTS": "EMA",
         "TEST__EVAL_PERIOD": 1,
         "TEST__STATISTICS": ["population"],
+        "TEST__RECOMPUTE__NUM_SAMPLES": 8,
         "TEST__EXAMPLE_WEIGHTS": [0.0, 0.5],
         "TEST__EXAMPLE_WEIGHT_DATASET": data["val"],
         "TEST__REPORT": True,
