@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 sys.path[:0] = map(str, [Path(__file__).parents[1], Path(__file__).parent])  # this tree's domainnorm; own extensions
 
 project = "domainnorm"
@@ -37,6 +39,7 @@ html_theme_options = {
     "navbar_persistent": ["search-button"],
     "navigation_with_keys": False,
     "show_prev_next": True,
+    "show_toc_level": 2,
 }
 copybutton_prompt_text = ">>> "
 
@@ -56,6 +59,13 @@ def keep_anchors(app, doctree):
             anchors.setdefault(name, (0, identifier, name))
 
 
+def draw_dashes(app, doctree):
+    """The dash between an argument and its description: no smart quotes draw it."""
+    for text in [text for text in doctree.findall(nodes.Text) if text == " -- "]:
+        text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
 def setup(app):
+    app.connect("doctree-read", draw_dashes)
     app.connect("doctree-read", keep_anchors)
     app.connect("autodoc-process-docstring", keep_sentences, priority=400)  # before napoleon's, of 500
