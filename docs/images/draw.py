@@ -53,13 +53,22 @@ def predictions(name: str, run: str) -> None:
     save(name, F.to_pil_image(make_grid(torch.stack(drawn), nrow=3, padding=6, pad_value=255)))
 
 
+def day_and_night(name: str) -> None:
+    """Three images by day, and below them three by night."""
+    images = []
+    for data_set in ("shapes_train", "shapes_night_train"):
+        for number in (163, 207, 223):
+            image = Image.open(shapes_dataset(data_set)[1] / f"{number:06}.png").convert("RGB")
+            images.append(F.center_crop(F.resize(F.pil_to_tensor(image), [256], antialias=False), [256, 256]))
+    save(name, F.to_pil_image(make_grid(torch.stack(images), nrow=3, padding=6, pad_value=255)))
+
+
 def main() -> None:
     annotations = ["--source", "annotations", "--number", "8", "DATASETS.TEST", "[]"]
     contact_sheet("annotations", *annotations)
     augmented = ["INPUT.SCALE_JITTER", "[0.5, 2.0]", "INPUT.PHOTOMETRIC_DISTORT", "0.5", "SOLVER.IMS_PER_BATCH", "4"]
     contact_sheet("loader", "--source", "loader", "--number", "4", *augmented)
-    both = ["DATASETS.TRAIN", "[day=shapes_train, night=shapes_night_train]", "DATASETS.TEST", "[]"]
-    contact_sheet("day_night", "--source", "annotations", "--number", "4", *both)
+    day_and_night("day_night")
     for name, run in (("predictions", "output/quickstart"), ("predictions_shared", "output/shared")):
         predictions(name, run)
     save("confusion", Image.open("output/quickstart/report/confusion.png"), 600)
