@@ -84,6 +84,7 @@ setup(
             *("build", "setuptools>=77"),
             *("timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"),
         ],
+        "docs": ["sphinx", "myst-parser", "pydata-sphinx-theme", "sphinx-copybutton", "sphinx-design"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "svhn": ["scipy"],
     },
