@@ -1,15 +1,24 @@
 """The pages of docs/layers, docs/how_to and docs/migration: drawings, snippets, commands and names."""
 
+import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import domainnorm as dn
+from domainnorm.cli import analyze, audit, explain, export, predict, show, train
+from domainnorm.config import load_config
+from domainnorm.config.schema import OPTIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 DRAWINGS = runpy.run_path(str(DOCS / "drawings.py"))
+TOOLS = {"train_net.py": "train", "audit_net.py": "audit", "export_net.py": "export", "predict.py": "predict"}
+TOOLS |= {"show_data.py": "show", "analyze_net.py": "analyze", "explain.py": "explain"}
+PARSERS = {tool.__name__.rpartition(".")[2]: tool.parse for tool in (analyze, audit, export, predict, show, train)}
+PARSERS |= {"eval": train.parse, "explain": explain.main}
 SAMPLES, CHANNELS = DRAWINGS["SAMPLES"], DRAWINGS["CHANNELS"]
 
 
@@ -30,3 +39,53 @@ def test_what_is_drawn_together_is_normalized_together(name):
     expected = torch.zeros(SAMPLES, CHANNELS * 4, dtype=torch.bool)
     expected[:samples, : round(channels * 4)] = True
     assert torch.equal(x.grad.flatten(1) != 0, expected)
+
+
+PAGES = [path for folder in ("layers", "how_to", "migration") for path in sorted((DOCS / folder).glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@each_page
+def test_snippets_run_in_order(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, page.name, "exec"), names)
+    if page.parent.name == "layers":
+        assert names
+
+
+@each_page
+def test_commands_are_those_of_the_tools(page):
+    """Their arguments are parsed, their configs loaded with the keys and values that they name."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", "").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["domainnorm"]:
+                tool, words = words[1], words[2:]
+            elif words[:1] == ["python"] and words[1].startswith("tools/"):
+                assert (DOCS.parent / words[1]).is_file(), line
+                tool, words = TOOLS[Path(words[1]).name], words[2:]
+            else:
+                raise AssertionError(f"{page.name}: neither a tool nor domainnorm: {line}")
+            args = PARSERS[tool](words)
+            file = getattr(args, "config_file", None)
+            if file:
+                config = load_config(DOCS.parent / file, getattr(args, "opts", None) or getattr(args, "what", []))
+                assert config.OUTPUT_DIR
+
+
+@each_page
+def test_the_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\bdn\.(\w+)", text):
+        assert name in dn.__all__, name
+    for key in re.findall(r"`((?:MODEL|SOLVER|TEST|INPUT|DATASETS|DATALOADER)(?:\.[A-Z0-9_]+)*)\b", text):
+        assert key in OPTIONS or any(option.startswith(key + ".") for option in OPTIONS), key
+    for file in re.findall(r"\b(?:tools|configs|examples)/[\w/]+\.(?:py|yaml)", text):
+        assert (DOCS.parent / file).is_file(), file
