@@ -85,6 +85,30 @@ def test_adapt_domain(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "out" / "results.json").read_text()).keys() == found.keys()
 
 
+def test_level_statistics(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 8, "val": 2})
+    run, level_statistics = tmp_path / "run", example("level_statistics")
+    cfg = dn.load_config(str(EXAMPLES.parent / "configs" / "quickstart.yaml"), ["MODEL.DEVICE", "cpu"])
+    run.mkdir()
+    (run / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": dn.build_model(cfg).state_dict()}, run / "model_final.pth")
+    levels = level_statistics.level_features(run, "classification_head.conv.1.1", images=2)
+    assert [level.shape[0] for level in levels] == [64] * 5
+    assert [level.shape[1] for level in levels[:2]] == [2 * 16 * 20, 2 * 8 * 10]
+    shifted = [torch.randn(4, 1000) * (1 + k) + k for k in range(3)]
+    lines = level_statistics.draw(shifted).axes[1].get_lines()
+    heights = [line.get_ydata()[0] for line in lines if (line.get_color(), line.get_marker()) == ("C2", "o")]
+    together = torch.cat(shifted, 1)
+    expected = ((2 - together.mean(1)) / together.std(1)).abs().mean()
+    assert heights == [pytest.approx(float(expected), abs=0.1)]
+    level_statistics.main([str(run), "--images", "1", "--out", str(tmp_path / "levels.png")])
+    assert (tmp_path / "levels.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match=r"--layer takes any of .*got 'conv'"):
+        level_statistics.level_features(run, "conv", 1)
+
+
 def test_a_head_that_knows_its_levels_is_the_same_with_the_same_statistics():
     audit_foreign_model = example("audit_foreign_model")
     torch.manual_seed(0)
