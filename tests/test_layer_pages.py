@@ -89,3 +89,13 @@ def test_the_names_exist(page):
         assert key in OPTIONS or any(option.startswith(key + ".") for option in OPTIONS), key
     for file in re.findall(r"\b(?:tools|configs|examples)/[\w/]+\.(?:py|yaml)", text):
         assert (DOCS.parent / file).is_file(), file
+
+
+def test_the_findings_exist():
+    """Written as `check: kind`."""
+    checks = Path(dn.__file__).parent / "auditing" / "checks"
+    found = [words for page in PAGES for words in re.findall(r"`([a-z_]+): ([^`]+)`", page.read_text(encoding="utf-8"))]
+    assert len(found) > 10
+    for check, kind in found:
+        assert f'"{check}"' in (source := "".join(path.read_text(encoding="utf-8") for path in checks.glob("*.py")))
+        assert f'"{kind}"' in source, (check, kind)
