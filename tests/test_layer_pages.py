@@ -1,5 +1,7 @@
 """The pages of docs/layers, docs/how_to and docs/migration: drawings, snippets, commands and names."""
 
+import itertools
+import pkgutil
 import re
 import runpy
 import shlex
@@ -80,15 +82,31 @@ def test_commands_are_those_of_the_tools(page):
                 assert config.OUTPUT_DIR
 
 
+def ours(page):
+    """The text of a page without what tables of docs/migration have of others: their first column."""
+    lines, foreign = [], False
+    for before, line in itertools.pairwise(["", *page.read_text(encoding="utf-8").splitlines()]):
+        if line.startswith("|"):
+            if not before.startswith("|"):  # the head of a table
+                foreign = page.parent.name == "migration" and not line.startswith("| key ")
+            line = line.split("|", 2)[2] if foreign else line
+        lines.append(line)
+    return "\n".join(lines)
+
+
 @each_page
 def test_the_names_exist(page):
-    text = page.read_text(encoding="utf-8")
+    text = ours(page)
     for name in re.findall(r"\bdn\.(\w+)", text):
         assert name in dn.__all__, name
-    for key in re.findall(r"`((?:MODEL|SOLVER|TEST|INPUT|DATASETS|DATALOADER)(?:\.[A-Z0-9_]+)*)\b", text):
+    keys = re.findall(r"`((?:MODEL|SOLVER|TEST|INPUT|DATASETS|DATALOADER)(?:\.[A-Z0-9_]+)*)(?: (\w+)`)?", text)
+    for key, value in keys:
         assert key in OPTIONS or any(option.startswith(key + ".") for option in OPTIONS), key
+        if value and isinstance(choices := OPTIONS[key].allowed, tuple):
+            assert value in map(str, choices), (key, value)
     for file in re.findall(r"\b(?:tools|configs|examples)/[\w/]+\.(?:py|yaml)", text):
         assert (DOCS.parent / file).is_file(), file
+    assert text.count("`") > 20
 
 
 def test_the_findings_exist():
@@ -99,3 +117,11 @@ def test_the_findings_exist():
     for check, kind in found:
         assert f'"{check}"' in (source := "".join(path.read_text(encoding="utf-8") for path in checks.glob("*.py")))
         assert f'"{kind}"' in source, (check, kind)
+
+
+@each_page
+def test_the_names_of_others_exist(page):
+    """Of the libraries that are installed, where they are written in full."""
+    for library in ("torchvision", "timm", "fvcore"):
+        for name in re.findall(rf"`({library}(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+            assert pkgutil.resolve_name(name) is not None, name
