@@ -48,8 +48,10 @@ def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
     lines += ["", f"![{study.title}]({name}.png)", ""]
     if content.get(CONCLUSIONS):
         lines += [*content[CONCLUSIONS], ""]
-    minutes = sum(run["seconds"] for row in content["results"].values() for run in row.values()) / 60
-    lines += [f"`{content['command']}`: {minutes:.0f} minutes of runs, {content['machine']}.", ""]
+    every = [run for row in content["results"].values() for run in row.values()]
+    known = [run["cpu_seconds"] / 60 for run in every if run.get("cpu_seconds") is not None]
+    each = f" of {statistics.median(known):.1f} CPU minutes (median)" if known else ""
+    lines += [f"`{content['command']}`: {len(every)} runs{each}, {content['machine']}.", ""]
     return "\n".join(lines)
 
 
