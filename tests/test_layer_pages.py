@@ -51,7 +51,14 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 
 
-@each_page
+SLOW = {"another_domain", "fine_tuning_forgets", "frozen_backbone", "small_batch"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW else []) for page in PAGES],
+    ids=lambda page: f"{page.parent.name}/{page.stem}",
+)
 def test_snippets_run_in_order(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
