@@ -20,7 +20,7 @@ def pages():
     """Those with code that runs, the slow ones marked."""
     for page in PAGES:
         own = [block for block in blocks(page) if block.runs]
-        if own and page.name != "README.md":
+        if own:
             marks = [pytest.mark.slow] * any("slow" in block.mark for block in own)
             yield pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks)
 
