@@ -69,7 +69,7 @@ def main() -> None:
     augmented = ["INPUT.SCALE_JITTER", "[0.5, 2.0]", "INPUT.PHOTOMETRIC_DISTORT", "0.5", "SOLVER.IMS_PER_BATCH", "4"]
     contact_sheet("loader", "--source", "loader", "--number", "4", *augmented)
     day_and_night("day_night")
-    for name, run in (("predictions", "output/quickstart"), ("predictions_shared", "output/shared")):
+    for name, run in (("first_run", "output/quickstart"), ("first_run_shared", "output/shared")):
         predictions(name, run)
     save("confusion", Image.open("output/quickstart/report/confusion.png"), 600)
 
