@@ -89,8 +89,14 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
     found = folder / "results.json"
     if not found.exists():
         options = list(map(os.path.expandvars, row.options))
+        weights = Path(os.path.normpath(study / row.weights_of / f"seed-{seed}" / "model_final.pth"))
+        if row.weights_of and not weights.exists():
+            name, trained = weights.parts[-4:-2]
+            needed = f"tools/studies/run.py {name} --rows {trained} --seeds {seed}"
+            raise UserError(f"{weights} is not there: run {needed} first")
         if row.config.endswith(".py"):
             command = [sys.executable, str(ROOT / row.config), *options, "--seed", str(seed), "--out", str(folder)]
+            command += ["--weights", str(weights)] if row.weights_of else []
         else:
             command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
             command += ["--num-gpus", str(row.processes)] if row.processes > 1 else []
@@ -98,7 +104,7 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
             command += ["--eval-only" if row.weights_of else "--resume", *options]
             command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
             if row.weights_of:
-                command += ["MODEL.WEIGHTS", str(study / row.weights_of / f"seed-{seed}" / "model_final.pth")]
+                command += ["MODEL.WEIGHTS", str(weights)]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".log")
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | os.environ

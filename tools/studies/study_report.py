@@ -2,6 +2,7 @@
 
 import io
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ def figures(study: Study, content: Mapping[str, Any], row: str, column: str) -> 
 def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
     """Mean ± standard deviation over the seeds, the paper's figures beside them."""
     has_paper = [column for column in study.columns if any(column in row.paper for row in study.rows.values())]
-    head = ["", *study.columns, *(f"paper: {column}" for column in has_paper), "seeds"]
+    head = ["", *study.columns, *study.details, *(f"paper: {column}" for column in has_paper), "seeds"]
     lines = [f"# {study.title}", "", study.about, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, row in study.rows.items():
         own = [figures(study, content, key, column) for column in study.columns]
         if not any(own):
             continue
         seeds = ", ".join(sorted(content["results"][key], key=int))
-        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
+        details = (_detail(study, content, key, column) for column in study.details)
+        papers = (_number(row.paper.get(column)) for column in has_paper)
+        cells = [row.title, *map(_mean, own), *details, *papers, seeds]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Mean ± standard deviation over the seeds."]
     lines += ["", f"![{study.title}]({name}.png)", ""]
@@ -103,6 +106,15 @@ def bars(study: Study, content: Mapping[str, Any]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
     return figure
+
+
+def _detail(study: Study, content: Mapping[str, Any], row: str, column: str) -> str:
+    """A mean, or what is said, the most frequent first."""
+    entries = [study.entry(run["results"], column) for run in content["results"][row].values()]
+    words = Counter(entry for entry in entries if isinstance(entry, str)).most_common()
+    if not words:
+        return _mean([entry for entry in entries if entry is not None])
+    return words[0][0] if len(words) == 1 else "; ".join(f"{word} ({count})" for word, count in words)
 
 
 def _mean(values: list[float]) -> str:
