@@ -1,4 +1,4 @@
-"""tools/studies/audit_cost.py: faults are what their names say, remedies undo them, and what is written is the study's."""
+"""tools/studies/audit_cost.py: faults are what their names say, remedies undo them, rows are what a study reads."""
 
 import json
 import sys

@@ -108,6 +108,7 @@ def last_batch(case: Case) -> None:
 
 def left_in_training(case: Case) -> None:
     """Norms in training mode while single images are predicted, which move the average."""
+    case.model.eval()
     for norm in case.norms():
         norm.train()
     for images, _ in _first(test_loader(case.cfg, case.cfg.DATASETS.TEST[0], rank=0, world_size=1), 40):
