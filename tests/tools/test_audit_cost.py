@@ -115,3 +115,15 @@ def test_a_row(run, tmp_path, monkeypatch):
     audit_cost.main()
     found = json.loads((tmp_path / "two" / "results.json").read_text())
     assert found["sound"] == found["after"] == 12.5 and found["before"] == sound
+
+
+def test_statistics_without_padding(case, monkeypatch):
+    """Each batch has images of one shape, in the sizes of the training."""
+    own = case.cfg.INPUT.MIN_SIZE_TRAIN
+    plant(case, "padding")
+    sizes = []
+    case.model.transform.register_forward_hook(lambda _, args, output: sizes.append({x.shape for x in args[0]}))
+    monkeypatch.setattr(audit_cost, "RECOMPUTED", 32)
+    audit_cost.no_padding(case)
+    assert sizes and all(len(shapes) == 1 for shapes in sizes)
+    assert own == case.cfg.INPUT.MIN_SIZE_TRAIN and all(128 in shape for shapes in sizes for shape in shapes)

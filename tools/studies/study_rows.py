@@ -179,7 +179,7 @@ def _audit() -> dict[str, Row]:
         "large_eps": of("large_eps", "eps 0.001 for 1e-5"),
         "left_in_training": of("left_in_training", "left in training mode for 40 single images"),
         "last_batch": of("last_batch", "statistics of one batch of 8"),
-        "half": of("half", "statistics in float16"),
+        "half": of("half", "statistics rounded to float16"),
         "leak": of(
             *("as_trained", "RoIs of one image in the box head", "table6/bn_1_image"),
             *("--leak", "--sound", "table6/bn_4_images", "--repaired", "table6/shuffle"),
