@@ -78,6 +78,7 @@ setup(
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"),
         ],
+        "docs": ["sphinx", "myst-parser", "pydata-sphinx-theme", "sphinx-copybutton", "sphinx-design"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "svhn": ["scipy"],
     },

@@ -97,21 +97,20 @@ def test_remedies_of_levels(case):
 
 def test_a_row(run, tmp_path, monkeypatch):
     """What is named first decides on the remedy."""
-    weights = ["--weights", str(run / "model_final.pth")]
-    monkeypatch.setattr(sys, "argv", ["x", "never_updated", *weights, "--out", str(tmp_path / "one")])
+    monkeypatch.setattr(sys, "argv", ["x", "never_updated", str(run), "--out", str(tmp_path / "one")])
     audit_cost.main()
     found = json.loads((tmp_path / "one" / "results.json").read_text())
     assert found["named"] == found["findings"][0] == "error: frozen: never updated"
     assert "recompute_population_statistics" in found["remedy"]
     study = STUDIES["audit"]
-    assert all(isinstance(study.value(found, column), float) for column in study.columns)
+    assert all(isinstance(study.value("sound", found, column), float) for column in study.columns)
     sound = json.loads((run / "results.json").read_text())["population"]["bbox"]["AP"]
     assert found["sound"] == sound
     other = run.parents[1] / "row9" / "seed-0"
     other.mkdir(parents=True)
     (other / "results.json").write_text(json.dumps({"population": {"bbox": {"AP": 12.5}}}))
     rows = ["--sound", "table5/row9", "--repaired", "table5/row9"]
-    monkeypatch.setattr(sys, "argv", ["x", "as_trained", *weights, *rows, "--out", str(tmp_path / "two")])
+    monkeypatch.setattr(sys, "argv", ["x", "as_trained", *rows, str(run), "--out", str(tmp_path / "two")])
     audit_cost.main()
     found = json.loads((tmp_path / "two" / "results.json").read_text())
     assert found["sound"] == found["after"] == 12.5 and found["before"] == sound

@@ -80,5 +80,5 @@ def test_first_steps(module, plain, data, tmp_path, monkeypatch):
     module.main()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     study = STUDIES["peers"]
-    assert study.value(found, "pbc") is not None and study.value(found, "bccd") is not None
+    assert study.value("domainnorm", found, "pbc") is not None and study.value("domainnorm", found, "bccd") is not None
     assert found["cpu_seconds"] > 0

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """How many AP a fault costs a detector, what `dn.audit` names first, and how many AP its remedy brings back.
 
-    tools/studies/audit_cost.py FAULT --weights FILE [--sound ROW] [--repaired ROW] [--seed 0] --out FOLDER
+    tools/studies/audit_cost.py FAULT RUN [--sound ROW] [--repaired ROW] [--seed 0] --out FOLDER
 
-The fault is planted in a trained model, or FILE was trained with it ("as_trained"). AP is of population statistics. The
-remedy is that of the finding that comes first, whatever was planted; where it is another training, it is one that a
-study has done: `--repaired table6/shuffle`. `--sound` names the model without the fault, FILE itself if not given.
+The fault is planted in the model of a training RUN, or that was trained with it ("as_trained"). AP is of population
+statistics. The remedy is that of the finding that comes first, whatever was planted; where it is another training, it
+is one that a study has done: `--repaired table6/shuffle`. `--sound` names that of the model without the fault, RUN
+itself if not given.
 """
 
 import argparse
@@ -270,7 +271,7 @@ REMEDIES: dict[str, Callable[[Case], None]] = {  # of what needs no training
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("run", type=Path, help="its folder, WORK/STUDY/ROW/seed-SEED")
     parser.add_argument("--sound", metavar="STUDY/ROW", help="the row of the model without the fault")
     parser.add_argument("--repaired", metavar="STUDY/ROW", help="the row that was trained with the remedy")
     parser.add_argument("--leak", action="store_true", help="audit also what batch mates tell")
@@ -280,13 +281,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     def trained(row: str | None) -> float:
-        folder = args.weights.parent if row is None else args.weights.parents[3] / row / f"seed-{args.seed}"
+        folder = args.run if row is None else args.run.parents[2] / row / f"seed-{args.seed}"
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))["population"]["bbox"]["AP"]
 
     out = output_folder(args.out, "--out")
-    cfg = config_of(args.weights, None, ["OUTPUT_DIR", str(out / "evaluation")])
+    weights = args.run / "model_final.pth"
+    cfg = config_of(weights, None, ["OUTPUT_DIR", str(out / "evaluation")])
     cfg.defrost()
-    case = Case(dn.build_model(cfg, trained=True), cfg, args.weights)
+    case = Case(dn.build_model(cfg, trained=True), cfg, weights)
     found = {"sound": trained(args.sound)}
     with torch.no_grad():
         FAULTS[args.fault](case)

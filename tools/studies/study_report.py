@@ -24,9 +24,13 @@ def write_report(study: Study, name: str, content: Mapping[str, Any], folder: Pa
 
 def figures(study: Study, content: Mapping[str, Any], row: str, column: str) -> list[float]:
     """Of all seeds that were run."""
-    runs = content["results"].get(row, {}).values()
-    found = (study.value(run["results"], column) for run in runs)
+    found = (study.value(row, run["results"], column) for run in runs(study, content, row).values())
     return [value for value in found if value is not None]
+
+
+def runs(study: Study, content: Mapping[str, Any], row: str) -> Mapping[str, Any]:
+    """By seed, what has the figures of a row."""
+    return content["results"].get(study.rows[row].results_of or row, {})
 
 
 def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
@@ -38,7 +42,7 @@ def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
         own = [figures(study, content, key, column) for column in study.columns]
         if not any(own):
             continue
-        seeds = ", ".join(sorted(content["results"][key], key=int))
+        seeds = ", ".join(sorted(runs(study, content, key), key=int))
         details = (_detail(study, content, key, column) for column in study.details)
         papers = (_number(row.paper.get(column)) for column in has_paper)
         cells = [row.title, *map(_mean, own), *details, *papers, seeds]
@@ -47,8 +51,10 @@ def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
     lines += ["", f"![{study.title}]({name}.png)", ""]
     if content.get(CONCLUSIONS):
         lines += [*content[CONCLUSIONS], ""]
-    minutes = sum(run["seconds"] for runs in content["results"].values() for run in runs.values()) / 60
-    lines += [f"`{content['command']}`: {minutes:.0f} minutes of runs, {content['machine']}.", ""]
+    every = [run for row in content["results"].values() for run in row.values()]
+    known = [run["cpu_seconds"] / 60 for run in every if run.get("cpu_seconds") is not None]
+    each = f" of {statistics.median(known):.1f} CPU minutes (median)" if known else ""
+    lines += [f"`{content['command']}`: {len(every)} runs{each}, {content['machine']}.", ""]
     return "\n".join(lines)
 
 
@@ -110,7 +116,7 @@ def bars(study: Study, content: Mapping[str, Any]) -> Figure:
 
 def _detail(study: Study, content: Mapping[str, Any], row: str, column: str) -> str:
     """A mean, or what is said, the most frequent first."""
-    entries = [study.entry(run["results"], column) for run in content["results"][row].values()]
+    entries = [study.entry(row, run["results"], column) for run in runs(study, content, row).values()]
     words = Counter(entry for entry in entries if isinstance(entry, str)).most_common()
     if not words:
         return _mean([entry for entry in entries if entry is not None])

@@ -18,16 +18,20 @@ class Row:
             `results.json` there.
         options: KEY VALUE pairs over the config, or the script's arguments.
         processes: how many train together.
-        weights_of: the row that trains what this one evaluates; `../STUDY/ROW`: one of another study. A script has
-            the file as `--weights`.
+        weights_of: the row that trains what this one evaluates, `../STUDY/ROW` for one of another study; a script gets
+            the folder of that run, too.
+        results_of: the row whose run has these figures, too: nothing is run for this one.
+        columns: the study's columns that are elsewhere in this row's results.
         paper: the paper's figure for each column; None: it has none.
     """
 
     title: str
-    config: str
+    config: str = ""
     options: tuple[str, ...] = ()
     processes: int = 1
     weights_of: str = ""
+    results_of: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
     paper: Mapping[str, float | None] = field(default_factory=dict)
 
 
@@ -66,43 +70,53 @@ class Study:
     title: str
     about: str
     rows: Mapping[str, Row]
-    columns: Mapping[str, str]
+    columns: dict[str, str]
     data: Mapping[str, str] = field(default_factory=dict)
     plots: Sequence[Plot] = ()
     unit: str = "AP"
     details: Mapping[str, str] = field(default_factory=dict)
 
-    def value(self, results: Mapping[str, Any], column: str) -> float | None:
-        """The figure of a column in what a run has written; None where it has none."""
-        found = self.entry(results, column)
+    def value(self, row: str, results: Mapping[str, Any], column: str) -> float | None:
+        """The figure of a row in what its run has written; None where it has none."""
+        found = self.entry(row, results, column)
         return found if isinstance(found, (int, float)) else None
 
-    def entry(self, results: Mapping[str, Any], column: str) -> Any:
+    def entry(self, row: str, results: Mapping[str, Any], column: str) -> Any:
         """What a run has written for a column, or a detail; None where there is nothing."""
         found: Any = results
-        for part in {**self.columns, **self.details}[column].split("/"):
+        for part in {**self.columns, **self.details, **self.rows[row].columns}[column].split("/"):
             found = found.get(part) if isinstance(found, Mapping) else None
         return found
 
-    def headline(self, results: Mapping[str, Any]) -> str:
+    def headline(self, row: str, results: Mapping[str, Any]) -> str:
         """All columns in one line."""
-        values = ((column, self.value(results, column)) for column in self.columns)
+        values = ((column, self.value(row, results, column)) for column in self.columns)
         return ", ".join(f"{column} {value:.1f}" for column, value in values if value is not None)
 
 
-def _table6() -> dict[str, Row]:
+def _table6(data: tuple[str, ...] = ()) -> dict[str, Row]:
     one, two = "population AP", "minibatch AP"
+
+    def row(title: str, config: str, images: int = 4, processes: int = 1, paper: tuple[float, ...] = ()) -> Row:
+        """Of `images` normalized together on each process, of four in a step."""
+        options = ("SOLVER.ACCUMULATE", str(4 // images // processes), *data)
+        figures = dict(zip((one, two), paper, strict=False))
+        return Row(title, f"{TABLE_6}/{config}.yaml", options, processes, paper=figures)
+
     return {
-        "bn_1_image": Row("BN, RoIs of 1 image", f"{TABLE_6}/bn_1_image.yaml", paper={one: 30.7, two: 41.5}),
-        "bn_2_images": Row("BN, RoIs of 2 images", f"{TABLE_6}/bn_2_images.yaml", paper={one: 40.1, two: 41.3}),
-        "bn_4_images": Row("BN, RoIs of 4 images", f"{TABLE_6}/bn_4_images.yaml"),
-        "bn_2_processes": Row(
-            "BN, 1 image on each of 2 processes", f"{TABLE_6}/bn_1_image.yaml", ("SOLVER.ACCUMULATE", "2"), processes=2
-        ),
-        "shuffle": Row("… RoIs shuffled", f"{TABLE_6}/shuffle_1_image.yaml", processes=2, paper={one: 41.7}),
-        "syncbn": Row("… SyncBN", f"{TABLE_6}/syncbn.yaml", processes=2, paper={one: 41.7}),
-        "gn": Row("GroupNorm", f"{TABLE_6}/gn.yaml", paper={one: 41.4}),
-        "none": Row("no norm", f"{TABLE_6}/none.yaml", paper={one: 41.1}),
+        "bn_1_image": row("BN, RoIs of 1 image", "bn", 1, paper=(30.7, 41.5)),
+        "bn_2_images": row("BN, RoIs of 2 images", "bn", 2, paper=(40.1, 41.3)),
+        "bn_4_images": row("BN, RoIs of 4 images", "bn"),
+        "bn_2_processes": row("BN, 1 image on each of 2 processes", "bn", 1, 2),
+        "shuffle": row("… RoIs shuffled", "shuffle", 1, 2, paper=(41.7,)),
+        "syncbn": row("… SyncBN", "syncbn", 1, 2),
+        "bn_2_processes_2_images": row("BN, 2 images on each of 2 processes", "bn", 2, 2),
+        "shuffle_2_images": row("… RoIs shuffled", "shuffle", 2, 2, paper=(41.6,)),
+        "syncbn_2_images": row("… SyncBN", "syncbn", 2, 2, paper=(41.7,)),
+        "bn_4_processes": row("BN, 1 image on each of 4 processes", "bn", 1, 4),
+        "shuffle_4_processes": row("… RoIs shuffled", "shuffle", 1, 4),
+        "gn": row("GroupNorm", "gn", paper=(41.4,)),
+        "none": row("no norm", "none", paper=(41.1,)),
     }
 
 
@@ -127,30 +141,71 @@ def _table5(data: tuple[str, ...] = ()) -> dict[str, Row]:
 
 def _shift() -> dict[str, Row]:
     config = "configs/studies/shift/base.yaml"
-    train = {name: f"$BLOOD/train_{name}.json:$BLOOD/images" for name in ("pbc", "bccd")}
-    val = {name: f"{name}=$BLOOD/val_{name}.json:$BLOOD/images" for name in ("pbc", "bccd")}
+    val = {name: _cells(name, "val") for name in ("pbc", "bccd")}
     both = ("DATASETS.TEST", f"[{val['pbc']}, {val['bccd']}]")
-    recomputed = ("TEST.STATISTICS", "[recomputed]", "TEST.RECOMPUTE.NUM_SAMPLES", "300", "TEST.RECOMPUTE.DATASET")
+    pbc = ("DATASETS.TRAIN", f"[{_cells('pbc', 'train')}]")
     weighed = ("TEST.STATISTICS", "[population]", "TEST.EXAMPLE_WEIGHTS", "[0.0, 0.1, 0.2, 0.4, 0.7, 1.0]")
+
+    def under(statistics: str) -> dict[str, str]:
+        return {f"AP on {name}": f"{statistics}/{name}/bbox/AP" for name in ("pbc", "bccd")}
+
     return {
-        "pbc": Row("trained on pbc", config, ("DATASETS.TRAIN", f"[{train['pbc']}]", *both)),
-        "recomputed": Row(
-            "… statistics recomputed on bccd, without labels",
-            config,
-            ("DATASETS.TRAIN", f"[{train['pbc']}]", *both, *recomputed, train["bccd"]),
-            weights_of="pbc",
-        ),
+        "pbc": Row("trained on pbc: population statistics", config, (*pbc, *both)),
+        "minibatch": Row("… minibatch statistics of each test image", results_of="pbc", columns=under("minibatch")),
         "weighed": Row(
-            "… inference example weighing, its weight chosen on pbc",
+            "… both, weighed (Four Things); the weight is chosen on pbc",
             config,
-            (
-                *("DATASETS.TRAIN", f"[{train['pbc']}]", "DATASETS.TEST", f"[{val['bccd']}]"),
-                *(*weighed, "TEST.EXAMPLE_WEIGHT_DATASET", val["pbc"].partition("=")[2]),
-            ),
+            (*pbc, *both, *weighed, "TEST.EXAMPLE_WEIGHT_DATASET", val["pbc"].partition("=")[2]),
             weights_of="pbc",
+            columns=under("population_weighed"),
         ),
-        "bccd": Row("trained on bccd", config, ("DATASETS.TRAIN", f"[{train['bccd']}]", *both)),
+        "adapted": Row(
+            "… population statistics of 300 images of bccd, without labels",
+            "examples/adapt_domain.py",
+            ("--source", val["pbc"], "--target", val["bccd"], "--unlabelled", _cells("bccd", "train")),
+            weights_of="pbc",
+            columns=under("target"),
+        ),
+        "nearest": Row("… of either, by the nearest for each image", results_of="adapted", columns=under("nearest")),
+        "bccd": Row(
+            "trained on bccd: population statistics",
+            config,
+            ("DATASETS.TRAIN", f"[{_cells('bccd', 'train')}]", *both),
+        ),
+        "bccd_minibatch": Row(
+            "… minibatch statistics of each test image", results_of="bccd", columns=under("minibatch")
+        ),
     }
+
+
+def _cells(laboratory: str, part: str) -> str:
+    """Its images, as a data set of that name; `part` is train or val."""
+    folder = "$BLOOD" if laboratory in ("pbc", "bccd") else "$NUCLEI"
+    return f"{laboratory}={folder}/{part}_{laboratory}.json:{folder}/images"
+
+
+def _table5_blood() -> dict[str, Row]:
+    """As `configs/domains.yaml`, on one laboratory."""
+    data = ("DATASETS.TRAIN", f"[{_cells('pbc', 'train')}]", "DATASETS.TEST", f"[{_cells('pbc', 'val')}]")
+    size = ("INPUT.MIN_SIZE_TRAIN", "[160]", "INPUT.MAX_SIZE_TRAIN", "240", "INPUT.MIN_SIZE_TEST", "160")
+    anchors = ("INPUT.MAX_SIZE_TEST", "240", "MODEL.ANCHOR_GENERATOR.SIZES", "[16, 32, 64, 128, 192]")
+    return _table5((*data, *size, *anchors, "SOLVER.MAX_ITER", "400"))
+
+
+def _table6_cells() -> dict[str, Row]:
+    """Real images whose objects tell their laboratory: all four domains of blood and nuclei, mixed."""
+    laboratories = ("pbc", "bccd", "fluorescence", "stain")
+    train, val = (", ".join(_cells(name, part) for name in laboratories) for part in ("train", "val"))
+    data = ("DATASETS.TRAIN", f"[{train}]", "DATASETS.TEST", f"[{val}]", "DATASETS.LABELS", "union")
+    domains = ("DATASETS.DOMAINS", f"[{', '.join(laboratories)}]")
+    size = ("INPUT.MIN_SIZE_TRAIN", "[160]", "INPUT.MAX_SIZE_TRAIN", "240", "INPUT.MIN_SIZE_TEST", "160")
+    anchors = ("INPUT.MAX_SIZE_TEST", "240", "MODEL.ANCHOR_GENERATOR.SIZES", "[6, 10, 16, 26, 42]")
+    rows = _table6((*data, *domains, *size, *anchors))
+    return {name: rows[name] for name in ("bn_1_image", "bn_4_images", "bn_2_processes", "shuffle", "syncbn", "gn")}
+
+
+BLOOD = {"BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/"}
+NUCLEI = {"NUCLEI": "the folder of the nuclei in COCO format, {train,val}_{fluorescence,stain}.json and images/"}
 
 
 _SOUND = ("--sound", "table5/row4")
@@ -229,22 +284,31 @@ STUDIES = {
         _table5(),
         ALL_COLUMNS,
     ),
+    "table5_blood": Study(
+        "Table 5 on blood cells",
+        "As Table 5 on `shapes`, from random weights, 400 steps of 8 images of 160 pixels of one laboratory, pbc, of "
+        "TXL-PBC.",
+        _table5_blood(),
+        ALL_COLUMNS,
+        BLOOD,
+    ),
+    "table6_cells": Study(
+        "Table 6 on cells of four laboratories",
+        "As Table 6 on `herds`, 600 steps of 4 images of 160 pixels of blood cells (TXL-PBC: pbc, bccd) and nuclei "
+        "(2018 Data Science Bowl: fluorescence, stain), mixed: the RoIs of an image tell its laboratory, and that "
+        "which classes it has. AP over all classes and images.",
+        _table6_cells(),
+        {"population AP": "population/overall/bbox/AP", "minibatch AP": "minibatch/overall/bbox/AP"},
+        BLOOD | NUCLEI,
+    ),
     "shift": Study(
         "Domain shift: trained in one laboratory, tested in another",
         "RetinaNet, ResNet-18 with BN in backbone and head, random weights, 800 steps of 4 images of blood cells "
         "(TXL-PBC: the laboratories pbc and bccd), as `configs/coco_folder.yaml`. The paper, Table 4: "
         "statistics of the source fail on a target, those of the target repair some of it.",
         _shift(),
-        {
-            "pbc, population": "population/pbc/bbox/AP",
-            "pbc, minibatch": "minibatch/pbc/bbox/AP",
-            "bccd, population": "population/bccd/bbox/AP",
-            "bccd, minibatch": "minibatch/bccd/bbox/AP",
-            "pbc, recomputed": "recomputed/pbc/bbox/AP",
-            "bccd, recomputed": "recomputed/bccd/bbox/AP",
-            "bccd, weighed": "population_weighed/bbox/AP",
-        },
-        {"BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/"},
+        {"AP on pbc": "population/pbc/bbox/AP", "AP on bccd": "population/bccd/bbox/AP"},
+        BLOOD,
     ),
     "audit": Study(
         "What the findings of the audit cost",
@@ -270,8 +334,8 @@ STUDIES = {
             "pbc, minibatch statistics": "minibatch/pbc/bbox/AP",
             "bccd, minibatch statistics": "minibatch/bccd/bbox/AP",
         },
-        {
-            "BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/",
+        BLOOD
+        | {
             "YOLO_PYTHON": "the Python of an environment with ultralytics, which needs nothing of this library",
         },
         details={"CPU seconds": "cpu_seconds"},
