@@ -28,8 +28,8 @@ SMALL = [
     *("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu", "TEST.REPORT", False),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", 10, "TEST.PICTURES", 0, "TEST.RECOMPUTE.NUM_SAMPLES", 8),
 ]
-TRAINED = {  # one row of each config of a study
-    (name, row.config): key
+TRAINED = {  # one row of each config; of a study on other data one row, its configs are those of another study
+    (name, "" if study.data else row.config): key
     for name, study in STUDIES.items()
     for key, row in reversed(study.rows.items())
     if row.config.endswith(".yaml") and not row.weights_of
@@ -239,6 +239,24 @@ def test_curves(tmp_path):
     assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
     line = figure.axes[0].get_lines()[0]
     assert line.get_xydata().tolist() == [[1.0, 12.0], [2.0, 5.0]]  # what was never run is no point
+
+
+def test_bands():
+    """Between the means of two columns."""
+    edges = ([(1.0, "one", "population AP")], [(1.0, "one", "minibatch AP")])
+    figure = study_report.curves(dataclasses.replace(TINY, plots=[Plot("a", "x", "AP", bands={"one": edges})]), CONTENT)
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {12.0, 20.0} == set(corners[:, 1].tolist())
+
+
+def test_several_tables():
+    tables = {"First": ["minibatch AP"], "Second": ["population AP"]}
+    study = dataclasses.replace(TINY, tables=tables)
+    text = study_report.markdown(study, "tiny", CONTENT)
+    first, second = text.split("## Second")
+    assert "## First" in first and "| one row | 20.0 ± 0.0 | 0, 1 |" in first and "other row" not in first
+    assert "| one row | 12.0 ± 2.8 | 30.7 | 0, 1 |" in second and "| other row | 5.0 |  | 0 |" in second
+    assert study.headline("one", results(1.0, 2.0)) == "minibatch AP 2.0"
 
 
 def test_a_script_is_a_row(tmp_path):
