@@ -38,8 +38,8 @@ class DomainBatchNorm(PopulationStatistics):
     In training a domain without elements changes no buffer. Double backward raises with `sync`.
 
     Args:
-        num_features: C. The other arguments are given by name.
-        num_domains: K.
+        num_features: number of channels, C. The other arguments are given by name.
+        num_domains: number of domains, K.
         sgd_statistics: how training normalizes. `"shared"`: one mean and variance from the elements of all
             domains; `"per_domain"`: each domain its own.
         population_statistics: how inference normalizes. `"shared"`: one pair of buffers `(C,)`, updated with the
