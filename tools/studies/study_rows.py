@@ -36,7 +36,7 @@ class Plot:
 
     Attributes:
         title, x, y: of it and of its axes.
-        curves: label -> its points, each an x, a row and a column of the study.
+        curves: label -> its points, each an x, a row, and a column of the study or a path in `results.json`.
         log: whether x has a logarithmic scale.
     """
 
@@ -70,9 +70,9 @@ class Study:
     unit: str = "AP"
 
     def value(self, results: Mapping[str, Any], column: str) -> float | None:
-        """The figure of a column in what a run has written; None where it has none."""
+        """The figure of a column, or at a path, in what a run has written; None where it has none."""
         found: Any = results
-        for part in self.columns[column].split("/"):
+        for part in self.columns.get(column, column).split("/"):
             found = found.get(part) if isinstance(found, Mapping) else None
         return found if isinstance(found, (int, float)) else None
 
@@ -145,6 +145,36 @@ def _shift() -> dict[str, Row]:
     }
 
 
+def _figure8() -> dict[str, Row]:
+    script, one = "tools/studies/figure8.py", "population"
+    return {
+        "iid": Row("BN, i.i.d.", script, ("--classes", "0"), paper={one: 78.3}),
+        "16x2": Row("BN, 16 classes x 2", script, ("--classes", "16"), paper={one: 67.0}),
+        "8x4": Row("BN, 8 classes x 4", script, ("--classes", "8")),
+        "4x8": Row("BN, 4 classes x 8", script, ("--classes", "4")),
+        "ghost": Row("8 x 4, GhostBN of 8 different classes", script, ("--groups", "8"), paper={one: 77.4}),
+        "shuffle": Row("8 x 4, shuffled over the eight batches", script, ("--shuffle",)),
+        "all": Row("8 x 4, BN over all eight batches", script, ("--norm", "BN")),
+        "brn": Row("8 x 4, Batch Renorm", script, ("--norm", "BRN"), paper={one: 78.6}),
+        "gn": Row("8 x 4, GroupNorm", script, ("--norm", "GN")),
+        "iid_gn": Row("i.i.d., GroupNorm", script, ("--classes", "0", "--norm", "GN")),
+    }
+
+
+def _figure8_plots() -> list[Plot]:
+    """Accuracies over the training, as the figure has them, and the remedies."""
+    steps = range(150, 1501, 150)
+    shown = ("recomputed", "minibatch", "minibatch as in training")
+    plots = [
+        Plot(title, "step", "accuracy, %", {name: [(k, row, f"steps/{k}/{name}") for k in steps] for name in shown})
+        for row, title in (("16x2", "16 classes x 2"), ("8x4", "8 classes x 4"), ("4x8", "4 classes x 8"))
+    ]
+    rows = {"8 x 4": "8x4", "GhostBN": "ghost", "shuffled": "shuffle", "all batches": "all", "Batch Renorm": "brn"}
+    rows |= {"GroupNorm": "gn", "i.i.d.": "iid"}
+    remedies = {label: [(k, row, f"steps/{k}/population") for k in steps] for label, row in rows.items()}
+    return [*plots, Plot("8 x 4: remedies, population statistics", "step", "accuracy, %", remedies)]
+
+
 COLUMNS = {"population AP": "population/bbox/AP", "minibatch AP": "minibatch/bbox/AP"}
 ALL_COLUMNS = COLUMNS | {"recomputed AP": "recomputed/bbox/AP"}
 
@@ -182,5 +212,24 @@ STUDIES = {
             "bccd, weighed": "population_weighed/bbox/AP",
         },
         {"BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/"},
+    ),
+    "figure8": Study(
+        "Fig. 8: normalization batches of few classes",
+        "A network of three hidden layers of 256 channels on generated images of 64 classes, each image the sum of one "
+        "of its class and one of another class at 95 % of its contrast: which of them is meant is hard to see in it, "
+        "and easy to see in a batch that has more of its class. 1500 steps of Adam, each on eight normalization "
+        "batches of 32 images, of k classes x m images. "
+        "The paper: the model learns to use the other images of a class, and fails under population statistics and "
+        "in i.i.d. minibatches; normalization batches of different classes repair it. The paper's figures here are "
+        "of *Batch Renormalization*, Fig. 3, where the experiment comes from: Inception v3, 16 x 2 of 1000 classes.",
+        _figure8(),
+        {
+            "population": "final/population",
+            "recomputed": "final/recomputed",
+            "minibatch, i.i.d.": "final/minibatch",
+            "minibatch as in training": "final/minibatch as in training",
+        },
+        plots=_figure8_plots(),
+        unit="accuracy, %",
     ),
 }
