@@ -1,4 +1,4 @@
-"""tools/studies/figure8.py: which images are normalized together, and what a row measures."""
+"""tools/studies/figure8.py and contrastive.py: which images are normalized together, and what a row measures."""
 
 import itertools
 import json
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
+import contrastive
 import figure8
 from study_rows import STUDIES
 
@@ -56,3 +59,47 @@ def test_figure8_of_photographs(tmp_path, monkeypatch):
     arguments = ["--data", "patches", "--classes", "2", "--steps", "1", "--count", "8", "--out", str(tmp_path / "run")]
     figure8.main(arguments)
     assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("row", STUDIES["contrastive"].rows)
+def test_first_steps_of_contrastive(row, tmp_path, monkeypatch):
+    """On one process, which has four normalization batches."""
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    given = ["--data", "patches", "--images", "500", "--processes", "1", "--steps", "20", "--out", str(tmp_path / "run")]
+    contrastive.main([*options("contrastive", row, "contrastive"), *given])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    study = STUDIES["contrastive"]
+    found = {column: study.value(results, column) for column in study.columns}
+    assert all(value is not None and 0 <= value <= 100 for value in found.values())
+    assert found["linear"] > 25  # of four classes
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    given = ["--data", "patches", "--images", "500", "--steps", "2", "--out", str(tmp_path / "run")]
+    contrastive.main([*options("contrastive", "shuffled", "contrastive"), *given])
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 4
+
+
+def test_the_key_is_that_of_the_same_image():
+    """Of views of real content; a score of 1 over the temperature is that of equal vectors."""
+    images = F.interpolate(torch.randn(32, 1, 3, 3), 14)
+    one = contrastive.view(images, torch.Generator().manual_seed(0))
+    assert one.shape == images.shape and not torch.equal(one, images)
+    assert torch.equal(one, contrastive.view(images, torch.Generator().manual_seed(0)))
+    vectors = F.normalize(images.flatten(1), dim=1)
+    logits = contrastive.scores(vectors, vectors, vectors[:4])
+    assert logits.shape == (32, 5) and torch.allclose(logits[:, 0], torch.tensor(1 / contrastive.TEMPERATURE))
+
+
+def test_the_key_encoder_follows():
+    query, key = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    query(torch.randn(8, 2))
+    with torch.no_grad():
+        query.weight.fill_(2.0)
+    contrastive.follow(key, query, buffers=False)
+    assert torch.allclose(key.weight, torch.full((2,), 2 - contrastive.MOMENTUM)) and not key.running_mean.any()
+    contrastive.follow(key, query, buffers=True)
+    assert torch.allclose(key.running_mean, (1 - contrastive.MOMENTUM) * query.running_mean)
+    assert key.num_batches_tracked == 1

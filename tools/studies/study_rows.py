@@ -175,6 +175,20 @@ def _figure8_plots() -> list[Plot]:
     return [*plots, Plot("8 x 4: remedies, population statistics", "step", "accuracy, %", remedies)]
 
 
+def _contrastive() -> dict[str, Row]:
+    def row(title: str, *options: str, processes: int = 2) -> Row:
+        return Row(title, "tools/studies/contrastive.py", options, processes)
+
+    return {
+        "bn": row("BN of each batch"),
+        "shuffled": row("… keys shuffled", "--keys", "shuffled"),
+        "population": row("… keys under moving averages", "--keys", "population"),
+        "syncbn": row("SyncBN", "--norm", "SyncBN"),
+        "gn": row("GroupNorm", "--norm", "GN"),
+        "untrained": row("BN, untrained", "--rate", "0", "--steps", "100", "--processes", "1", processes=1),
+    }
+
+
 COLUMNS = {"population AP": "population/bbox/AP", "minibatch AP": "minibatch/bbox/AP"}
 ALL_COLUMNS = COLUMNS | {"recomputed AP": "recomputed/bbox/AP"}
 
@@ -230,6 +244,23 @@ STUDIES = {
             "minibatch as in training": "final/minibatch as in training",
         },
         plots=_figure8_plots(),
+        unit="accuracy, %",
+    ),
+    "contrastive": Study(
+        "§6.2: a small MoCo, and which images its keys are normalized with",
+        "An encoder of three convolutions learns on 20000 images of Fashion-MNIST of 14 x 14 pixels, without labels, "
+        "to find the key of another view of the same image among 1024 others: 1200 steps of 128 images on two "
+        "processes of four normalization batches of 16 images each. The training task under the statistics of training "
+        "and under those of the population, and classifiers on the features under the latter. "
+        "The paper: minibatch statistics leak which key belongs to a query, so that the task is solved without "
+        "learning features; a shuffle of the keys, SyncBN, or moving averages in the branch of the keys prevent it.",
+        _contrastive(),
+        {
+            "training task, as in training": "pretext in training",
+            "training task, population": "pretext",
+            "kNN": "kNN",
+            "linear": "linear",
+        },
         unit="accuracy, %",
     ),
 }
