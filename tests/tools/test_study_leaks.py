@@ -65,8 +65,8 @@ def test_figure8_of_photographs(tmp_path, monkeypatch):
 def test_first_steps_of_contrastive(row, tmp_path, monkeypatch):
     """On one process, which has four normalization batches."""
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
-    given = ["--data", "patches", "--images", "500", "--processes", "1", "--steps", "20", "--out", str(tmp_path / "run")]
-    contrastive.main([*options("contrastive", row, "contrastive"), *given])
+    few = ["--data", "patches", "--images", "500", "--processes", "1", "--steps", "20"]
+    contrastive.main([*options("contrastive", row, "contrastive"), *few, "--out", str(tmp_path / "run")])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     study = STUDIES["contrastive"]
     found = {column: study.value(results, column) for column in study.columns}
