@@ -63,7 +63,7 @@ def test_figure8_of_photographs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("row", STUDIES["contrastive"].rows)
 def test_first_steps_of_contrastive(row, tmp_path, monkeypatch):
-    """On one process, which has four normalization batches."""
+    """On one process, which has eight normalization batches."""
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
     few = ["--data", "patches", "--images", "500", "--processes", "1", "--steps", "20"]
     contrastive.main([*options("contrastive", row, "contrastive"), *few, "--out", str(tmp_path / "run")])

@@ -5,12 +5,12 @@
         [--processes 2] [--seed 0] --out FOLDER
 
 A query encoder learns to find, among the keys in a queue, that of another view of its image; the key encoder is its
-moving average. Each process has four normalization batches of 16 images (GhostBN), so that two stand for eight. What a
-normalization batch does to its queries it does to their keys, but not to those in the queue. `--keys shuffled`: the
-images are permuted over all batches of all processes before the key encoder; `--keys population`: it normalizes by
-moving averages of the query encoder's statistics. `--norm SyncBN`: over all images of all processes; GN: over none.
-FOLDER/results.json has the accuracy of the training task, under the statistics of training and of the population, and
-the accuracies of a nearest-neighbor and a linear classifier on the features, under the population statistics.
+moving average. Each process has eight normalization batches of 8 images (GhostBN): two processes stand for sixteen.
+The batches of a query and of its key are of the same images, those of the keys in the queue are not. `--keys
+shuffled`: the images are permuted over all batches of all processes before the key encoder; `--keys population`: it
+normalizes by moving averages of the query encoder's statistics. `--norm SyncBN`: over all images of all processes; GN:
+over none. FOLDER/results.json has the accuracy of the training task, under the statistics of training and of the
+population, and those of a nearest-neighbor and a linear classifier on the features, under the population statistics.
 """
 
 import argparse
@@ -29,20 +29,19 @@ from domainnorm.engine.step import distributed
 from domainnorm.output import output_folder, write_json
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
-BATCH, GROUP = 64, 16  # images of a process in a step; of them, normalized together
-CHANNELS, FEATURES = 128, 64
+BATCH, GROUP = 64, 8  # images of a process in a step; of them, normalized together
+CHANNELS, FEATURES = 256, 64
 QUEUE, TEMPERATURE, MOMENTUM = 1024, 0.1, 0.99
 NORMS: dict[str, dict[str, Any]] = {"GhostBN": {"samples_per_group": GROUP}, "SyncBN": {}, "GN": {"num_groups": 8}}
 
 
-def make_encoder(norm: str) -> nn.Module:
-    """Three convolutions, whose output is what is learned, and a projection."""
-    layers: list[nn.Module] = []
-    for width, before in ((32, 1), (64, 32), (CHANNELS, 64)):
-        layers += [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    hidden = (nn.Linear(CHANNELS, CHANNELS, bias=False), nn.BatchNorm1d(CHANNELS), nn.ReLU())
-    return dn.convert_batchnorm(nn.Sequential(body, *hidden, nn.Linear(CHANNELS, FEATURES)), norm, **NORMS[norm])
+def make_encoder(pixels: int, norm: str) -> nn.Module:
+    """Three hidden layers, whose output is what is learned, and a projection."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before in (pixels, CHANNELS, CHANNELS):
+        layers += [nn.Linear(before, CHANNELS, bias=False), nn.BatchNorm1d(CHANNELS), nn.ReLU()]
+    model = nn.Sequential(nn.Sequential(*layers), nn.Linear(CHANNELS, FEATURES))
+    return dn.convert_batchnorm(model, norm, **NORMS[norm])
 
 
 def view(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -52,7 +51,7 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
     def random(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    width = random(0.5, 1.0)
+    width = random(0.7, 1.0)
     height = (width * random(0.75, 1.25)).clamp(max=1)
     place = torch.zeros(n, 2, 3)
     place[:, 0, 0] = width * (2 * torch.randint(2, (n,), generator=generator) - 1)
@@ -60,8 +59,8 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
     place[:, :, 2] = random(-1.0, 1.0, 2) * (1 - torch.stack([width, height], dim=1))
     grid = F.affine_grid(place, list(images.shape), align_corners=False)
     cropped = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    brightness = 0.4 * torch.randn(n, 1, 1, 1, generator=generator)
-    return cropped * random(0.6, 1.4, 1, 1, 1) + brightness + 0.1 * torch.randn(images.shape, generator=generator)
+    brightness = 0.1 * torch.randn(n, 1, 1, 1, generator=generator)
+    return cropped * random(0.9, 1.1, 1, 1, 1) + brightness + 0.1 * torch.randn(images.shape, generator=generator)
 
 
 def scores(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -82,13 +81,13 @@ def follow(key: nn.Module, query: nn.Module, buffers: bool) -> None:
 def train(args: argparse.Namespace, images: Tensor) -> tuple[nn.Module, nn.Module, float]:
     """The encoders, and the accuracy of the last tenth of the steps, in percent."""
     torch.manual_seed(args.seed)
-    query = make_encoder(args.norm)
+    query = make_encoder(images[0].numel(), args.norm)
     key = copy.deepcopy(query).requires_grad_(False)
     if args.keys == "population":
         dn.set_statistics(key, "population")
     key_encoder = dn.RoIShuffle(key, args.seed, in_order=True) if args.keys == "shuffled" else key
     model = distributed(query, torch.device("cpu"))
-    optimizer = torch.optim.SGD(query.parameters(), args.rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.Adam(query.parameters(), args.rate)
     queue = F.normalize(torch.randn(QUEUE, FEATURES), dim=1)  # the same on all ranks
     generator = torch.Generator().manual_seed(world_size() * args.seed + rank())
     right, last = torch.zeros(2), args.steps - max(args.steps // 10, 1)
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--norm", choices=list(NORMS), default="GhostBN")
     parser.add_argument("--keys", choices=("", "shuffled", "population"), default="", help="how they are normalized")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--rate", type=float, default=0.1, help="learning rate; 0: untrained")
+    parser.add_argument("--rate", type=float, default=0.002, help="learning rate; 0: untrained")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

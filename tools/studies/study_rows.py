@@ -180,7 +180,7 @@ def _contrastive() -> dict[str, Row]:
         return Row(title, "tools/studies/contrastive.py", options, processes)
 
     return {
-        "bn": row("BN of each batch"),
+        "bn": row("BN of 8 images"),
         "shuffled": row("… keys shuffled", "--keys", "shuffled"),
         "population": row("… keys under moving averages", "--keys", "population"),
         "syncbn": row("SyncBN", "--norm", "SyncBN"),
@@ -248,10 +248,10 @@ STUDIES = {
     ),
     "contrastive": Study(
         "§6.2: a small MoCo, and which images its keys are normalized with",
-        "An encoder of three convolutions learns on 20000 images of Fashion-MNIST of 14 x 14 pixels, without labels, "
-        "to find the key of another view of the same image among 1024 others: 1200 steps of 128 images on two "
-        "processes of four normalization batches of 16 images each. The training task under the statistics of training "
-        "and under those of the population, and classifiers on the features under the latter. "
+        "An encoder of three hidden layers of 256 channels learns on 20000 images of Fashion-MNIST of 14 x 14 pixels, "
+        "without labels, to find the key of another view of the same image among 1024 others: 1200 steps of 128 images "
+        "on two processes, each with eight normalization batches of 8 images. The training task under the statistics "
+        "of training and under those of the population, and classifiers on the features under the latter. "
         "The paper: minibatch statistics leak which key belongs to a query, so that the task is solved without "
         "learning features; a shuffle of the keys, SyncBN, or moving averages in the branch of the keys prevent it.",
         _contrastive(),
