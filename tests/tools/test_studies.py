@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
 import run
 import study_report
-from study_rows import COLUMNS, STUDIES, Plot, Row, Study
+from rows_detectors import COLUMNS
+from study import Plot, Row, Study
+from study_rows import STUDIES
 
 ROOT = Path(__file__).parents[2]
 

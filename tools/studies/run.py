@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import Row, Study
 from study_report import write_report
-from study_rows import STUDIES, Row, Study
+from study_rows import STUDIES
 
 from domainnorm.errors import UserError
 from domainnorm.output import output_folder, write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from study_rows import Study
+from study import Study
 
 from domainnorm.output import replace_file
 
