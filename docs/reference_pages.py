@@ -107,8 +107,16 @@ def fill(app, docname: str, source: list[str]) -> None:
         source[0] = re.sub(r"<!-- help of (.+?) -->", lambda match: _block(help_of(match[1])), source[0])
 
 
+def note_keys(app, doctree) -> None:
+    """Config keys are found by the search, as Python names are."""
+    if app.env.docname == "reference/config":
+        for key in OPTIONS:
+            app.env.get_domain("std").note_object("confval", key, _anchor(key))
+
+
 def setup(app) -> dict:
     """What Sphinx calls."""
+    app.connect("doctree-read", note_keys)
     app.connect("source-read", fill)
     app.connect("env-get-outdated", lambda *_: PAGES)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
