@@ -86,23 +86,6 @@ def run(tmp_path, monkeypatch):
     return lambda file: run_page(DOCS / file, tmp_path)
 
 
-def test_fcos_normalizes_each_level_by_itself(run):
-    names = run("fcos.md")
-    model = names["model"]
-    assert all(torch.isfinite(loss) for loss in names["losses"].values())
-    assert {"boxes", "scores", "labels"} <= names["detections"][0].keys()
-    assert all(p.grad is not None for p in model.head.parameters())
-    head = model.head.classification_head
-    norms = [layer for layer in head.modules() if isinstance(layer, dn.DomainBatchNorm)]
-    assert len(norms) == 4 and norms[0].running_mean.shape == (5, 256)
-    assert norms[0].num_batches_tracked.tolist() == [1] * 5
-    levels = [torch.randn(2, 256, 16 >> k, 16 >> k) for k in range(5)]
-    separate = [nn.BatchNorm2d(256).train() for _ in levels]
-    got = norms[0].train()(levels)
-    for level, layer, y in zip(levels, separate, got, strict=True):
-        torch.testing.assert_close(y, layer(level), atol=1e-5, rtol=1e-5)
-
-
 PUBLIC = [name for name in dn.__all__ if callable(getattr(dn, name))]
 SECTIONS = ("Args", "Attributes", "Shape", "Returns", "Raises", "Example")
 

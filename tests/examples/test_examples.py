@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.cli import train
+from domainnorm.config import load_config
 from domainnorm.data import shapes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -120,3 +125,111 @@ def test_a_head_that_knows_its_levels_is_the_same_with_the_same_statistics():
     for one, other in zip(found, expected, strict=True):
         for key, value in one.items():
             torch.testing.assert_close(value, other[key])
+
+
+@pytest.mark.slow
+def test_fcos_levels(tmp_path, capsys):
+    found = example("fcos_levels").main(["--steps", "2", "--out", str(tmp_path / "out")])
+    assert found.keys() == {"each level", "all levels"} and all(0 <= value <= 100 for value in found.values())
+    assert "with population statistics of all levels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("affine", ["shared", "per_domain"])
+def test_the_head_of_fcos_normalizes_each_level_by_itself(affine):
+    torch.manual_seed(0)
+    model = example("fcos_levels").fcos(affine)
+    images = [torch.rand(3, 128, 160) for _ in range(2)]
+    target = {"boxes": torch.tensor([[10.0, 10.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
+    seen = []
+    model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    losses = model(images, [target] * 2)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    (levels,) = seen
+    for head in (model.head.classification_head, model.head.regression_head):
+        norms = [layer for layer in head.modules() if isinstance(layer, dn.DomainBatchNorm)]
+        first, norm = head.tower[0], norms[0]
+        assert len(norms) == 2 and norm.running_mean.shape == (5, 64) and norm.num_batches_tracked.tolist() == [1] * 5
+        assert norm.weight.shape == ((64,) if affine == "shared" else (5, 64))
+        separate = [nn.BatchNorm2d(64).train() for _ in levels]
+        with torch.no_grad():
+            inputs = [first(level) for level in levels]
+            for x, layer, y in zip(inputs, separate, norm(inputs), strict=True):
+                torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
+    detections = model.eval()(images)
+    assert len(detections) == 2 and {"boxes", "scores", "labels"} <= detections[0].keys()
+
+
+def test_shared_statistics_of_fcos_are_those_of_the_union_of_levels():
+    fcos_levels = example("fcos_levels")
+    model = fcos_levels.fcos().eval()
+    norm = model.head.classification_head.tower[1]
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(1, 2)
+    shared = fcos_levels.shared_statistics(model).head.classification_head.tower[1]
+    assert type(shared) is nn.BatchNorm2d and norm.running_mean.shape == (5, 64)  # the model itself stays
+    torch.testing.assert_close(shared.running_mean, norm.running_mean.mean(0))
+    between = norm.running_mean.var(0, correction=0)
+    torch.testing.assert_close(shared.running_var, norm.running_var.mean(0) + between)
+
+
+def slurm(tmp_path, *args, status=0):
+    """What `examples/slurm.sh` runs on each of two machines, its exit code, and its calls of scontrol."""
+    log = tmp_path / "log"
+    commands = {
+        "scontrol": f'echo "scontrol $*" >> {log}; [ "$1" != show ] || printf "node7\\nnode8\\n"',
+        "srun": f'for rank in 0 1; do SLURM_NODEID=$rank "$@"; done; exit {status}',
+        "python": f'for word in machine "$@"; do echo "$word" >> {log}.$SLURM_NODEID; done',
+    }
+    for name, lines in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "90123", "SLURM_NNODES": "2"}
+    environment = {**os.environ, **variables, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", str(EXAMPLES / "slurm.sh"), *args]
+    code = subprocess.run(script, env=environment, check=False, timeout=30).returncode
+    words = [(tmp_path / f"log.{rank}").read_text().splitlines()[1:] for rank in (0, 1)]
+    return code, words, log.read_text().splitlines()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_slurm_starts_a_process_for_each_gpu_of_two_machines(tmp_path):
+    subprocess.run(["bash", "-n", str(EXAMPLES / "slurm.sh")], check=True, timeout=30)
+    code, machines, calls = slurm(tmp_path)
+    assert code == 0 and calls == ["scontrol show hostnames node[7-8]"]
+    for rank, (file, *words) in enumerate(machines):
+        assert (EXAMPLES.parent / file).is_file()
+        args = train.parse(words)
+        assert (args.num_gpus, args.num_machines, args.machine_rank) == (8, 2, rank) and args.resume
+        assert args.dist_url == "tcp://node7:20123"
+        cfg = load_config(EXAMPLES.parent / args.config_file, args.opts)
+        assert args.num_gpus * args.num_machines == cfg.SOLVER.IMS_PER_BATCH
+    assert "#SBATCH --nodes=2" in (EXAMPLES / "slurm.sh").read_text()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(("status", "calls"), [(143, ["scontrol requeue 90123"]), (2, [])])
+def test_slurm_goes_on_after_its_time_is_up_with_the_options_given(tmp_path, status, calls):
+    code, machines, found = slurm(
+        tmp_path, "configs/quickstart.yaml", "MODEL.DEVICE", "cpu", "DATASETS.TEST", "[a b, c]", status=status
+    )
+    assert code == status and found[1:] == calls
+    args = train.parse(machines[1][1:])
+    assert args.config_file == "configs/quickstart.yaml"
+    assert args.opts == ["MODEL.DEVICE", "cpu", "DATASETS.TEST", "[a b, c]"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))  # of the kernel, a process of its own
+    notebook = nbformat.read(EXAMPLES / "first_look.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # it is stored without them
+    client.NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(EXAMPLES))
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+    assert text.count("means of") == 5 and "shared statistics" not in text.split("repair:")[1]
+    assert "has 5 domains in a forward pass" in text.split("repair:")[0]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
