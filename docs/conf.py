@@ -26,6 +26,7 @@ myst_heading_anchors = 4  # GitHub's anchors, for links such as page.md#a-headin
 default_role = "code"
 autosummary_generate = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+add_function_parentheses = False
 python_maximum_signature_line_length = 88
 
 html_theme = "pydata_sphinx_theme"

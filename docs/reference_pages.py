@@ -1,7 +1,7 @@
 """A Sphinx extension: what pages of the reference hold that is generated when the site is built.
 
 A comment `<!-- config keys -->` in a page becomes tables of all keys, and `<!-- help of COMMAND -->` what the command
-prints with `--help`; the command is `domainnorm NAME` or a file in `tools/`.
+prints with `--help`; the command is `domainnorm NAME` or a file in `tools/`, or it is said of all studies.
 """
 
 import contextlib
@@ -83,15 +83,40 @@ def help_of(command: str) -> str:
     return printed.getvalue()
 
 
+def help_of_studies() -> str:
+    """A heading for each script in `tools/studies`, and its help."""
+    parts = []
+    for file in sorted((ROOT / "tools" / "studies").glob("*.py")):
+        if "__main__" in file.read_text(encoding="utf-8"):
+            name = file.relative_to(ROOT).as_posix()
+            parts += [f"### {name}", _block(help_of(name))]
+    return "\n\n".join(parts)
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text.strip()}\n```"
+
+
 def fill(app, docname: str, source: list[str]) -> None:
     """The comments of a page, replaced."""
     if docname in PAGES:
-        text = source[0].replace("<!-- config keys -->", config_tables())
-        source[0] = re.sub(r"<!-- help of (.+?) -->", lambda match: f"```text\n{help_of(match[1]).strip()}\n```", text)
+        generated = {"<!-- config keys -->": config_tables, "<!-- help of the studies -->": help_of_studies}
+        for mark, text in generated.items():
+            if mark in source[0]:
+                source[0] = source[0].replace(mark, text())
+        source[0] = re.sub(r"<!-- help of (.+?) -->", lambda match: _block(help_of(match[1])), source[0])
+
+
+def note_keys(app, doctree) -> None:
+    """Config keys are found by the search, as Python names are."""
+    if app.env.docname == "reference/config":
+        for key in OPTIONS:
+            app.env.get_domain("std").note_object("confval", key, _anchor(key))
 
 
 def setup(app) -> dict:
     """What Sphinx calls."""
+    app.connect("doctree-read", note_keys)
     app.connect("source-read", fill)
     app.connect("env-get-outdated", lambda *_: PAGES)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

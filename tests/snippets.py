@@ -176,8 +176,9 @@ def _check(main: Any, words: list[str]) -> argparse.Namespace:
 
 
 def _check_config(args: argparse.Namespace) -> None:
-    file = getattr(args, "config_file", None)
-    options = list(getattr(args, "opts", None) or [])
+    given = vars(args)
+    file = given.get("config_file")
+    options = next((given[name] for name in ("opts", "options", "what") if len(given.get(name) or []) > 1), [])
     for key in options[::2]:
         assert key in OPTIONS or key in RENAMED, f"there is no key {key}"
     variable = any("$" in str(word) for word in [file, *options])
