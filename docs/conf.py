@@ -16,7 +16,6 @@ extensions = [
     *("sphinx_copybutton", "sphinx_design", "reference_pages"),
 ]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.not_readable"]  # pages that are still written
 
 smartquotes = False  # '' is a value here
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
