@@ -108,11 +108,14 @@ def last_batch(case: Case) -> None:
 
 
 def left_in_training(case: Case) -> None:
-    """Norms in training mode while single images are predicted, which move the average."""
+    """Norms in training mode while single images are predicted, which move the average; 40 of those that can be."""
     case.model.eval()
     for norm in case.norms():
         norm.train()
-    for images, _ in _first(test_loader(case.cfg, case.cfg.DATASETS.TEST[0], rank=0, world_size=1), 40):
+    loader = test_loader(case.cfg, case.cfg.DATASETS.TEST[0], rank=0, world_size=1)
+    # a square image has one value a channel in the last level, which BatchNorm refuses
+    wide = (images for images, _ in loader if images[0].shape[1] != images[0].shape[2])
+    for images in _first(wide, 40):
         case.model(images)
 
 
