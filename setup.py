@@ -1,5 +1,6 @@
 import os
 import platform
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -8,6 +9,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+SOURCE = (HERE / "domainnorm" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.M).group(1)
 KERNELS = sorted(path for kind in ("cpp", "h") for path in HERE.glob(f"domainnorm/ops/native/*.{kind}"))
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi"]
 SANITIZE = []  # as docs/reliability.md says
@@ -29,15 +32,17 @@ class BuildWithConfigs(build_py):
 
 setup(
     name="domainnorm",
-    version="0.1.0",
+    version=VERSION,
     description='Detection and classification with the "batch" of BatchNorm as an explicit choice',
     long_description=HERE.joinpath("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     author="domainnorm developers",
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: C++",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
@@ -75,9 +80,11 @@ setup(
     ],
     extras_require={
         "dev": [
-            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"),
+            *("build", "setuptools>=77"),
             *("timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"),
         ],
+        "docs": ["sphinx", "myst-parser", "pydata-sphinx-theme", "sphinx-copybutton", "sphinx-design"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "svhn": ["scipy"],
     },

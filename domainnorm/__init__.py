@@ -6,7 +6,7 @@ The public names are loaded when they are first used: the layers need torch alon
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from .auditing import audit as audit

@@ -1,28 +1,91 @@
-"""The code in docs/ runs, and does what is said of it."""
+"""The code in Markdown pages runs, and does what is said of it."""
 
 import doctest
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from snippets import PAGES, ROOT, blocks, check_command, check_yaml, commands, run_page
 from torch import nn
 
 import domainnorm as dn
 from domainnorm.config.schema import OPTIONS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
+MAX_NOT_RUN = 5  # blocks: a page that cannot be run should be written anew
 
 
-def run(file):
-    names: dict = {}
-    for snippet in re.findall(r"```python\n(.*?)```", (DOCS / file).read_text(encoding="utf-8"), re.S):
-        exec(compile(snippet, file, "exec"), names)
-    return names
+def pages():
+    """Those with code that runs, the slow ones marked."""
+    for page in PAGES:
+        own = [block for block in blocks(page) if block.runs]
+        if own:
+            marks = [pytest.mark.slow] * any("slow" in block.mark for block in own)
+            yield pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks)
 
 
-def test_fcos_normalizes_each_level_by_itself():
+@pytest.mark.parametrize("page", pages())
+def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(page, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_tells_to_type_exists(page):
+    """Tools, options, configs and keys of its commands, keys of its YAML, files; and its Python compiles."""
+    for block in blocks(page):
+        try:
+            if block.language in ("bash", "sh") and not block.skipped:
+                for words in commands(block.code):
+                    check_command(words)
+            elif block.language == "yaml" and not block.skipped:
+                check_yaml(block.code)
+            elif block.language == "python":
+                compile(block.code, block.place, "exec")
+        except (AssertionError, dn.UserError) as error:
+            raise AssertionError(f"{block.place}: {error}") from error
+    folders = "tools|configs|docs|domainnorm|examples|tests"
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
+def test_few_blocks_are_not_run_and_say_why():
+    skipped = [block for page in PAGES for block in blocks(page) if block.skipped]
+    assert len(skipped) <= MAX_NOT_RUN, [block.place for block in skipped]
+    for page in PAGES:
+        for block in blocks(page):
+            known = {"", "run", "slow", "run, slow"}
+            assert block.mark in known or re.fullmatch(r"not run: \w.{9,}", block.mark), f"{block.place}: {block.mark}"
+
+
+def test_mistakes_in_commands_are_found():
+    for command, said in {
+        "python tools/train_nets.py --config-file configs/quickstart.yaml": "no tools/train_nets.py",
+        "python tools/train_net.py --config-file configs/quickstart.yaml --gpus 2": "--gpus",
+        "domainnorm train --config-file configs/quickstart.yaml MODEL.BACKBONE.NAMES a": "MODEL.BACKBONE.NAMES",
+        "domainnorm train --config-file output/a/config.yaml MODEL.BACKBONE.NAMES a": "MODEL.BACKBONE.NAMES",
+        "for n in 1 2; do domainnorm train --config-file configs/quick.yaml; done": "quick.yaml",
+        "A=1 torchrun --nproc-per-node 2 tools/train_net.py --resume": "--config-file",
+        "python tools/stress.py layer && ls": "layer",
+        "python examples/own_model.py --steps 3": "--steps",
+    }.items():
+        with pytest.raises((AssertionError, dn.UserError), match=said):
+            for words in commands(command):
+                check_command(words)
+    with pytest.raises(AssertionError, match=r"SOLVER\.LR"):
+        check_yaml("SOLVER:\n  LR: 0.1\n")
+    check_yaml("services:\n  LR: 0.1\n")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a page; the names that its Python blocks leave."""
+    monkeypatch.chdir(tmp_path)
+    return lambda file: run_page(DOCS / file, tmp_path)
+
+
+def test_fcos_normalizes_each_level_by_itself(run):
     names = run("fcos.md")
     model = names["model"]
     assert all(torch.isfinite(loss) for loss in names["losses"].values())
@@ -103,6 +166,6 @@ def test_everything_that_papers_md_names_exists():
         assert own in named or is_base, own
 
 
-def test_the_audit_names_what_was_never_updated():
+def test_the_audit_names_what_was_never_updated(run):
     finding = run("audit.md")["report"].findings[0]
     assert (finding.check, finding.kind, finding.layers) == ("frozen", "never updated", ["1"])

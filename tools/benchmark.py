@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What domainnorm costs beside its peers: ratios of times, memory, bytes and calls, measured side by side.
 
-COMMANDS = ("layers", "head", "model", "prediction", "annotations", "evaluation", "memory", "shuffle", "collectives")
+    tools/benchmark.py COMMAND [--threads N] [--json FILE] …
 
 Prints a table; `--json` writes it, too. Results are in docs/performance.md.
 """

@@ -28,7 +28,7 @@ class Thresholds:
         leak: relative change of the loss, or of the model's confidence, between given and mixed batches.
         batch_samples: independent samples that a normalization batch has at least.
         batch_elements: elements of a channel that it has at least.
-        mean_over_std: |mean| / standard deviation of a channel, times the rounding of its type.
+        mean_over_std: absolute mean / standard deviation of a channel, times the rounding of its type.
         dead_channels: share of a layer's channels whose variance is below a hundredth of eps.
         unfinished: share that the initial statistics still have in the averages.
         padding: nats a channel between statistics with and without padding.

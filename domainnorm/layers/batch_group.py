@@ -12,7 +12,7 @@ from .inputs import LayerInput
 
 
 class BatchGroupNorm(DomainBatchNorm):
-    """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Eq. 8-9).
+    """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Equation 8).
 
     `(N, C, H, W)` is flattened to D = C · H · W numbers a sample. With G = C it is BatchNorm. γ and β are per channel,
     the population statistics per piece, `(G,)`. Where pieces are parts of channels, G > C, the layer works at one
@@ -20,7 +20,7 @@ class BatchGroupNorm(DomainBatchNorm):
     any size whose D is divided by G; where G does not divide C, the tensors of one list have equal sizes.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         num_groups: G; divides D.
         **options: of `DomainBatchNorm`, `sync` too.
 

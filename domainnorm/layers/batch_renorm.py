@@ -22,7 +22,7 @@ _Buffers = tuple[Tensor, ...]  # running mean and variance, steps; none where th
 
 
 class BatchRenorm(DomainBatchNorm):
-    """`x̂ = (x - μ_B) / σ_B · r + d`, then γ and β (*Batch Renormalization*, Alg. 1).
+    """`x̂ = (x - μ_B) / σ_B · r + d`, then γ and β (*Batch Renormalization*, Algorithm 1).
 
     `r = σ_B / σ` within `[1 / r_max, r_max]` and `d = (μ_B - μ) / σ` within `[-d_max, d_max]` are constants to
     autograd: within the limits, training normalizes as inference does. With `r_max=1, d_max=0` it is BatchNorm. The
@@ -30,7 +30,7 @@ class BatchRenorm(DomainBatchNorm):
     kept as `running_var` = σ² - eps, so that a BatchNorm's checkpoint infers the same.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         r_max, d_max: a number from the first step; or points `(step, value)` with straight lines between them, such as
             the paper's `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the step
             (which makes a GPU wait). Before the moving averages have found the features, r and d pull towards mean 0

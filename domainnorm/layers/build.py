@@ -53,7 +53,7 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
             `"FrozenBN"`, `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`:
             `nn.GroupNorm`; `"IN"`: with a channel a group, InstanceNorm; `"PN"`: over the channels of each place. The
             names of the classes are taken too.
-        num_features: C.
+        num_features: number of channels, C.
         **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN`, `IN` and `PN` have no domains
             and no running statistics: they are the same layer for every domain, and do not take what is of these.
             `BGN` also takes `split_space`: True (the paper's): `num_groups` as it is, also where it splits channels in

@@ -38,8 +38,8 @@ class DomainBatchNorm(PopulationStatistics):
     In training a domain without elements changes no buffer. Double backward raises with `sync`.
 
     Args:
-        num_features: C. The other arguments are given by name.
-        num_domains: K.
+        num_features: number of channels, C. The other arguments are given by name.
+        num_domains: number of domains, K.
         sgd_statistics: how training normalizes. `"shared"`: one mean and variance from the elements of all
             domains; `"per_domain"`: each domain its own.
         population_statistics: how inference normalizes. `"shared"`: one pair of buffers `(C,)`, updated with the
@@ -205,8 +205,8 @@ class DomainBatchNorm(PopulationStatistics):
 
     def _train(self, problem: Normalization, inputs: LayerInput, elements: list[int]) -> None:
         """What training adds: synchronization, a check of the numbers of elements, and the update of the population."""
-        if self.sync and world_size(group := None if self.sync is True else self.sync) > 1:
-            problem.sync = (group,)
+        if self.synchronizes:
+            problem.sync = (None if isinstance(self.sync, bool) else self.sync,)
         if (population := self.population) is not None:
             problem.population = population if inputs.updates else population.copy()
         if self.sample_groups is not None:
@@ -282,6 +282,12 @@ class DomainBatchNorm(PopulationStatistics):
         else:
             self._recomputed = True
         return self.current_domain
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether a forward pass merges the moments of several ranks: `sync`, in training on minibatch statistics."""
+        group = None if isinstance(self.sync, bool) else self.sync
+        return self.training and self.uses_minibatch and self.sync is not False and world_size(group) > 1
 
     def grouping(self) -> str:
         """How what is normalized together differs from BatchNorm, as options; "" where it does not."""

@@ -19,7 +19,7 @@ class FrozenBatchNorm(DomainBatchNorm):
     statistics and the affine of each are chosen as in `DomainBatchNorm`.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         train_affine: whether γ and β require a gradient.
         **options: of `DomainBatchNorm`.
 

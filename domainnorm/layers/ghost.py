@@ -20,7 +20,7 @@ class GhostBatchNorm(DomainBatchNorm):
     With several domains and shared SGD statistics, the g-th groups of all domains are one normalization batch.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         samples_per_group: samples in a group; or
         num_sample_groups: groups of ⌈N / num_sample_groups⌉ samples.
         allow_smaller_batch: whether training takes a batch, or a domain's part of it, that is smaller than one group

@@ -24,7 +24,7 @@ class PositionalNorm(nn.LayerNorm):
     """Mean and variance over the channels of one place of one sample, γ and β per channel (PN of *BGN*, Table 9).
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         eps: added to the variance.
         affine: None or False: no γ and β.
         device, dtype: of γ and β.

@@ -17,7 +17,7 @@ class GroupedBatchNorm(GhostBatchNorm):
     `example_weight`: with 1, inference is that of GroupNorm.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         num_channel_groups: groups of channels; divides C.
         samples_per_group: samples in a group; a last group of fewer is used as it is.
         **options: of `GhostBatchNorm`.

@@ -33,7 +33,7 @@ class LayerInput:
     Attributes:
         tensors: one or several.
         domains: an int or a LongTensor `(N_i,)` for each.
-        num_domains: K.
+        num_domains: number of domains, K.
         external: moments `(K, C)` of samples elsewhere that belong to the same normalization batches, or None.
         updates: whether a layer in training updates its population statistics: not when activation checkpointing runs
             the forward pass again.

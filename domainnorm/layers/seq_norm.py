@@ -16,7 +16,7 @@ class SeqNorm(GhostBatchNorm):
     moments of the samples: the input is read for them once.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         num_channel_groups: of the GroupNorm; divides C.
         num_sample_groups: of the GhostBN, groups of ⌈N / num_sample_groups⌉ samples.
         group_norm_first: False: the GhostBN comes first.

@@ -126,7 +126,11 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         """One block (convolution, norm, activation) of each tower, applied to the levels of each."""
         for layers in zip(*blocks, strict=True):
             if isinstance(layers[0], DomainBatchNorm):
-                inputs = normalize_layers(layers, inputs, self._domains(layers[0], len(inputs[0])))
+                domains = self._domains(layers[0], len(inputs[0]))
+                if layers[0].synchronizes:  # one collective; forward hooks of the layers are not called
+                    inputs = normalize_layers(layers, inputs, domains)
+                else:
+                    inputs = [layer(levels, domains) for layer, levels in zip(layers, inputs, strict=True)]
             else:
                 inputs = [[layer(x) for x in levels] for layer, levels in zip(layers, inputs, strict=True)]
         return inputs

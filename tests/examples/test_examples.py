@@ -1,6 +1,7 @@
 """The examples run, and do what they say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import domainnorm as dn
+from domainnorm.data import shapes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -68,6 +70,43 @@ def test_audit_foreign_model(tmp_path, capsys):
     found = example("audit_foreign_model").main(["--steps", "2", "--out", str(tmp_path / "out")])
     assert found.keys() == {"before", "after"} and all(0 <= value <= 100 for value in found.values())
     assert "with population statistics of each level" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_adapt_domain(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 8, "val": 4})
+    run = ["SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run")]
+    dn.train(dn.load_config(str(EXAMPLES.parent / "configs" / "quickstart.yaml"), run))
+    found = example("adapt_domain").main([str(tmp_path / "run"), "--images", "3", "--out", str(tmp_path / "out")])
+    assert found.keys() == {"minibatch", "source", "target", "nearest"}
+    assert all(set(scores) == {"shapes_val", "shapes_night_val"} for scores in found.values())
+    assert "the image itself" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text()).keys() == found.keys()
+
+
+def test_level_statistics(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 8, "val": 2})
+    run, level_statistics = tmp_path / "run", example("level_statistics")
+    cfg = dn.load_config(str(EXAMPLES.parent / "configs" / "quickstart.yaml"), ["MODEL.DEVICE", "cpu"])
+    run.mkdir()
+    (run / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": dn.build_model(cfg).state_dict()}, run / "model_final.pth")
+    levels = level_statistics.level_features(run, "classification_head.conv.1.1", images=2)
+    assert [level.shape[0] for level in levels] == [64] * 5
+    assert [level.shape[1] for level in levels[:2]] == [2 * 16 * 20, 2 * 8 * 10]
+    shifted = [torch.randn(4, 1000) * (1 + k) + k for k in range(3)]
+    lines = level_statistics.draw(shifted).axes[1].get_lines()
+    heights = [line.get_ydata()[0] for line in lines if (line.get_color(), line.get_marker()) == ("C2", "o")]
+    together = torch.cat(shifted, 1)
+    expected = ((2 - together.mean(1)) / together.std(1)).abs().mean()
+    assert heights == [pytest.approx(float(expected), abs=0.1)]
+    level_statistics.main([str(run), "--images", "1", "--out", str(tmp_path / "levels.png")])
+    assert (tmp_path / "levels.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match=r"--layer takes any of .*got 'conv'"):
+        level_statistics.level_features(run, "conv", 1)
 
 
 def test_a_head_that_knows_its_levels_is_the_same_with_the_same_statistics():

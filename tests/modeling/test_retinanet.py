@@ -55,6 +55,18 @@ def images_and_targets(n=3, seed=0, size=(64, 96), dtype=torch.float32):
     return images, targets
 
 
+def test_forward_hooks_of_norms_in_the_head_are_called():
+    head = RetinaNetHead(C, 9, CLASSES, norm="BN").double()
+    norms = {name: layer for name, layer in head.named_modules() if isinstance(layer, DomainBatchNorm)}
+    seen = []
+    for name, layer in norms.items():
+        layer.register_forward_hook(lambda _, given, out, name=name: seen.append((name, len(given[0]), len(out))))
+    for training in (True, False):
+        seen.clear()
+        head.train(training)(features())
+        assert sorted(seen) == sorted((name, LEVELS, LEVELS) for name in norms)
+
+
 def test_without_norm_and_with_group_norm_the_head_is_torchvisions():
     for norm, norm_layer in (("", None), ("GN", lambda c: nn.GroupNorm(8, c))):
         ours = RetinaNetHead(C, 9, CLASSES, norm=norm).double()

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import domainnorm as dn
 from domainnorm.data import shapes
@@ -25,33 +28,59 @@ SMALL = [
     *("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu", "TEST.REPORT", False),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", 10, "TEST.PICTURES", 0, "TEST.RECOMPUTE.NUM_SAMPLES", 8),
 ]
-CONFIGS = sorted(
-    {
-        (row.config, row.options)
-        for study in STUDIES.values()
-        if not study.data
-        for row in study.rows.values()
-        if row.config.endswith(".yaml")
-    }
-)
+TRAINED = {  # one row of each config; of a study on other data one row, its configs are those of another study
+    (name, "" if study.data else row.config): key
+    for name, study in STUDIES.items()
+    for key, row in reversed(study.rows.items())
+    if row.config.endswith(".yaml") and not row.weights_of
+}
+CLASSES = {"BLOOD": ["RBC", "WBC", "Platelets"], "NUCLEI": ["nucleus"]}
+LABORATORIES = {"BLOOD": ["pbc", "bccd"], "NUCLEI": ["fluorescence", "stain"]}
 
 
 @pytest.fixture
 def few_images(tmp_path, monkeypatch):
+    """Of the built-in sets, and in place of the cells."""
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(shapes, "COUNTS", {"train": 8, "val": 2})
+    for variable, classes in CLASSES.items():
+        folder = tmp_path / variable
+        monkeypatch.setenv(variable, str(folder))
+        for laboratory in LABORATORIES[variable]:
+            for part, count in (("train", 8), ("val", 2)):
+                write_cells(folder, f"{part}_{laboratory}", classes, count)
+
+
+def write_cells(folder, name, classes, count):
+    """Gray images of 96 pixels with a bright square of each class."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for k in range(count):
+        pixels = np.full((96, 96, 3), 40, dtype=np.uint8)
+        images.append({"id": k, "file_name": f"{name}_{k}.png", "height": 96, "width": 96})
+        for label in range(len(classes)):
+            x = 10 + 25 * label
+            pixels[x : x + 20, x : x + 20] = 250 - k
+            entry = {"id": len(annotations), "image_id": k, "category_id": label + 1, "bbox": [x, x, 20, 20]}
+            annotations.append(entry | {"area": 400, "iscrowd": 0})
+        Image.fromarray(pixels).save(folder / "images" / f"{name}_{k}.png")
+    categories = [{"id": label + 1, "name": title} for label, title in enumerate(classes)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / f"{name}.json").write_text(json.dumps(content))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "options"), CONFIGS, ids=[f"{Path(c).stem}{len(o)}" for c, o in CONFIGS])
-def test_first_steps(config, options, few_images, tmp_path):
-    given = [*options, *SMALL, "OUTPUT_DIR", str(tmp_path / "run")]
-    cfg = dn.load_config(str(ROOT / config), given)
+@pytest.mark.parametrize(("name", "row"), [(name, row) for (name, _), row in TRAINED.items()])
+def test_first_steps(name, row, few_images, tmp_path):
+    study = STUDIES[name]
+    options = [os.path.expandvars(word) for word in study.rows[row].options]
+    cfg = dn.load_config(str(ROOT / study.rows[row].config), [*options, *SMALL, "OUTPUT_DIR", str(tmp_path / "run")])
     dn.train(cfg)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    study, row = next((s, r) for s in STUDIES.values() for r in s.rows.values() if r.config == config)
-    assert set(row.paper) <= set(study.columns)
-    assert study.value(results, next(iter(study.columns))) is not None
+    for other, titled in study.rows.items():
+        assert set(titled.paper) <= set(study.columns)
+        if other == row or titled.results_of == row:
+            assert study.value(other, results, next(iter(study.columns))) is not None
 
 
 def test_rows_have_equal_budgets():
@@ -73,6 +102,7 @@ TINY = Study(
     {
         "one": Row("one row", "a.yaml", paper={"population AP": 30.7}),
         "other": Row("other row", "b.yaml", weights_of="one"),
+        "minibatch": Row("the same row", results_of="one", columns={"population AP": "minibatch/bbox/AP"}),
         "third": Row("never run", "c.yaml"),
     },
     COLUMNS,
@@ -83,10 +113,10 @@ CONTENT = {
     "conclusions": ["It shows."],
     "results": {
         "one": {
-            "0": {"results": results(10.0, 20.0), "seconds": 60},
-            "1": {"results": results(14.0, 20.0), "seconds": 60},
+            "0": {"results": results(10.0, 20.0), "cpu_seconds": 60},
+            "1": {"results": results(14.0, 20.0), "cpu_seconds": 60},
         },
-        "other": {"0": {"results": {"population": {"bbox": {"AP": 5.0}}}, "seconds": 60}},
+        "other": {"0": {"results": {"population": {"bbox": {"AP": 5.0}}}, "cpu_seconds": 60}},
     },
 }
 
@@ -94,8 +124,9 @@ CONTENT = {
 def test_the_table():
     text = study_report.markdown(TINY, "tiny", CONTENT)
     assert "| one row | 12.0 ± 2.8 | 20.0 ± 0.0 | 30.7 | 0, 1 |" in text
-    assert "| other row | 5.0 | - |  | 0 |" in text and "never run" not in text
-    assert "It shows." in text and "3 minutes of runs, this one" in text
+    assert "| other row | 5.0 | - |  | 0 |" in text and "| the same row | 20.0 ± 0.0 | 20.0 ± 0.0 |  | 0, 1 |" in text
+    assert "never run" not in text
+    assert "It shows." in text and "3 runs of 1.0 CPU minutes (median), this one" in text
 
 
 def test_the_same_bytes_again(tmp_path):
@@ -119,11 +150,11 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
         if row.title == "other row" and len(trained) == 1:
             raise dn.UserError("interrupted")
         trained.append((row.title, seed))
-        return results(float(seed), 1.0)
+        return results(float(seed), 1.0), 60
 
     monkeypatch.setitem(STUDIES, "tiny", TINY)
     monkeypatch.setattr(run, "train", train)
-    arguments = ["run.py", "tiny", "--seeds", "0", "1", "--rows", "one", "other", "--out", str(tmp_path)]
+    arguments = ["run.py", "tiny", "--seeds", "0", "1", "--rows", "one", "minibatch", "other", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     assert run.main() == 2 and trained == [("one row", 0)]
     trained.append(None)  # so that it goes on
@@ -151,12 +182,13 @@ def test_a_row_is_trained_and_evaluated(tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
     torch.manual_seed(0)
     small = (*map(str, SMALL), "DATASETS.TRAIN", "[herds_val]", "MODEL.BACKBONE.NAME", "mobilenet_v3_small")
-    config = "configs/studies/table6/bn_4_images.yaml"
+    config = "configs/studies/table6/bn.yaml"
     row = Row("one", config, small)
-    found = run.train(row, tmp_path / "work" / "one" / "seed-0", 0, tmp_path / "work")
+    found, seconds = run.train(row, tmp_path / "work" / "one" / "seed-0", 0, tmp_path / "work")
+    assert 1 < seconds < 600
     assert set(found) == {"population", "minibatch"}
     again = Row("again", config, small, weights_of="one")
-    assert run.train(again, tmp_path / "work" / "again" / "seed-0", 0, tmp_path / "work") == found
+    assert run.train(again, tmp_path / "work" / "again" / "seed-0", 0, tmp_path / "work")[0] == found
     broken = Row("broken", config, ("SOLVER.MAX_ITER", "none"))
     with pytest.raises(dn.UserError, match=r"exit code 2: .*broken.*log says why"):
         run.train(broken, tmp_path / "work" / "broken" / "seed-0", 0, tmp_path / "work")
@@ -175,7 +207,7 @@ def test_rows_side_by_side(tmp_path, monkeypatch):
         time.sleep(0.05)
         running.remove((row.title, seed))
         ended.append((row.title, seed))
-        return results(float(seed), 1.0)
+        return results(float(seed), 1.0), 60
 
     monkeypatch.setitem(STUDIES, "tiny", study)
     monkeypatch.setattr(run, "train", train)
@@ -197,6 +229,24 @@ def test_curves(tmp_path):
     assert line.get_xydata().tolist() == [[1.0, 12.0], [2.0, 5.0]]  # what was never run is no point
 
 
+def test_bands():
+    """Between the means of two columns."""
+    edges = ([(1.0, "one", "population AP")], [(1.0, "one", "minibatch AP")])
+    figure = study_report.curves(dataclasses.replace(TINY, plots=[Plot("a", "x", "AP", bands={"one": edges})]), CONTENT)
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {12.0, 20.0} == set(corners[:, 1].tolist())
+
+
+def test_several_tables():
+    tables = {"First": ["minibatch AP"], "Second": ["population AP"]}
+    study = dataclasses.replace(TINY, tables=tables)
+    text = study_report.markdown(study, "tiny", CONTENT)
+    first, second = text.split("## Second")
+    assert "## First" in first and "| one row | 20.0 ± 0.0 | 0, 1 |" in first and "other row" not in first
+    assert "| one row | 12.0 ± 2.8 | 30.7 | 0, 1 |" in second and "| other row | 5.0 |  | 0 |" in second
+    assert study.headline("one", results(1.0, 2.0)) == "minibatch AP 2.0"
+
+
 def test_a_script_is_a_row(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -206,4 +256,5 @@ def test_a_script_is_a_row(tmp_path):
         "(out / 'results.json').write_text(json.dumps({'seed': int(sys.argv[4])}))\n"
     )
     row = Row("scripted", str(script), ("--size", "3"))
-    assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work") == {"seed": 7}
+    assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work")[0] == {"seed": 7}
+    assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work") == ({"seed": 7}, None)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def test_tables_are_filled(folder):
     text = (folder / "classification.md").read_text(encoding="utf-8")
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 10
+    assert len(tables) == 13
     for table in tables:
         head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
         assert rows and all(len(row) == len(head) for row in rows)

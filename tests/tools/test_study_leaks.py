@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
 import contrastive
 import figure8
-from study_rows import STUDIES
+from study_rows import FIGURE_8, STUDIES
 
 
 def options(study, row, script):
@@ -27,9 +27,8 @@ def options(study, row, script):
 def test_first_steps_of_figure8(row, tmp_path):
     figure8.main([*options("figure8", row, "figure8"), "--steps", "2", "--count", "8", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
-    of_batches = set(STUDIES["figure8"].columns) if "gn" not in row else {"population"}
-    found = {column for column in STUDIES["figure8"].columns if STUDIES["figure8"].value(results, column) is not None}
-    assert found == of_batches
+    found = {column for column in FIGURE_8 if STUDIES["figure8"].value(row, results, column) is not None}
+    assert found == ({"population"} if "gn" in row else set(FIGURE_8))
     assert list(results["steps"]) == ["1", "2"] and 0 < results["final"]["population"] < 50
 
 
@@ -69,7 +68,7 @@ def test_first_steps_of_contrastive(row, tmp_path, monkeypatch):
     contrastive.main([*options("contrastive", row, "contrastive"), *few, "--out", str(tmp_path / "run")])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     study = STUDIES["contrastive"]
-    found = {column: study.value(results, column) for column in study.columns}
+    found = {column: study.value(row, results, column) for column in study.columns}
     assert all(value is not None and 0 <= value <= 100 for value in found.values())
     assert found["linear"] > 25  # of four classes
 

@@ -14,13 +14,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Variant:
-    """Number k of a fault: its seed, architecture, width, and batch; thresholds are chosen on those with an even k."""
+    """Number k of a fault: its strength, architecture, width, and batch.
+
+    Attributes:
+        k: 0 to 5.
+        fresh: of other seeds, and other batches for each architecture, than those the checks were made with.
+    """
 
     k: int
+    fresh: bool = False
+
+    @property
+    def seed(self) -> int:
+        return self.k + 1000 * self.fresh
 
     @property
     def batch(self) -> int:
-        return (8, 16, 32)[self.k % 3]
+        return (8, 16, 32)[(self.k + self.fresh) % 3]
 
     @property
     def width(self) -> int:
@@ -54,7 +64,7 @@ class Variant:
 
 @functools.lru_cache(maxsize=8)
 def _trained(variant: Variant, steps: int, shift: float) -> nn.Module:
-    torch.manual_seed(variant.k)
+    torch.manual_seed(variant.seed)
     return variant.train(variant.model(), steps, source=lambda step: shift)
 
 
@@ -83,7 +93,6 @@ class Fault:
         build: `build(variant, planted)`; not planted, it is the repaired twin.
         threshold: the field of `Thresholds` that decides; "" where there is nothing to measure.
         first: whether that finding has to come first; otherwise another one's symptom is as bad.
-        variants: how many.
     """
 
     check: str
@@ -91,12 +100,10 @@ class Fault:
     build: Callable[[Variant, bool], Given]
     threshold: str = ""
     first: bool = True
-    variants: int = 6
 
-    def given(self, k: int, planted: bool) -> Given:
+    def given(self, variant: Variant, planted: bool) -> Given:
         """One case."""
-        variant = Variant(k)
-        torch.manual_seed(100 + k)
+        torch.manual_seed(100 + variant.seed)
         return self.build(variant, planted)
 
 

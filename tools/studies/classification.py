@@ -4,8 +4,8 @@
     tools/studies/classification.py [--data FOLDER] [--out docs/studies] [--images 3000] [--epochs 3] [--seeds 3]
 
 Fashion-MNIST at half resolution, from the folder of Debian's package dataset-fashion-mnist; `--data patches` takes the
-built-in data set. Five sections: batch size, ghost size, example weight α, decay of γ and β, minibatches of few
-classes. Writes classification.json, classification.md and classification.png. Each
+built-in data set. Sections: batch size, ghost size, SeqNorm, example weight α, decay of γ and β, minibatches of few
+classes, Batch Renorm over training. Writes classification.json, classification.md and classification.png. Each
 finished run is kept in classification.json at once: the same command goes on with those that are missing.
 """
 
@@ -20,9 +20,8 @@ from typing import Any
 
 import classification_report
 import torch
-from classification_runs import Run, measure, read_data, train
+from classification_runs import DEBIAN, Run, follow, measure, read_data, train
 
-DEBIAN = "/usr/share/datasets/fashion-mnist"
 BATCHES = (128, 32, 8, 4, 2)
 GHOST_SIZES = (128, 64, 32, 16, 8, 4, 2)
 RATES = (0.1, 0.2, 0.4, 0.8)
@@ -62,6 +61,35 @@ def sections() -> dict[str, dict[str, Run]]:
         "α": swept,
         "decay": decays,
         "batch size": {f"{name}/{size}": run for size in BATCHES for name, run in norms(size).items()},
+        "SeqNorm": seq_norms(),
+        "renorm": curves(),
+    }
+
+
+def seq_norms() -> dict[str, Run]:
+    """GhostBN by the number of its groups, then SeqNorm of 8 groups of samples by the number of channel groups."""
+    runs = {"BN": Run("BN", 128, times=3)}
+    runs |= {f"GhostBN, {128 // size} groups": ghost(128, size, times=3) for size in (64, 32, 16, 8)}
+    for number in (1, 2, 4, 8, 16):
+        options = {"num_channel_groups": number, "num_sample_groups": 8}
+        runs[f"SeqNorm, {number} groups of channels"] = Run("SeqNorm", 128, options, times=3)
+    return runs
+
+
+def curves() -> dict[str, Run]:
+    """Batch Renorm's figures: minibatches of 32, groups of 4 of them, few classes."""
+    of = partial(Run, batch=32, times=3, curve=True)
+    brn, few = {"momentum": 0.1}, ("few_classes", 2)
+    return {
+        "BN": of("BN"),
+        "BRN": of("BRN", options=brn),
+        "BN, groups of 4": of("GhostBN", options={"samples_per_group": 4}),
+        "BRN, groups of 4": of("BRN", options=brn | {"samples_per_group": 4}),
+        "BN, 2 classes": of("BN", pattern=few),
+        "GhostBN, 2 classes, each once": of(
+            "GhostBN", options={"samples_per_group": 2}, pattern=("few_classes_in_rounds", 2)
+        ),
+        "BRN, 2 classes": of("BRN", options=brn, pattern=few),
     }
 
 
@@ -98,6 +126,8 @@ def remedies(kind: str, classes: int) -> dict[str, Run]:
     runs["GhostBN, any order"] = of("GhostBN", options=size)
     runs["GhostBN, each class once"] = of("GhostBN", options=size, pattern=(f"{kind}_in_rounds", classes))
     if classes == 2:
+        for larger in (4, 8, 16):
+            runs[f"GhostBN of {larger}, any order"] = of("GhostBN", options={"samples_per_group": larger})
         runs["BRN, momentum 0.02"] = of("BRN", options={"momentum": 0.02})
         runs["BN, frozen from half-way on"] = of("BN", freeze=True)
         runs["BGN"] = of("BGN", options={"num_groups": 4})
@@ -126,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         ("rate", "learning rate for a batch of 128"),
     ):
         parser.add_argument(f"--{name}", type=type(defaults[name]), default=defaults[name], help=text)
+    parser.add_argument("--sections", nargs="+", metavar="SECTION", help="to train; all by default")
     parser.add_argument("--seeds", type=int, default=defaults["seeds"])
     args = parser.parse_args(argv)
     options = {name: getattr(args, name) for name in defaults}
@@ -144,14 +175,19 @@ def main(argv: list[str] | None = None) -> None:
     data = read_data(args.data, args.validation, args.test)
     runs = sections()
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed, run in ordered(runs, args.seeds):
+    if unknown := [section for section in args.sections or () if section not in runs]:
+        parser.error(f"--sections takes any of {list(runs)}, got {unknown[0]!r}")
+    chosen = {section: runs[section] for section in args.sections or runs}
+    for seed, run in ordered(chosen, args.seeds):
         key, sweep = run.key(seed), run in runs["α"].values()
         if key in results["runs"]:
             continue
         began = time.monotonic()
         trained = tuple(part[: args.images // run.part] for part in data["train"])
-        model = train(run, trained, args.epochs, args.rate, seed)
-        result = measure(run, model, data, trained, sweep)
+        curve: list[dict[str, float]] = []
+        watch = partial(follow, curve, run, data["test"]) if run.curve else None
+        model = train(run, trained, args.epochs, args.rate, seed, watch)
+        result = {"curve": curve} if run.curve else measure(run, model, data, trained, sweep)
         results["runs"][key] = result | {"seconds": round(time.monotonic() - began, 1)}
         classification_report.save(results, file)
         print(key, results["runs"][key], flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from classification_comments import COMMENTS
+from classification_comments import COMMENTS, OVERVIEW
 from classification_runs import SWEEP, Run
 
 SIZES = {"images": 3000, "epochs": 3, "validation": 2000, "test": 5000, "rate": 0.2, "seeds": 3}
@@ -37,6 +37,11 @@ class Measured:
         seeds = range(self.results["seeds"] + 2)
         found = [self.results["runs"].get(run.key(seed), {}) for seed in seeds] if run else []
         return [result[measure] for result in found if measure in result]
+
+    def begun(self, section: str) -> bool:
+        """Whether one of its runs is finished; a section without runs shows those of others."""
+        runs = self.sections.get(section, {})
+        return not runs or any(self.values(section, name, "seconds") for name in runs)
 
     def mean(self, section: str, name: str, measure: str = EMA) -> float:
         return statistics.mean(self.values(section, name, measure))
@@ -82,15 +87,22 @@ def report(results: dict[str, Any], sections: dict[str, dict[str, Run]], folder:
         "`dn.recompute_population_statistics` from the training images, in i.i.d. batches of 130.",
         *("", "![accuracies](classification.png)", ""),
     ]
+    if committed:
+        lines += [OVERVIEW.strip(), ""]
     parts = {
         "rate": ("Learning rate", _rate),
-        "batch size": ("Batch size", _batch_size),
-        "ghost size": ("Ghost size", _ghost_size),
-        "α": ("Example weight α", _alpha),
-        "decay": ("Decay of γ and β", _decay),
-        "few classes": ("Minibatches of few classes", _few_classes),
+        "batch size": ("Batch size (Batch Group Normalization, Table 2)", _batch_size),
+        "all four": ("All four (Four Things, Fig. 5)", _all_four),
+        "ghost size": ("Ghost size (Four Things, Figs. 3 and 4)", _ghost_size),
+        "SeqNorm": ("SeqNorm (Ghost Normalization, Tables 1 and 2)", _seq_norm),
+        "α": ("Example weight α (Four Things, Figs. 1 and 2)", _alpha),
+        "decay": ("Decay of γ and β (Four Things, §3.3)", _decay),
+        "few classes": ("Minibatches of few classes (Four Things, Table 1)", _few_classes),
+        "renorm": ("Over training (Batch Renormalization, Figs. 1 to 3)", _renorm),
     }
     for key, (title, part) in parts.items():
+        if not measured.begun(key):
+            continue
         lines += [f"## {title}", "", *part(measured)]
         if committed and key in COMMENTS:
             lines += [COMMENTS[key].strip(), ""]
@@ -119,8 +131,8 @@ def _batch_size(of: Measured) -> list[str]:
     lines = [
         f"{_passes(of)}. GN has 8 groups; GBGN 8 channel groups of 2 examples; GhostBN groups of 16, of 4 at batch 8,",
         "of 2 at 4 and 2 (where it is BN); SeqNorm 8 channel groups, then the groups of GhostBN; BGN the paper's G,",
-        "512, 128, 16, 2, 1. BRN has the paper's schedule of limits in shares of the steps, and momentum",
-        "0.1 · batch / 32, from 0.01 to 0.1.",
+        "512, 128, 16, 2, 1, or the nearest number that divides a layer's features. BRN has the paper's schedule of",
+        "limits in shares of the steps, and momentum 0.1 · batch / 32, from 0.01 to 0.1.",
         "",
     ]
     for title, measure in (("EMA", EMA), ("Recomputed", RECOMPUTED), ("α", ALPHA)):
@@ -151,6 +163,59 @@ def _ghost_size(of: Measured) -> list[str]:
     return [f"GhostBN, batch 128 (at 128 it is BN), {_passes(of, times=3)}.", "", *table(head, rows)]
 
 
+def _all_four(of: Measured) -> list[str]:
+    """Of the runs by batch size: γ and β decay in all of them."""
+    sizes = _sizes(of)
+    alone = {name: [(name, EMA)] * len(sizes) for name in ("BN", "GN", "GhostBN")}
+    together = [("GBGN" if size == 2 else "GhostBN", ALPHA) for size in sizes]
+    rows = []
+    for name, columns in (alone | {"GhostBN and α; at 2 GBGN and α": together}).items():
+        cells = zip(sizes, columns, strict=True)
+        rows.append([name, *(of.cell("batch size", f"{norm}/{size}", measure) for size, (norm, measure) in cells)])
+    text = f"{_passes(of)}; cells of the tables above: γ and β decay as the weights everywhere."
+    return [text, "", *table(("batch size", *sizes), rows)]
+
+
+def _seq_norm(of: Measured) -> list[str]:
+    measures = ("validation", EMA)
+    rows = [[name, *(of.cell("SeqNorm", name, measure) for measure in measures)] for name in of.sections["SeqNorm"]]
+    text = f"Batch 128, {_passes(of, times=3)}; *groups* are of samples, of which SeqNorm has the paper's eight."
+    return [text, "", *table(("norm", "validation accuracy", "test accuracy"), rows)]
+
+
+def curve(of: Measured, name: str, measure: str) -> list[list[float]]:
+    """The values of all seeds at each point; none where it was not measured."""
+    curves = of.values("renorm", name, "curve")
+    points = zip(*curves, strict=True)
+    return [[point[measure] for point in seeds] for seeds in points if all(measure in point for point in seeds)]
+
+
+CURVES = {  # label -> its runs, what is measured
+    "BN": ("BN", EMA),
+    "BRN": ("BRN", EMA),
+    "BN, groups of 4": ("BN, groups of 4", EMA),
+    "BRN, groups of 4": ("BRN, groups of 4", EMA),
+    "2 classes: BN": ("BN, 2 classes", EMA),
+    "2 classes: BN, training minibatches": ("BN, 2 classes", "training"),
+    "2 classes: BN, test minibatches of 2 classes, their statistics": ("BN, 2 classes", "equal minibatches"),
+    "2 classes: GhostBN, each class once": ("GhostBN, 2 classes, each once", EMA),
+    "2 classes: BRN": ("BRN, 2 classes", EMA),
+}
+
+
+def _renorm(of: Measured) -> list[str]:
+    points = {label: curve(of, *which) for label, which in CURVES.items()}
+    thirds = [len(points["BN"]) * k // 3 - 1 for k in (1, 2, 3)]
+    rows = [[label, *(spread(values[k]) for k in thirds)] for label, values in points.items() if values]
+    text = [
+        f"Minibatches of 32 images, {_passes(of, times=3)}; momentum 0.1. *Groups of 4*: each minibatch is normalized",
+        "in eight parts. *2 classes*: 16 images of each of two classes. Accuracy after a third of the training, two",
+        "thirds, and all of it:",
+        "",
+    ]
+    return [*text, *table(("", "1/3", "2/3", "end"), rows)]
+
+
 def _alpha(of: Measured) -> list[str]:
     head = ["α", *(f"{weight:g}" for weight in SWEEP)]
     lines = [
@@ -179,7 +244,7 @@ def few_rows(of: Measured) -> dict[str, tuple[str, str]]:
     rows: dict[str, tuple[str, str]] = {}
     for name in names:
         rows[name] = (name, EMA)
-        if name in ("BN", "GhostBN, each class once", "GBGN", "BRN, momentum 0.1"):
+        if name in ("BN", "GBGN", "BRN, momentum 0.1") or name.startswith("GhostBN"):
             rows[f"{name}, α"] = (name, ALPHA)
         if name in ("BN", "GhostBN, each class once"):
             rows[f"{name}, recomputed"] = (name, RECOMPUTED)
@@ -211,7 +276,7 @@ def _figure(of: Measured, file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, ((left, right), (low, last)) = plt.subplots(2, 2, figsize=(10, 8))
+    figure, ((left, right), (low, last), (iid, few)) = plt.subplots(3, 2, figsize=(10, 12))
     for name in _norms(of):
         points = [(size, of.values("batch size", f"{name}/{size}")) for size in _sizes(of)]
         _errors(left, [(size, values) for size, values in points if values], name)
@@ -232,7 +297,14 @@ def _figure(of: Measured, file: Path) -> None:
     last.barh([label for label, _ in shown], means, xerr=deviations, color="lightsteelblue")
     last.set(xlim=(max(min(means) - 5, 0), None), xlabel="test accuracy, %, trained on 2 classes × 16")
     last.tick_params(axis="y", labelsize=7)
-    for axis in (left, right, low):
+    for label, which in CURVES.items() if of.begun("renorm") else ():
+        axis = few if label.startswith("2 classes") else iid
+        _errors(axis, list(enumerate(curve(of, *which), 1)), label.removeprefix("2 classes: "))
+    iid.set(xlabel="epoch", title="minibatches of 32")
+    few.set(xlabel="epoch", title="minibatches of 2 classes")
+    for axis in (iid, few):
+        axis.set_visible(bool(axis.containers))
+    for axis in (axis for axis in (left, right, low, iid, few) if axis.containers):
         axis.set(ylabel="test accuracy, %")
         axis.legend(fontsize=7)
         axis.minorticks_off()

@@ -18,8 +18,11 @@ from domainnorm.data.arrays import read_idx_pair
 from domainnorm.data.class_sampler import ClassBatchSampler
 from domainnorm.surgery.freeze import freeze_batchnorm
 
+DEBIAN = "/usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist lies
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # the α of which validation chooses one
+POINTS = 9  # of a curve
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9, 0.97, 1.0)  # those of the section on α
+Watch = Callable[[nn.Module, float], None]
 Split = tuple[Tensor, Tensor]  # images (N, 1, H, W), labels (N,)
 
 
@@ -36,6 +39,7 @@ class Run:
     part: int = 1  # of the images, one in so many
     times: int = 1  # as many epochs
     rate: float | None = None  # None: that of the study
+    curve: bool = False  # accuracies over training, too
 
     def key(self, seed: int) -> str:
         """What is not the default, and the seed."""
@@ -84,6 +88,24 @@ def make_model(classes: int) -> nn.Module:
     return nn.Sequential(*stem, Block(16, 16, 1), Block(16, 64, 2), *head)
 
 
+def batch_group_norms(model: nn.Module, image: Tensor, num_groups: int) -> nn.Module:
+    """Each layer gets as many pieces as divide its features, the number nearest to `num_groups`."""
+    sizes: dict[str, int] = {}  # D of each layer
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: sizes.update({name: inputs[0][0].numel()}))
+        for name, layer in layers.items()
+    ]
+    model.eval()(image)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        divisors = (d for d in range(1, sizes[name] + 1) if sizes[name] % d == 0)
+        pieces = min(divisors, key=lambda d: abs(d - num_groups))
+        model.set_submodule(name, dn.convert_batchnorm(layer, "BGN", num_groups=pieces))
+    return model
+
+
 def minibatches(labels: Tensor, size: int, pattern: tuple[str, int], seed: int) -> Iterator[Tensor]:
     """Indices without end: one permutation after another, or as `ClassBatchSampler` makes them."""
     if pattern[0] != "iid":
@@ -102,8 +124,11 @@ def minibatches(labels: Tensor, size: int, pattern: tuple[str, int], seed: int) 
         left = left[size:]
 
 
-def train(run: Run, data: Split, epochs: int, rate: float, seed: int) -> nn.Module:
-    """SGD; the learning rate is proportional to the batch size, rises over 5 % of the steps and falls to 0."""
+def train(run: Run, data: Split, epochs: int, rate: float, seed: int, watch: Watch | None = None) -> nn.Module:
+    """SGD; the learning rate is proportional to the batch size, rises over 5 % of the steps and falls to 0.
+
+    `watch` is called `POINTS` times, with the model and its accuracy on the minibatches since it was called last.
+    """
     images, labels = data
     rate = run.rate or rate
     steps = max(len(labels) * epochs * run.times // run.batch, 2)
@@ -111,7 +136,11 @@ def train(run: Run, data: Split, epochs: int, rate: float, seed: int) -> nn.Modu
     if run.norm == "BRN":  # the paper's schedule, 5k, 25k and 40k steps of 130k, as shares
         options |= {"r_max": [(0.04 * steps, 1), (0.3 * steps, 3)], "d_max": [(0.04 * steps, 0), (0.2 * steps, 5)]}
     torch.manual_seed(seed)
-    model = dn.convert_batchnorm(make_model(int(labels.max()) + 1), run.norm, **options)
+    model = make_model(int(labels.max()) + 1)
+    if run.norm == "BGN":
+        model = batch_group_norms(model, images[:1], **options)
+    else:
+        model = dn.convert_batchnorm(model, run.norm, **options)
     affine = [p for m in model.modules() if isinstance(m, dn.DomainBatchNorm) for p in (m.weight, m.bias)]
     strength, target = run.decay or (0.0, 0.0)
     apart = affine if run.decay else []
@@ -120,17 +149,32 @@ def train(run: Run, data: Split, epochs: int, rate: float, seed: int) -> nn.Modu
     if apart:
         optimizer.add_param_group({"params": apart, "weight_decay": 0.0})
     model.train()
+    right = count = 0
     for step, chosen in enumerate(islice(minibatches(labels, run.batch, run.pattern, seed), steps)):
         if run.freeze and step == steps // 2:
             model = freeze_batchnorm(model, train_affine=True)
         for group in optimizer.param_groups:
             group["lr"] = rate * run.batch / 128 * min(1, (step + 1) / (0.05 * steps)) * (1 - step / steps)
         optimizer.zero_grad()
-        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        logits = model(images[chosen])
+        F.cross_entropy(logits, labels[chosen]).backward()
         for k, p in enumerate(apart):  # γ, β, γ, β, …
             p.grad.add_(p.detach() - (0 if k % 2 else target), alpha=strength)
         optimizer.step()
+        right, count = right + int((logits.argmax(1) == labels[chosen]).sum()), count + len(chosen)
+        if watch and (step + 1) * POINTS // steps > step * POINTS // steps:
+            watch(model, 100 * right / count)
+            right = count = 0
     return model
+
+
+def follow(curve: list[dict[str, float]], run: Run, test: Split, model: nn.Module, accuracy: float) -> None:
+    """A point of a curve: accuracies on training minibatches, under the EMA and, of odd minibatches, on such ones."""
+    point = {"training": round(accuracy, 3), "EMA": score(model, test)[0]}
+    if run.pattern[0] != "iid":
+        point["equal minibatches"] = minibatch_score(model, test, run.batch, run.pattern)
+    curve.append(point)
+    model.train()
 
 
 @torch.no_grad()
@@ -145,6 +189,15 @@ def score(model: nn.Module, split: Split, batches: list[Tensor] | None = None) -
         right += int((logits.argmax(1) == labels[batch]).sum())
         loss += float(F.cross_entropy(logits, labels[batch], reduction="sum"))
     return round(100 * right / count, 3), round(loss / count, 5)
+
+
+def minibatch_score(model: nn.Module, split: Split, size: int, pattern: tuple[str, int]) -> float:
+    """Accuracy under minibatch statistics, of about as many images as there are."""
+    dn.set_statistics(model, "minibatch")
+    batches = list(islice(minibatches(split[1], size, pattern, seed=0), max(len(split[1]) // size, 1)))
+    accuracy = score(model, split, batches)[0]
+    dn.set_statistics(model, "auto")
+    return accuracy
 
 
 def measure(run: Run, model: nn.Module, data: dict[str, Split], trained: Split, sweep: bool) -> dict[str, Any]:
@@ -168,12 +221,8 @@ def measure(run: Run, model: nn.Module, data: dict[str, Split], trained: Split, 
     result |= {"validation": scores[0.0], "α": chosen, "with α": score(model, data["test"])[0]}
     dn.set_example_weight(model, 0.0)
     if run.norm == "BN" and run.pattern[0] != "iid" and not run.freeze:
-        dn.set_statistics(model, "minibatch")
         for name, pattern in (("equal minibatches", run.pattern), ("random minibatches", ("iid", 0))):
-            made = minibatches(data["test"][1], run.batch, pattern, seed=0)
-            some = list(islice(made, max(len(data["test"][1]) // run.batch, 1)))
-            result[name] = score(model, data["test"], some)[0]
-        dn.set_statistics(model, "auto")
+            result[name] = minibatch_score(model, data["test"], run.batch, pattern)
     if not run.freeze:
         recompute()
         result["recomputed"] = score(model, data["test"])[0]

@@ -1,245 +1,190 @@
 #!/usr/bin/env python
-"""What Tables 1 and 2 of *Rethinking "Batch" in BatchNorm* show, on a small classifier; and what exact statistics cost.
+"""One row of the study `population`: a classifier trained with one normalization batch, under all its statistics.
 
-    tools/studies/population.py [--out docs/studies] [--images 3000] [--steps 300]
+    tools/studies/population.py --norm-batch 2 --out FOLDER [--seed 0] [--batch 128] [--data FOLDER]
 
-A classifier of objects cut from the built-in data set is trained twice: with a large learning rate and normalization
-batches of 64, looked at in mid-training (Table 1), and with normalization batches of 2 (Table 2). Its validation error
-is measured under the EMA and under statistics recomputed by each method, from N images in batches of B. Then the time
-of method "exact" on ResNet-50 is compared with one forward pass, and with the algorithm that goes layer by layer.
-Writes population.json, population.md and population.png.
+What *Rethinking "Batch" in BatchNorm*, Tables 1 and 2 and Figs. 3 to 6, measure, all of one training: the validation
+error over training under the EMA and under recomputed statistics; of the trained model under statistics recomputed
+from N images, in batches of B, by each method; under minibatch statistics, on training and on validation images; and
+with the statistics frozen in the last fifth. Writes `results.json`, errors in percent. `tools/studies/run.py
+population` runs all rows.
+
+Fashion-MNIST at half resolution from the folder of Debian's package, the built-in `patches` where it is not there; each
+image has an intensity of its own, which makes the images of a small normalization batch unlike the population.
 """
 
 import argparse
 import copy
-import json
-import os
-import statistics
-import time
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from classification_runs import DEBIAN, Block, Split, minibatches, read_data
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resized_crop
 
 import domainnorm as dn
-from domainnorm.data.scene import CLASSES, LOOKS, draw_scene
-from domainnorm.statistics.recompute import METHODS
+from domainnorm.output import write_json
 
-SIZE = 32  # pixels of an object's image
-SEEDS = (0, 1, 2)  # of the images from which statistics are recomputed
-TABLE_2 = """\
-Table 2 of the paper does not show here. There, larger B is better (validation error 35.5 with the EMA; 34.4, 32.3,
-32.0 and 32.0 with B = 2, 10, 100 and N); here B = 2 is the best. The differences between B are at most ten of 1500
-validation images, of one small model that was trained once: too few to say why."""
+MOMENTUM = 0.1  # of the EMA
+VALIDATION = 5120  # images
+EARLY, FREEZE_AT = 0.3, 0.8  # shares of the training: where N is looked at, as the paper's epoch 30; Fig. 6
+NUMBERS = (10, 100, 1000, 6000)  # N
+BATCHES = (2, 10, 100, 1000)  # B, of N = 1000
 
 
-def objects(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` objects, cut out with a margin, in noisy grey: float32 `(count, 1, SIZE, SIZE)`, and their classes."""
-    images: list[Tensor] = []
-    labels: list[int] = []
-    for number in range(10**9):
-        scene = draw_scene(LOOKS["night"], np.random.default_rng([seed, number]))
-        pixels = torch.from_numpy(scene.image).permute(2, 0, 1)
-        for label, mask in zip(scene.labels, scene.masks, strict=True):
-            ys, xs = mask.nonzero()
-            top, left, side = int(ys.min()) - 2, int(xs.min()) - 2, int(max(np.ptp(ys), np.ptp(xs))) + 5
-            images.append(resized_crop(pixels, top, left, side, side, [SIZE, SIZE], antialias=True))
-            labels.append(label)
-        if len(images) >= count:
-            grey = torch.stack(images[:count]).float().mean(1, keepdim=True) / 255 - 0.3
-            noise = 0.1 * torch.randn(grey.shape, generator=torch.Generator().manual_seed(seed))
-            return grey + noise, torch.tensor(labels[:count])
-    raise AssertionError
-
-
-def make_model() -> nn.Module:
-    """Six convolutions with BatchNorm."""
-    layers: list[nn.Module] = []
-    for width, before in ((32, 1), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128)):
-        layers += [nn.Conv2d(before, width, 3, 1 + (before != width and before > 1), 1, bias=False)]
-        layers += [dn.DomainBatchNorm(width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(CLASSES)))
-
-
-def train(images: Tensor, labels: Tensor, steps: int, batch: int, passes: int, rate: float, seed: int) -> nn.Module:
-    """SGD on `passes` batches a step, each a normalization batch of its own."""
-    torch.manual_seed(seed)
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 20)
-        optimizer.zero_grad()
-        for part in torch.randint(len(images), (passes, batch)):
-            (F.cross_entropy(model(images[part]), labels[part]) / passes).backward()
-        optimizer.step()
+def make_model(classes: int, norm_batch: int) -> nn.Module:
+    """A ResNet of nine blocks, 16 to 64 channels; a feature map of 14 x 14 pixels ends as 2 x 2."""
+    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    layers += [nn.MaxPool2d(2), *(Block(16, 16, 1) for _ in range(3))]
+    layers += [Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1)]
+    layers += [Block(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    model = dn.convert_batchnorm(nn.Sequential(*layers), "GhostBN", samples_per_group=norm_batch, momentum=MOMENTUM)
+    for layer in norms(model):
+        # what one of many processes, each with one normalization batch of a step, would keep in its buffers
+        layer.register_buffer("own_mean", torch.zeros_like(layer.running_mean), persistent=False)
+        layer.register_buffer("own_var", torch.ones_like(layer.running_var), persistent=False)
+        layer.register_forward_pre_hook(_follow_first_group)
     return model
 
 
 @torch.no_grad()
-def error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent, under the population statistics."""
-    model.eval()
-    wrong = sum((model(x).argmax(1) != y).sum() for x, y in zip(images.split(250), labels.split(250), strict=True))
-    return 100 * float(wrong) / len(labels)
+def _follow_first_group(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    if layer.training:
+        var, mean = torch.var_mean(inputs[0][: layer.samples_per_group], (0, 2, 3))
+        layer.own_mean.lerp_(mean, MOMENTUM)
+        layer.own_var.lerp_(var, MOMENTUM)
 
 
-def recomputed_error(model: nn.Module, data: dict[str, Any], number: int, batch: int, method: str) -> float:
-    """Mean over `SEEDS` of the error with statistics recomputed from `number` images in batches of `batch`."""
-    errors = []
-    for seed in SEEDS:
-        chosen = torch.randperm(len(data["train"][0]), generator=torch.Generator().manual_seed(seed))[:number]
-        twin = copy.deepcopy(model)
-        batches = data["train"][0][chosen].split(batch)
-        dn.recompute_population_statistics(twin, batches, number, method, progress=False)
-        errors.append(error(twin, *data["val"]))
-    return statistics.mean(errors)
+def vary(split: Split, seed: int) -> Split:
+    """Black is 0, and each image is multiplied by a log-normal number, as without control of the exposure."""
+    factors = torch.exp(1.5 * torch.randn(len(split[1]), 1, 1, 1, generator=torch.Generator().manual_seed(seed)))
+    return (split[0] - split[0].min()) * factors, split[1]
 
 
-def table_1(data: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """Error against N; mid-training, at a learning rate that moves the weights faster than the EMA follows."""
-    rows = []
-    for done in (steps // 4, steps):
-        model = train(*data["train"], done, 64, 1, rate=0.4, seed=0)
-        rows.append({"steps": done, "method": "EMA", "N": 0, "error": error(copy.deepcopy(model), *data["val"])})
-        for method in METHODS:
-            for number in (100, 1000, len(data["train"][0])):
-                value = recomputed_error(model, data, number, 100, method)
-                rows.append({"steps": done, "method": method, "N": number, "error": value})
-    return rows
-
-
-def table_2(data: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """Error against B, for a model trained with normalization batches of 2."""
-    model = train(*data["train"], steps, 2, 16, rate=0.05, seed=0)
-    rows = [{"method": "EMA", "B": 2, "error": error(copy.deepcopy(model), *data["val"])}]
-    for method in METHODS:
-        for batch in (2, 10, 100, 1000):
-            rows.append({"method": method, "B": batch, "error": recomputed_error(model, data, 1000, batch, method)})
-    return rows
-
-
-def _note(moments: list[dn.Moments], _: nn.Module, args: Any) -> None:
-    moments.append(dn.Moments.rows(args[0]).merge(0))
+def norms(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, dn.GhostBatchNorm)]
 
 
 @torch.no_grad()
-def layer_by_layer(model: nn.Module, batches: list[Tensor]) -> None:
-    """Exact statistics as the paper describes them: for each layer one pass, all layers before it being done."""
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    model.eval()
-    for layer in layers:
-        moments: list[dn.Moments] = []
-        hook = layer.register_forward_pre_hook(partial(_note, moments))
-        for batch in batches:
-            model(batch)
-        hook.remove()
-        merged = dn.Moments.cat(moments).merge(0)
-        layer.running_mean.copy_(merged.mean[0])
-        layer.running_var.copy_(merged.var[0])
+def error(model: nn.Module, split: Split, statistics: str = "population") -> float:
+    """In percent; normalization batches under minibatch statistics are of the size of training, of random images."""
+    dn.set_statistics(model.eval(), statistics)
+    wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in zip(*(v.split(256) for v in split), strict=True))
+    dn.set_statistics(model.train(), "auto")
+    return 100 * wrong / len(split[1])
 
 
-@torch.no_grad()
-def cost() -> dict[str, Any]:
-    """Ratios of medians of CPU times, in one run, in turn."""
-    torch.manual_seed(0)
-    model = torchvision.models.resnet50(num_classes=10)
-    batches = list(torch.randn(64, 3, 96, 96).split(16))
-
-    def forward() -> None:
-        for batch in batches:
-            model.eval()(batch)
-
-    def timed(function: Any, *args: Any) -> float:
-        began = time.process_time()  # other processes do not count
-        function(*args)
-        return time.process_time() - began
-
-    times: dict[str, list[float]] = {"forward": [], "exact": [], "pooled": []}
-    for _ in range(6):  # the first is a warm-up
-        times["forward"].append(timed(forward))
-        for method in ("exact", "pooled"):
-            recompute = partial(dn.recompute_population_statistics, model, batches, 64, method, progress=False)
-            times[method].append(timed(recompute))
-    slow = timed(layer_by_layer, model, batches)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    ratios = {name: value / medians["forward"] for name, value in medians.items() if name != "forward"}
-    layers = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    return {"norm layers": layers, **ratios, "layer by layer": slow / medians["forward"]}
+def recomputed(model: nn.Module, images: Tensor, number: int, batch: int, method: str = "pooled") -> nn.Module:
+    """A copy with the statistics of `number` random images."""
+    twin = copy.deepcopy(model)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(torch.initial_seed()))[:number]
+    return dn.recompute_population_statistics(twin, images[chosen].split(batch), number, method, progress=False)
 
 
-def report(results: dict[str, Any], folder: Path) -> None:
-    """population.json, population.md and population.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "population.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    lines = [
-        *("# Population statistics: EMA and recomputed", "", f"`{results['command']}`  ", f"{results['machine']}.", ""),
-        *("Validation errors in percent; recomputed: means of three draws of images.", "", "## Error against N", ""),
-        *("Trained with normalization batches of 64 and learning rate 0.4; B = 100.", ""),
-    ]
-    for steps in sorted({row["steps"] for row in results["table 1"]}):
-        lines += [f"After {steps} steps:", "", *_table([r for r in results["table 1"] if r["steps"] == steps], "N"), ""]
-    lines += ["## Error against B", "", "Trained with normalization batches of 2; N = 1000.", ""]
-    lines += [*_table(results["table 2"], "B"), "", *TABLE_2.splitlines(), ""]
-    lines += ["![error against B](population.png)", "", "## Time", ""]
-    own = results["cost"]
-    lines += [
-        f"ResNet-50 with {own['norm layers']} norm layers, 4 batches of 16 images of 96 x 96 pixels. CPU time, divided",
-        f"by that of one forward pass over them: exact {own['exact']:.2f}, pooled {own['pooled']:.2f},",
-        f"exact layer by layer {own['layer by layer']:.1f}.",
-    ]
-    (folder / "population.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3.5))
-    rows = results["table 2"]
-    axis.axhline(rows[0]["error"], color="grey", linestyle=":", label="EMA")
-    for method in METHODS:
-        points = [(row["B"], row["error"]) for row in rows if row["method"] == method]
-        axis.plot(*zip(*points, strict=True), marker="o", label=method)
-    axis.set(xscale="log", xlabel="B, images in a batch of the recomputation", ylabel="validation error, %")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(folder / "population.png", dpi=100, metadata={"Software": None})
+def of_one_process(model: nn.Module) -> nn.Module:
+    """A copy with the statistics that `_follow_first_group` kept."""
+    twin = copy.deepcopy(model)
+    for layer in norms(twin):
+        layer.running_mean.copy_(layer.own_mean)
+        layer.running_var.copy_(layer.own_var)
+    return twin
 
 
-def _table(rows: list[dict[str, Any]], key: str) -> list[str]:
-    """The first row is the EMA's; the others are of each method, by increasing `key`."""
-    values = sorted({row[key] for row in rows[1:]})
-    lines = [f"| method | {' | '.join(f'{key} = {value}' for value in values)} |", "|---" * (len(values) + 1) + "|"]
-    lines.append(f"| EMA | {rows[0]['error']:.2f} |{' |' * (len(values) - 1)}")
-    for method in METHODS:
-        cells = [f"{row['error']:.2f}" for row in rows if row["method"] == method]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
+class Training:
+    """A model, its optimizer and its learning rate, which rises over 5 % of the steps and falls linearly to 0."""
+
+    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+        self.rate = rate
+        self.steps = steps
+
+    def frozen(self, images: Tensor) -> "Training":
+        """A copy that goes on with recomputed statistics; γ and β go on learning."""
+        twin = Training(recomputed(self.model, images, 1000, 100), self.rate, self.steps)
+        twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        dn.freeze_batchnorm(twin.model, train_affine=True)
+        return twin
+
+    def step(self, number: int, images: Tensor, labels: Tensor, warmup: float = 1.0) -> int:
+        """How many images were wrong."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1, (number + 1) / (0.05 * self.steps), warmup) * (1 - number / self.steps)
+        self.optimizer.zero_grad()
+        logits = self.model(images)
+        F.cross_entropy(logits, labels).backward()
+        self.optimizer.step()
+        return int((logits.argmax(1) != labels).sum())
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    data = read_data(args.data, 0, VALIDATION)
+    (images, labels), validation = vary(data["train"], 1), vary(data["test"], 2)
+    images, labels = images[: args.images], labels[: args.images]
+    torch.manual_seed(args.seed)
+    model = make_model(int(labels.max()) + 1, args.norm_batch)
+    epoch = len(labels) // args.batch  # in steps
+    training = Training(model, args.rate * args.batch / 128, args.epochs * epoch)
+    results: dict[str, Any] = {"curve": {"training": {}, "EMA": {}, "EMA of one process": {}, "recomputed": {}}}
+    frozen, wrong, begin = None, 0, int(FREEZE_AT * args.epochs) * epoch
+    for number, chosen in enumerate(islice(minibatches(labels, args.batch, ("iid", 0), args.seed), training.steps)):
+        if number == begin:
+            frozen = training.frozen(images)
+        wrong += training.step(number, images[chosen], labels[chosen])
+        if frozen:
+            frozen.step(number, images[chosen], labels[chosen], warmup=(number - begin + 1) / epoch)
+        if (number + 1) % epoch == 0:
+            done = (number + 1) // epoch
+            point = {
+                "training": 100 * wrong / (epoch * args.batch),
+                "EMA": error(model, validation),
+                "EMA of one process": error(of_one_process(model), validation),
+                "recomputed": error(recomputed(model, images, 1000, 100), validation),
+            }
+            for name, value in point.items():
+                results["curve"][name][str(done)] = value
+            wrong = 0
+            if done == max(round(EARLY * args.epochs), 1):
+                results["early"] = against_number(model, images, validation)
+    assert frozen is not None
+    results["end"] = against_number(model, images, validation)
+    results["B"] = {
+        method: {str(b): error(recomputed(model, images, 1000, b, method), validation) for b in sizes}
+        for method, sizes in (("pooled", BATCHES), ("mean_of_variances", BATCHES), ("exact", (100,)))
+    }
+    population = recomputed(model, images, NUMBERS[-1], 1000)
+    results["training"] = {"minibatch": error(model, (images[:VALIDATION], labels[:VALIDATION]), "minibatch")}
+    results["validation"] = {
+        "population": error(population, validation),
+        "minibatch": error(model, validation, "minibatch"),
+        "EMA": error(model, validation),
+        "EMA of one process": error(of_one_process(model), validation),
+        "frozen": error(frozen.model, validation),
+    }
+    return results
+
+
+def against_number(model: nn.Module, images: Tensor, validation: Split) -> dict[str, float]:
+    """Error under the EMA, and under statistics of N images in batches of 100."""
+    errors = {str(number): error(recomputed(model, images, number, 100), validation) for number in NUMBERS}
+    return {"EMA": error(model, validation), **errors}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Error and cost of population statistics.")
-    parser.add_argument("--out", type=Path, default=Path("docs/studies"))
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=300)
+    parser = argparse.ArgumentParser(description="A classifier of one normalization batch size, under all statistics.")
+    parser.add_argument("--norm-batch", type=int, required=True, help="images that are normalized together")
+    parser.add_argument("--batch", type=int, default=128, help="images of an SGD step")
+    parser.add_argument("--rate", type=float, default=0.2, help="learning rate for a batch of 128")
+    parser.add_argument("--images", type=int, default=6144, help="to train on")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--data", default=DEBIAN if Path(DEBIAN).exists() else "patches")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    data = {"train": objects(args.images, seed=1), "val": objects(max(args.images // 2, 100), seed=2)}
-    results = {
-        "command": f"tools/studies/population.py --images {args.images} --steps {args.steps}",
-        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}, seed 0",
-        "table 1": table_1(data, args.steps),
-        "table 2": table_2(data, args.steps),
-        "cost": cost(),
-    }
-    report(results, args.out)
-    print((args.out / "population.md").read_text(encoding="utf-8"))
+    results = run(args)
+    write_json(args.out / "results.json", results)
 
 
 if __name__ == "__main__":

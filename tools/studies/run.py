@@ -37,28 +37,30 @@ def run(study: Study, name: str, seeds: list[int], rows: list[str], jobs: int, w
     """All rows of one seed, then those of the next: an interruption leaves whole tables."""
     content = read(out / f"{name}.json") or {"results": {}}
     content |= {"command": f"tools/studies/run.py {name} --seeds {' '.join(map(str, seeds))}", "machine": machine()}
-    waiting = [(row, seed) for seed in seeds for row in rows if str(seed) not in content["results"].get(row, {})]
+    own = [row for row in rows if not study.rows[row].results_of]
+    waiting = [(row, seed) for seed in seeds for row in own if str(seed) not in content["results"].get(row, {})]
     count, done, began = len(waiting), 0, time.monotonic()
-    running: dict[Future[tuple[dict[str, Any], int]], tuple[str, int]] = {}
+    running: dict[Future[tuple[dict[str, Any], int | None]], tuple[str, int]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             busy = sum(study.rows[row].processes for row, _ in running.values())
             while (chosen := startable(study, waiting, list(running.values()), jobs - busy)) is not None:
                 waiting.remove(chosen)
                 row, seed = chosen
-                running[pool.submit(timed, study.rows[row], work / name, row, seed)] = chosen
+                folder = work / name / row / f"seed-{seed}"
+                running[pool.submit(train, study.rows[row], folder, seed, work / name)] = chosen
                 busy += study.rows[row].processes
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 row, seed = running.pop(future)
                 results, seconds = future.result()
-                content["results"].setdefault(row, {})[str(seed)] = {"results": results, "seconds": seconds}
+                content["results"].setdefault(row, {})[str(seed)] = {"results": results, "cpu_seconds": seconds}
                 content["results"] = {r: content["results"][r] for r in study.rows if r in content["results"]}
                 output_folder(out, "--out")
                 write_json(out / f"{name}.json", content)
                 write_report(study, name, content, out)
                 done += 1
                 left = (time.monotonic() - began) / done * (count - done) / 60
-                said = f"[{done}/{count}] {row}, seed {seed}: {seconds} s, {study.headline(results)}"
+                said = f"[{done}/{count}] {row}, seed {seed}: {study.headline(row, results)}"
                 print(f"{said}; {left:.0f} minutes left" if done < count else said, flush=True)
 
 
@@ -74,23 +76,19 @@ def startable(
     return None
 
 
-def timed(row: Row, work: Path, name: str, seed: int) -> tuple[dict[str, Any], int]:
-    """What `train` returns, and the seconds that it took."""
-    began = time.monotonic()
-    return train(row, work / name / f"seed-{seed}", seed, work), round(time.monotonic() - began)
-
-
-def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
-    """Run one row, unless its results are there.
+def train(row: Row, folder: Path, seed: int, study: Path) -> tuple[dict[str, Any], int | None]:
+    """Run one row, unless its results are there: these, and the CPU seconds that it took, of all its processes.
 
     Raises:
         UserError: it failed; its log says why.
     """
-    found = folder / "results.json"
+    found, seconds = folder / "results.json", None
     if not found.exists():
         options = list(map(os.path.expandvars, row.options))
         if row.config.endswith(".py"):
-            command = [sys.executable, str(ROOT / row.config), *options, "--seed", str(seed), "--out", str(folder)]
+            weights = [str(study / row.weights_of / f"seed-{seed}")] if row.weights_of else []
+            command = [sys.executable, str(ROOT / row.config), *options, *weights]
+            command += ["--seed", str(seed), "--out", str(folder)]
         else:
             command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
             command += ["--num-gpus", str(row.processes)] if row.processes > 1 else []
@@ -103,12 +101,13 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> dict[str, Any]:
         log = folder.with_suffix(".log")
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | os.environ
         with open(log, "a", encoding="utf-8") as stream:
-            code = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False
-            ).returncode
-        if code:
-            raise UserError(f"{shlex.join(command)} ended with exit code {code}: {log} says why")
-    return json.loads(found.read_text(encoding="utf-8"))
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
+        if process.returncode:
+            raise UserError(f"{shlex.join(command)} ended with exit code {process.returncode}: {log} says why")
+        seconds = round(usage.ru_utime + usage.ru_stime)
+    return json.loads(found.read_text(encoding="utf-8")), seconds
 
 
 def read(file: Path) -> dict[str, Any] | None:

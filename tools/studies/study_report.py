@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,45 @@ def write_report(study: Study, name: str, content: Mapping[str, Any], folder: Pa
 
 def figures(study: Study, content: Mapping[str, Any], row: str, column: str) -> list[float]:
     """Of all seeds that were run."""
-    runs = content["results"].get(row, {}).values()
-    found = (study.value(run["results"], column) for run in runs)
+    found = (study.value(row, run["results"], column) for run in runs(study, content, row).values())
     return [value for value in found if value is not None]
+
+
+def runs(study: Study, content: Mapping[str, Any], row: str) -> Mapping[str, Any]:
+    """By seed, what has the figures of a row."""
+    return content["results"].get(study.rows[row].results_of or row, {})
 
 
 def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
     """Mean ± standard deviation over the seeds, the paper's figures beside them."""
-    has_paper = [column for column in study.columns if any(column in row.paper for row in study.rows.values())]
-    head = ["", *study.columns, *(f"paper: {column}" for column in has_paper), "seeds"]
-    lines = [f"# {study.title}", "", study.about, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for key, row in study.rows.items():
-        own = [figures(study, content, key, column) for column in study.columns]
-        if not any(own):
-            continue
-        seeds = ", ".join(sorted(content["results"][key], key=int))
-        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Mean ± standard deviation over the seeds."]
+    lines = [f"# {study.title}", "", study.about, ""]
+    for title, columns in (study.tables or {"": list(study.columns)}).items():
+        lines += [f"## {title}", ""] if title else []
+        lines += [*table(study, content, columns), ""]
+    lines += ["Mean ± standard deviation over the seeds."]
     lines += ["", f"![{study.title}]({name}.png)", ""]
     if content.get(CONCLUSIONS):
         lines += [*content[CONCLUSIONS], ""]
-    minutes = sum(run["seconds"] for runs in content["results"].values() for run in runs.values()) / 60
-    lines += [f"`{content['command']}`: {minutes:.0f} minutes of runs, {content['machine']}.", ""]
+    every = [run for row in content["results"].values() for run in row.values()]
+    known = [run["cpu_seconds"] / 60 for run in every if run.get("cpu_seconds") is not None]
+    each = f" of {statistics.median(known):.1f} CPU minutes (median)" if known else ""
+    lines += [f"`{content['command']}`: {len(every)} runs{each}, {content['machine']}.", ""]
     return "\n".join(lines)
+
+
+def table(study: Study, content: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """The rows that have a figure in one of `columns`."""
+    has_paper = [column for column in columns if any(column in row.paper for row in study.rows.values())]
+    head = ["", *columns, *(f"paper: {column}" for column in has_paper), "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for key, row in study.rows.items():
+        own = [figures(study, content, key, column) for column in columns]
+        if not any(own):
+            continue
+        seeds = ", ".join(sorted(runs(study, content, key), key=int))
+        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def plot(study: Study, content: Mapping[str, Any]) -> bytes:
@@ -58,7 +73,7 @@ def plot(study: Study, content: Mapping[str, Any]) -> bytes:
 
 
 def curves(study: Study, content: Mapping[str, Any]) -> Figure:
-    """Means over the seeds; error bars are standard deviations."""
+    """Means over the seeds; error bars are standard deviations, the edges of bands means alone."""
     columns = min(len(study.plots), 2)
     rows = -(-len(study.plots) // columns)
     figure = Figure(figsize=(1 + 4.5 * columns, 3.4 * rows), layout="constrained")
@@ -69,6 +84,10 @@ def curves(study: Study, content: Mapping[str, Any]) -> Figure:
             spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in known]
             means = [statistics.mean(v) for _, v in known]
             axes.errorbar([x for x, _ in known], means, spreads, marker="o", markersize=3, capsize=2, label=label)
+        for label, edges in drawn.bands.items():
+            known = [{x: v for x, row, column in e if (v := figures(study, content, row, column))} for e in edges]
+            lower, upper = ([statistics.mean(v) for v in edge.values()] for edge in known)
+            axes.fill_between(list(known[0]), lower, upper, alpha=0.4, label=label)
         axes.set(title=drawn.title, xlabel=drawn.x, ylabel=drawn.y)
         if drawn.log:
             ticks = sorted({x for points in drawn.curves.values() for x, _, _ in points})
