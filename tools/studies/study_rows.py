@@ -211,7 +211,7 @@ def _figure8_plots() -> list[Plot]:
         for row, title in (("16x2", "16 classes x 2"), ("8x4", "8 classes x 4"), ("4x8", "4 classes x 8"))
     ]
     rows = {"8 x 4": "8x4", "GhostBN": "ghost", "shuffled": "shuffle", "all batches": "all", "Batch Renorm": "brn"}
-    rows |= {"GroupNorm": "gn", "i.i.d.": "iid"}
+    rows |= {"i.i.d.": "iid"}
     remedies = {label: curve(row, "population") for label, row in rows.items()}
     return [*plots, Plot("8 x 4: remedies, population statistics", "step", "accuracy, %", remedies)]
 
