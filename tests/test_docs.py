@@ -47,7 +47,8 @@ def test_what_a_page_tells_to_type_exists(page):
             raise AssertionError(f"{block.place}: {error}") from error
     folders = "tools|configs|docs|domainnorm|examples|tests"
     for path in re.findall(rf"`((?:{folders})/[\w./]+)`", page.read_text(encoding="utf-8")):
-        assert (ROOT / path).exists(), path
+        known = any((folder / path).exists() for folder in (ROOT, ROOT / "tests"))  # papers.md has tests by the latter
+        assert known or page.parent.name == "migration", path  # whose tables have files of other projects
 
 
 def test_few_blocks_are_not_run_and_say_why():

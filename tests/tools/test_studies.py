@@ -129,6 +129,18 @@ def test_the_table():
     assert "It shows." in text and "3 runs of 1.0 CPU minutes (median), this one" in text
 
 
+def test_details():
+    """Of the table only: words, the most frequent first, and means."""
+    study = dataclasses.replace(TINY, details={"said": "said", "seconds": "cpu/seconds"})
+    runs = {str(k): {"results": results(1.0, 2.0) | {"said": word}} for k, word in enumerate("abb")}
+    for k, found in enumerate(runs.values()):
+        found["results"]["cpu"] = {"seconds": 10.0 + k}
+        found["seconds"] = 60
+    text = study_report.markdown(study, "tiny", CONTENT | {"results": {"one": runs}})
+    assert "|  | population AP | minibatch AP | said | seconds | paper: population AP | seeds |" in text
+    assert "| one row | 1.0 ± 0.0 | 2.0 ± 0.0 | b (2); a (1) | 11.0 ± 1.0 | 30.7 | 0, 1, 2 |" in text
+
+
 def test_the_same_bytes_again(tmp_path):
     study_report.write_report(TINY, "tiny", CONTENT, tmp_path)
     first = [(tmp_path / f"tiny.{kind}").read_bytes() for kind in ("md", "png")]
@@ -258,3 +270,20 @@ def test_a_script_is_a_row(tmp_path):
     row = Row("scripted", str(script), ("--size", "3"))
     assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work")[0] == {"seed": 7}
     assert run.train(row, tmp_path / "work" / "scripted" / "seed-7", 7, tmp_path / "work") == ({"seed": 7}, None)
+
+
+def test_weights_of_another_study(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\nout.mkdir(parents=True)\n"
+        "(out / 'results.json').write_text(json.dumps({'weights': sys.argv[1]}))\n"
+    )
+    row = Row("scripted", str(script), weights_of="../table5/row4")
+    arguments = (row, tmp_path / "audit" / "sound" / "seed-1", 1, tmp_path / "audit")
+    with pytest.raises(dn.UserError, match=r"has no results: run .*run.py table5 --rows row4 --seeds 1 first"):
+        run.train(*arguments)
+    trained = tmp_path / "table5" / "row4" / "seed-1"
+    trained.mkdir(parents=True)
+    (trained / "results.json").touch()
+    assert run.train(*arguments)[0] == {"weights": str(trained)}

@@ -85,9 +85,13 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> tuple[dict[str, Any
     found, seconds = folder / "results.json", None
     if not found.exists():
         options = list(map(os.path.expandvars, row.options))
+        trained = Path(os.path.normpath(study / row.weights_of / f"seed-{seed}"))
+        if row.weights_of and not (trained / "results.json").exists():
+            needed = f"tools/studies/run.py {trained.parts[-3]} --rows {trained.parts[-2]} --seeds {seed}"
+            raise UserError(f"{trained} has no results: run {needed} first")
         if row.config.endswith(".py"):
-            weights = [str(study / row.weights_of / f"seed-{seed}")] if row.weights_of else []
-            command = [sys.executable, str(ROOT / row.config), *options, *weights]
+            command = [sys.executable, str(ROOT / row.config), *options]
+            command += [str(trained)] if row.weights_of else []
             command += ["--seed", str(seed), "--out", str(folder)]
         else:
             command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(ROOT / row.config)]
@@ -96,7 +100,7 @@ def train(row: Row, folder: Path, seed: int, study: Path) -> tuple[dict[str, Any
             command += ["--eval-only" if row.weights_of else "--resume", *options]
             command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
             if row.weights_of:
-                command += ["MODEL.WEIGHTS", str(study / row.weights_of / f"seed-{seed}" / "model_final.pth")]
+                command += ["MODEL.WEIGHTS", str(trained / "model_final.pth")]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".log")
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | os.environ

@@ -2,6 +2,7 @@
 
 import io
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,16 @@ def markdown(study: Study, name: str, content: Mapping[str, Any]) -> str:
 def table(study: Study, content: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """The rows that have a figure in one of `columns`."""
     has_paper = [column for column in columns if any(column in row.paper for row in study.rows.values())]
-    head = ["", *columns, *(f"paper: {column}" for column in has_paper), "seeds"]
+    head = ["", *columns, *study.details, *(f"paper: {column}" for column in has_paper), "seeds"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, row in study.rows.items():
         own = [figures(study, content, key, column) for column in columns]
         if not any(own):
             continue
         seeds = ", ".join(sorted(runs(study, content, key), key=int))
-        cells = [row.title, *map(_mean, own), *(_number(row.paper.get(column)) for column in has_paper), seeds]
+        details = (_detail(study, content, key, column) for column in study.details)
+        papers = (_number(row.paper.get(column)) for column in has_paper)
+        cells = [row.title, *map(_mean, own), *details, *papers, seeds]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -122,6 +125,15 @@ def bars(study: Study, content: Mapping[str, Any]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
     return figure
+
+
+def _detail(study: Study, content: Mapping[str, Any], row: str, column: str) -> str:
+    """A mean, or what is said, the most frequent first."""
+    entries = [study.entry(row, run["results"], column) for run in runs(study, content, row).values()]
+    words = Counter(entry for entry in entries if isinstance(entry, str)).most_common()
+    if not words:
+        return _mean([entry for entry in entries if entry is not None])
+    return words[0][0] if len(words) == 1 else "; ".join(f"{word} ({count})" for word, count in words)
 
 
 def _mean(values: list[float]) -> str:

@@ -1,7 +1,7 @@
 """What each study trains, and what the paper has found: the rows of run.py."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TABLE_5 = "configs/studies/table5"
@@ -18,7 +18,8 @@ class Row:
             `results.json` there.
         options: KEY VALUE pairs over the config, or the script's arguments.
         processes: how many train together.
-        weights_of: the row that trains what this one evaluates; a script gets the folder of that run, too.
+        weights_of: the row that trains what this one evaluates, `../STUDY/ROW` for one of another study; a script gets
+            the folder of that run, too.
         results_of: the row whose run has these figures, too: nothing is run for this one.
         columns: the study's columns that are elsewhere in this row's results.
         paper: the paper's figure for each column; None: it has none.
@@ -66,6 +67,7 @@ class Study:
         data: environment variables that it needs, and what each is.
         plots: curves; without any, the report has bars of all rows and columns.
         unit: of the columns.
+        details: columns of every table only, words or other figures, likewise.
     """
 
     title: str
@@ -76,13 +78,19 @@ class Study:
     tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
     plots: Sequence[Plot] = ()
     unit: str = "AP"
+    details: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, row: str, results: Mapping[str, Any], column: str) -> float | None:
         """The figure of a row in what its run has written; None where it has none."""
-        found: Any = results
-        for part in (self.columns | self.rows[row].columns)[column].split("/"):
-            found = found.get(part) if isinstance(found, Mapping) else None
+        found = self.entry(row, results, column)
         return found if isinstance(found, (int, float)) else None
+
+    def entry(self, row: str, results: Mapping[str, Any], column: str) -> Any:
+        """What a run has written for a column, or a detail; None where there is nothing."""
+        found: Any = results
+        for part in {**self.columns, **self.details, **self.rows[row].columns}[column].split("/"):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
 
     def headline(self, row: str, results: Mapping[str, Any]) -> str:
         """The columns of the first table in one line."""
@@ -356,6 +364,62 @@ def _table6_cells() -> dict[str, Row]:
 BLOOD = {"BLOOD": "the folder of TXL-PBC in COCO format, {train,val}_{pbc,bccd}.json and images/"}
 NUCLEI = {"NUCLEI": "the folder of the nuclei in COCO format, {train,val}_{fluorescence,stain}.json and images/"}
 
+
+_SOUND = ("--sound", "table5/row4")
+
+
+def _audit() -> dict[str, Row]:
+    def of(fault: str, title: str, weights: str = "table5/row4", *options: str) -> Row:
+        return Row(title, "tools/studies/audit_cost.py", (fault, *options), weights_of=f"../{weights}")
+
+    return {
+        "sound": of("as_trained", "none"),
+        "never_updated": of("never_updated", "statistics of construction: mean 0, variance 1"),
+        "frozen_initial": of("frozen_initial", "… of a frozen backbone"),
+        "small_momentum": of("small_momentum", "momentum 0.001: half of them is left"),
+        "few_updates": of("few_updates", "ten updates: a third is left"),
+        "nan": of("nan", "NaN in one channel"),
+        "zero_variance": of("zero_variance", "variance 0 in one of 16 channels of a layer"),
+        "one_layer": of("one_layer", "ten times the variances in one layer of the head"),
+        "row_3": of("as_trained", "population statistics shared by levels (row 3)", "table5/row3", *_SOUND),
+        "row_2": of("as_trained", "SGD statistics shared by levels (row 2)", "table5/row2", *_SOUND),
+        "other_statistics": of("other_statistics", "statistics of dark images"),
+        "other_images": of("other_images", "statistics of light images, tested on dark ones"),
+        "raw_pixels": of("raw_pixels", "pixels not normalized as in training"),
+        "averaged": of("averaged", "averaged weights, statistics of the last"),
+        "padding": of("padding", "statistics of padded images of many sizes"),
+        "large_eps": of("large_eps", "eps 0.001 for 1e-5"),
+        "left_in_training": of("left_in_training", "left in training mode for 40 single images"),
+        "last_batch": of("last_batch", "statistics of one batch of 8"),
+        "half": of("half", "statistics rounded to float16"),
+        "leak": of(
+            *("as_trained", "RoIs of one image in the box head", "table6/bn_1_image"),
+            *("--leak", "--sound", "table6/bn_4_images", "--repaired", "table6/shuffle"),
+        ),
+        "few_samples": of(
+            *("as_trained", "RoIs of two images in the box head", "table6/bn_2_images"),
+            *("--leak", "--sound", "table6/bn_4_images", "--repaired", "table6/bn_4_images"),
+        ),
+    }
+
+
+def _peers() -> dict[str, Row]:
+    rows = {
+        "domainnorm": Row("this library", "tools/studies/peer_domainnorm.py", ("--data", "$BLOOD")),
+        "torchvision": Row("torchvision's RetinaNet", "tools/studies/peer_torchvision.py", ("--data", "$BLOOD")),
+        "ultralytics": Row(
+            "ultralytics' YOLO11n",
+            "tools/studies/peer_ultralytics.py",
+            ("--data", "$BLOOD", "--python", "$YOLO_PYTHON", "--epochs", "33"),
+        ),
+    }
+    plain = {
+        f"{name}_plain": replace(row, title="… without augmentation", options=(*row.options, "--plain"))
+        for name, row in rows.items()
+    }
+    return {name: row for key in rows for name, row in ((key, rows[key]), (f"{key}_plain", plain[f"{key}_plain"]))}
+
+
 COLUMNS = {"population AP": "population/bbox/AP", "minibatch AP": "minibatch/bbox/AP"}
 ALL_COLUMNS = COLUMNS | {"recomputed AP": "recomputed/bbox/AP"}
 
@@ -402,6 +466,36 @@ STUDIES = {
         _shift(),
         {"AP on pbc": "population/pbc/bbox/AP", "AP on bccd": "population/bccd/bbox/AP"},
         BLOOD,
+    ),
+    "audit": Study(
+        "What the findings of the audit cost",
+        "Faults planted in a detector that was trained on the built-in data set `shapes` (row 4 of `table5`, the "
+        "quickstart), or that it was trained with (other rows of `table5`, and of `table6`). AP is of population "
+        "statistics. `dn.audit` looks at 64 images; the remedy is that of the finding that comes first.",
+        _audit(),
+        {"before": "before", "after the remedy": "after", "sound model": "sound"},
+        details={"named first": "named", "remedy": "remedy"},
+    ),
+    "peers": Study(
+        "What a user would pick instead, in the same CPU time",
+        "Blood cells of one laboratory (pbc), tested on its images and on those of another (bccd): random weights, one "
+        "thread, 256 pixels, batches of 4. This library: `configs/studies/shift/base.yaml`, 800 steps. torchvision: "
+        "ResNet-18, pyramid of 64 channels, no norm in the head, the same optimizer, sizes and steps. ultralytics: "
+        "`yolo11n.yaml`, its defaults, 33 epochs. Augmentation is what each does by itself: three sizes and flips; "
+        "mosaic, colors, scales, shifts and flips for YOLO. Scored by the same COCO evaluation; CPU seconds are those "
+        "of training.",
+        _peers(),
+        {
+            "pbc": "population/pbc/bbox/AP",
+            "bccd": "population/bccd/bbox/AP",
+            "pbc, minibatch statistics": "minibatch/pbc/bbox/AP",
+            "bccd, minibatch statistics": "minibatch/bccd/bbox/AP",
+        },
+        BLOOD
+        | {
+            "YOLO_PYTHON": "the Python of an environment with ultralytics, which needs nothing of this library",
+        },
+        details={"CPU seconds": "cpu_seconds"},
     ),
     "population": Study(
         "Population statistics: Tables 1 and 2, Figs. 3 to 6",

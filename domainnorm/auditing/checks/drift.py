@@ -59,7 +59,7 @@ def check(seen: Seen) -> list[Finding]:
                 "nats a channel",
                 tuple(places),
                 'Rethinking "Batch", 4.3',
-                f"{RECOMPUTE}, after dn.freeze_batchnorm(model, False); or load the weights that they belong to",
+                f"thaw the layers and {RECOMPUTE}; or load the weights that they belong to",
                 f"{norm_key(worst.layer)} BN, MODEL.WEIGHTS",
             )
         )
