@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
 from audit_cases import FAULTS, audited, named, write
+from audit_variants import Variant
 
 SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in (3, 5)]
 
@@ -25,7 +26,7 @@ def one_thread():
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(name, k):
     fault = FAULTS[name]
-    given = fault.given(k, True)
+    given = fault.given(Variant(k), True)
     report = audited(given)
     found, first = named(fault, report, given)
     assert found and (first or not fault.first), report.findings
@@ -36,7 +37,7 @@ def test_a_planted_fault_is_named(name, k):
 @pytest.mark.parametrize("k", [1, *SLOW])
 @pytest.mark.parametrize("name", FAULTS)
 def test_nothing_is_said_of_its_twin(name, k):
-    assert audited(FAULTS[name].given(k, False)).findings == []
+    assert audited(FAULTS[name].given(Variant(k), False)).findings == []
 
 
 def test_a_table_is_written_between_its_markers(tmp_path):
