@@ -123,7 +123,8 @@ def bars(study: Study, content: Mapping[str, Any]) -> Figure:
     axes.grid(True, axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
+    axes.margins(y=0.01)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
