@@ -53,11 +53,14 @@ def test_an_image_has_a_fainter_one_of_another_class():
     assert 0.5 < (own > others).float().mean() < 1
 
 
-def test_figure8_of_photographs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("row", ["2x16", "ghost", "gn"])
+def test_figure8_of_photographs(row, tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
-    arguments = ["--data", "patches", "--classes", "2", "--steps", "1", "--count", "8", "--out", str(tmp_path / "run")]
-    figure8.main(arguments)
-    assert (tmp_path / "run" / "results.json").exists()
+    given = options("figure8_fashion", row, "figure8")
+    assert given[:2] == ["--data", "$FASHION_MNIST"]
+    figure8.main(["--data", "patches", *given[2:], "--steps", "1", "--count", "8", "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert STUDIES["figure8_fashion"].value(row, results, "population") > 15  # of four classes
 
 
 @pytest.mark.parametrize("row", STUDIES["contrastive"].rows)
