@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "studies"))
 
 import contrastive
 import figure8
+from rows_classifiers import FIGURE_8
 from study_rows import STUDIES
 
 
@@ -27,9 +28,8 @@ def options(study, row, script):
 def test_first_steps_of_figure8(row, tmp_path):
     figure8.main([*options("figure8", row, "figure8"), "--steps", "2", "--count", "8", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
-    study = STUDIES["figure8"]
-    found = {column for column in study.columns if study.value(row, results, column) is not None}
-    assert found == (set(study.columns) if "gn" not in row else {"population"})
+    found = {column for column in FIGURE_8 if STUDIES["figure8"].value(row, results, column) is not None}
+    assert found == ({"population"} if "gn" in row else set(FIGURE_8))
     assert list(results["steps"]) == ["1", "2"] and 0 < results["final"]["population"] < 50
 
 
@@ -54,11 +54,14 @@ def test_an_image_has_a_fainter_one_of_another_class():
     assert 0.5 < (own > others).float().mean() < 1
 
 
-def test_figure8_of_photographs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("row", ["2x16", "ghost", "gn"])
+def test_figure8_of_photographs(row, tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAINNORM_DATA", str(tmp_path / "data"))
-    arguments = ["--data", "patches", "--classes", "2", "--steps", "1", "--count", "8", "--out", str(tmp_path / "run")]
-    figure8.main(arguments)
-    assert (tmp_path / "run" / "results.json").exists()
+    given = options("figure8_fashion", row, "figure8")
+    assert given[:2] == ["--data", "$FASHION_MNIST"]
+    figure8.main(["--data", "patches", *given[2:], "--steps", "1", "--count", "8", "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert STUDIES["figure8_fashion"].value(row, results, "population") > 15  # of four classes
 
 
 @pytest.mark.parametrize("row", STUDIES["contrastive"].rows)

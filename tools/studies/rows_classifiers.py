@@ -100,6 +100,15 @@ def _bands(network: str, *norms: str) -> dict[str, tuple[list[tuple[float, str, 
     }
 
 
+FIGURE_8_STEPS = range(150, 1501, 150)  # at which it is evaluated
+FIGURE_8 = {
+    "population": "population",
+    "recomputed": "recomputed",
+    "minibatch, i.i.d.": "minibatch",
+    "minibatch as in training": "minibatch as in training",
+}
+
+
 def _figure8() -> dict[str, Row]:
     script, one = "tools/studies/figure8.py", "population"
     return {
@@ -116,17 +125,36 @@ def _figure8() -> dict[str, Row]:
     }
 
 
+def _figure8_fashion() -> dict[str, Row]:
+    def row(title: str, *options: str) -> Row:
+        return Row(title, "tools/studies/figure8.py", ("--data", "$FASHION_MNIST", *options))
+
+    return {
+        "iid": row("BN, i.i.d.", "--classes", "0"),
+        "4x8": row("BN, 4 classes x 8", "--classes", "4"),
+        "2x16": row("BN, 2 classes x 16", "--classes", "2"),
+        "ghost": row("2 x 16, GhostBN of 2 different classes", "--classes", "2", "--groups", "2"),
+        "shuffle": row("2 x 16, shuffled over the eight batches", "--classes", "2", "--shuffle"),
+        "all": row("2 x 16, BN over all eight batches", "--classes", "2", "--norm", "BN"),
+        "brn": row("2 x 16, Batch Renorm", "--classes", "2", "--norm", "BRN"),
+        "gn": row("2 x 16, GroupNorm", "--classes", "2", "--norm", "GN"),
+        "iid_gn": row("i.i.d., GroupNorm", "--classes", "0", "--norm", "GN"),
+    }
+
+
 def _figure8_plots() -> list[Plot]:
     """Accuracies over the training, as the figure has them, and the remedies."""
-    steps = range(150, 1501, 150)
-    shown = ("recomputed", "minibatch", "minibatch as in training")
+
+    def curve(row: str, name: str) -> list[tuple[float, str, str]]:
+        return [(k, row, f"{name}, step {k}") for k in FIGURE_8_STEPS]
+
     plots = [
-        Plot(title, "step", "accuracy, %", {name: [(k, row, f"steps/{k}/{name}") for k in steps] for name in shown})
+        Plot(title, "step", "accuracy, %", {name: curve(row, name) for name in list(FIGURE_8)[1:]})
         for row, title in (("16x2", "16 classes x 2"), ("8x4", "8 classes x 4"), ("4x8", "4 classes x 8"))
     ]
     rows = {"8 x 4": "8x4", "GhostBN": "ghost", "shuffled": "shuffle", "all batches": "all", "Batch Renorm": "brn"}
-    rows |= {"GroupNorm": "gn", "i.i.d.": "iid"}
-    remedies = {label: [(k, row, f"steps/{k}/population") for k in steps] for label, row in rows.items()}
+    rows |= {"i.i.d.": "iid"}
+    remedies = {label: curve(row, "population") for label, row in rows.items()}
     return [*plots, Plot("8 x 4: remedies, population statistics", "step", "accuracy, %", remedies)]
 
 
@@ -207,13 +235,20 @@ STUDIES = {
         "in i.i.d. minibatches; normalization batches of different classes repair it. The paper's figures here are "
         "of *Batch Renormalization*, Fig. 3, where the experiment comes from: Inception v3, 16 x 2 of 1000 classes.",
         _figure8(),
-        {
-            "population": "final/population",
-            "recomputed": "final/recomputed",
-            "minibatch, i.i.d.": "final/minibatch",
-            "minibatch as in training": "final/minibatch as in training",
-        },
+        {name: f"final/{path}" for name, path in FIGURE_8.items()}
+        | {f"{name}, step {k}": f"steps/{k}/{path}" for name, path in FIGURE_8.items() for k in FIGURE_8_STEPS},
+        tables={"": list(FIGURE_8)},
         plots=_figure8_plots(),
+        unit="accuracy, %",
+    ),
+    "figure8_fashion": Study(
+        "Fig. 8 on real images",
+        "As `figure8.md`, on sums of two images of Fashion-MNIST of 14 x 14 pixels, of the 10 classes. Photographs "
+        "differ in contrast, so that a sum hardly tells which of its two classes is meant: alone, a model can hardly "
+        "do better than 50 %.",
+        _figure8_fashion(),
+        {name: f"final/{path}" for name, path in FIGURE_8.items()},
+        {"FASHION_MNIST": "the folder of Fashion-MNIST, as of Debian's package dataset-fashion-mnist"},
         unit="accuracy, %",
     ),
     "contrastive": Study(

@@ -78,15 +78,14 @@ class Study:
     details: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, row: str, results: Mapping[str, Any], column: str) -> float | None:
-        """The figure of a column, or at a path, in what a row's run has written; None where it has none."""
+        """The figure of a row in what its run has written; None where it has none."""
         found = self.entry(row, results, column)
         return found if isinstance(found, (int, float)) else None
 
     def entry(self, row: str, results: Mapping[str, Any], column: str) -> Any:
         """What a run has written for a column, or a detail; None where there is nothing."""
         found: Any = results
-        paths = {**self.columns, **self.details, **self.rows[row].columns}
-        for part in paths.get(column, column).split("/"):
+        for part in {**self.columns, **self.details, **self.rows[row].columns}[column].split("/"):
             found = found.get(part) if isinstance(found, Mapping) else None
         return found
 
