@@ -81,7 +81,7 @@ setup(
     extras_require={
         "dev": [
             *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"),
-            *("build", "setuptools>=77"),
+            *("build", "setuptools>=77", "nbclient", "ipykernel"),
             *("timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"),
         ],
         "docs": ["sphinx", "myst-parser", "pydata-sphinx-theme", "sphinx-copybutton", "sphinx-design"],
