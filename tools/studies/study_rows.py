@@ -585,8 +585,8 @@ STUDIES = {
     "figure8_fashion": Study(
         "Fig. 8 on real images",
         "As `figure8.md`, on sums of two images of Fashion-MNIST of 14 x 14 pixels, of the 10 classes. Photographs "
-        "differ in contrast, so that a sum hardly tells which of its two classes is meant: alone, a model can hardly do "
-        "better than 50 %.",
+        "differ in contrast, so that a sum hardly tells which of its two classes is meant: alone, a model can hardly "
+        "do better than 50 %.",
         _figure8_fashion(),
         {name: f"final/{path}" for name, path in FIGURE_8.items()},
         {"FASHION_MNIST": "the folder of Fashion-MNIST, as of Debian's package dataset-fashion-mnist"},
