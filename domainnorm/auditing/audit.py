@@ -206,7 +206,7 @@ def _of_rank(seen: Seen) -> dict[str, Any]:
 
 
 def _figures(seen: Seen) -> list[dict[str, Any]]:
-    """Of each site, as a report has them."""
+    """The figures of each site, as a report has them."""
     rows = []
     for k, norm, sites in seen.layers():
         ranks = seen.ranks_of(norm)

@@ -69,7 +69,7 @@ def exact_moments(passes: Passes, sources: Mapping[str, Sequence[Any]]) -> dict[
 
 
 def _folded(found: Mapping[Site, Moments], seen: Iterable[Site]) -> dict[Site, Moments]:
-    """Of a model that takes the images of a batch one by one, as those of one forward pass of all."""
+    """Statistics of a model that takes the images of a batch one by one, as those of one forward pass of all."""
     calls: dict[int, int] = {}
     for k, call, _ in seen:
         calls[k] = max(calls.get(k, 0), call + 1)

@@ -26,7 +26,7 @@ TOGETHER = 8  # batches that exchange samples
 
 @dataclass
 class Leak:
-    """Of each batch, what it is as given, `G`, and in two random mixes, `A` and `B`.
+    """What is measured of each batch as it is given, `G`, and in two random mixes, `A` and `B`.
 
     Attributes:
         confidences: largest probabilities or sums of scores, `(G, A, B)`.

@@ -59,7 +59,7 @@ class Norm:
 
     @property
     def momentum(self) -> float | None:
-        """Of the EMA; None: a cumulative average."""
+        """Momentum of the EMA; None: a cumulative average."""
         return getattr(self.module, "momentum", None)
 
     @property

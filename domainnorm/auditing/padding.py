@@ -28,7 +28,7 @@ class Padding:
 
     @staticmethod
     def of(images: Tensor) -> Padding | None:
-        """Of a batch `(N, C, H, W)` with zeros to the right of images or below; None: there are none.
+        """The padding of a batch `(N, C, H, W)` with zeros to the right of images or below; None: there are none.
 
         An image that is black on the left and above, too, is taken as it is.
         """
@@ -98,6 +98,6 @@ def images_in(batch: Any) -> Tensor | None:
 
 
 def padding_of(batch: Any) -> Padding | None:
-    """Of a batch that is given as one tensor."""
+    """The padding of a batch that is given as one tensor."""
     images = images_in(batch)
     return None if images is None else Padding.of(images.detach().to(torch.float32) if images.is_cpu else images)

@@ -92,9 +92,9 @@ class Seen:
                 yield k, self.norms[k], sites
 
     def divergence_in_inference(self, site: Site) -> float:
-        """Of what a site is given under population statistics from the running statistics; 0 where it was not reached.
+        """Divergence of what a site is given under population statistics from the running statistics.
 
-        Errors of layers before it are in it, too.
+        0 where the site was not reached. Errors of layers before it are in it, too.
         """
         found = self.inference.get(site)
         return 0.0 if found is None or found.total is None else mean_of(found.drift())

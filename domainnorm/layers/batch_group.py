@@ -12,7 +12,7 @@ from .inputs import LayerInput
 
 
 class BatchGroupNorm(DomainBatchNorm):
-    """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Equation 8).
+    """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Equations 8, 9).
 
     `(N, C, H, W)` is flattened to D = C · H · W numbers a sample. With G = C it is BatchNorm. γ and β are per channel,
     the population statistics per piece, `(G,)`. Where pieces are parts of channels, G > C, the layer works at one

@@ -205,8 +205,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     def _train(self, problem: Normalization, inputs: LayerInput, elements: list[int]) -> None:
         """What training adds: synchronization, a check of the numbers of elements, and the update of the population."""
-        if self.synchronizes:
-            problem.sync = (None if isinstance(self.sync, bool) else self.sync,)
+        problem.sync = self.sync_group
         if (population := self.population) is not None:
             problem.population = population if inputs.updates else population.copy()
         if self.sample_groups is not None:
@@ -284,10 +283,11 @@ class DomainBatchNorm(PopulationStatistics):
         return self.current_domain
 
     @property
-    def synchronizes(self) -> bool:
-        """Whether a forward pass merges the moments of several ranks: `sync`, in training on minibatch statistics."""
+    def sync_group(self) -> tuple[Group] | None:
+        """The process group whose moments the next forward pass merges, None for all ranks; or None, for none."""
         group = None if isinstance(self.sync, bool) else self.sync
-        return self.training and self.uses_minibatch and self.sync is not False and world_size(group) > 1
+        merges = self.training and self.sync is not False and self.uses_minibatch and world_size(group) > 1
+        return (group,) if merges else None
 
     def grouping(self) -> str:
         """How what is normalized together differs from BatchNorm, as options; "" where it does not."""

@@ -127,7 +127,7 @@ class RetinaNetHead(retinanet.RetinaNetHead):
         for layers in zip(*blocks, strict=True):
             if isinstance(layers[0], DomainBatchNorm):
                 domains = self._domains(layers[0], len(inputs[0]))
-                if layers[0].synchronizes:  # one collective; forward hooks of the layers are not called
+                if layers[0].sync_group is not None:  # one collective; forward hooks of the layers are not called
                     inputs = normalize_layers(layers, inputs, domains)
                 else:
                     inputs = [layer(levels, domains) for layer, levels in zip(layers, inputs, strict=True)]

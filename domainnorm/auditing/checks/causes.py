@@ -90,7 +90,7 @@ def is_unknown(site: SiteStatistics, threshold: float) -> bool:
 
 
 def distance(site: SiteStatistics) -> tuple[float, int]:
-    """Of what a site is given from the nearest domain, beyond sampling, and which that is."""
+    """Divergence of what a site is given from the nearest domain, beyond sampling, and which that is."""
     norm = site.norm
     ways = divergence(site.own.mean, site.own.var, norm.mean, norm.var, norm.eps).mean(1)
     nearest = int(ways.argmin())
