@@ -95,6 +95,22 @@ def test_statistics_of_a_known_domain_that_lag():
     assert (finding.check, finding.level, finding.layers) == ("drift", "error", ["norm"])
     dn.recompute_population_statistics(model, images(), progress=False)
     assert audit(model, images()).findings == []
+    # as far, and nearer to the statistics of another level: still not a new domain, as every image has all levels
+    model.norm.running_mean[0] -= 10
+    finding = audit(model, images()).findings[0]
+    assert (finding.check, finding.kind) == ("drift", "statistics lag")
+
+
+def test_what_is_like_none_of_the_domains_it_may_be_of():
+    model = trained(ThreeDomains())
+    day, new = [(3 * x + 1, 1) for x in images()], [(x + 8, 0) for x in images()]
+    report = audit(model, {"day": day, "new": new}, forward=of_domain)
+    assert "far from all" in [finding.kind for finding in report.findings]
+
+
+def of_domain(model, batch):
+    x, domain = batch
+    return model.norm(x, domain=domain)
 
 
 def test_eight_images_are_a_batch():

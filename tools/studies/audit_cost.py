@@ -11,6 +11,7 @@ itself if not given.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,10 @@ def large_eps(case: Case) -> None:
 def averaged(case: Case) -> None:
     """The weights are averages of the checkpoints of the second half, the statistics those of the last."""
     files = [*sorted(case.weights.parent.glob("model_0*.pth")), case.weights]
+    if len(files) < 2:
+        raise dn.UserError(
+            f"{case.weights.parent} has no checkpoints but the last, and an average needs several: train it again"
+        )
     states = [read_checkpoint(file)["model"] for file in files]
     with torch.no_grad():
         for name, parameter in case.model.named_parameters():
@@ -313,4 +318,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dn.UserError as error:
+        sys.exit(f"error: {error}")

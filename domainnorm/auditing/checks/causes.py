@@ -14,7 +14,7 @@ from ..site import SiteStatistics
 
 def explained(seen: Seen) -> set[str]:
     """Names of layers of which another check says why their running statistics lag."""
-    far = any(is_far(seen, norm, sites) for _, norm, sites in seen.layers())
+    far = any(unknown(seen, norm, sites) for _, norm, sites in seen.layers())
     return {
         norm.name
         for _, norm, sites in seen.layers()
@@ -78,15 +78,17 @@ def _is_average(module: nn.Module) -> bool:
     return isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")  # timm's
 
 
-def is_far(seen: Seen, norm: Norm, sites: list[SiteStatistics]) -> bool:
-    """Whether one of the domains is given what none of them knows."""
-    return norm.mean.shape[0] > 1 and any(is_unknown(s, seen.thresholds.far_domain) for s in sites)
+def unknown(seen: Seen, norm: Norm, sites: list[SiteStatistics]) -> list[SiteStatistics]:
+    """What is so far from all domains, and nearer to another one than to its own, whose statistics may lag.
 
-
-def is_unknown(site: SiteStatistics, threshold: float) -> bool:
-    """Whether it is so far from all domains, and nearer to another one than to its own, whose statistics may lag."""
-    value, nearest = distance(site)
-    return value >= threshold and nearest != site.domain
+    Where each batch has samples of all domains, as a head has of all pyramid levels, nothing is of a new one.
+    """
+    domains = norm.mean.shape[0]
+    levels = len({s.domain for s in sites}) == domains and all(len(s.sizes) == seen.batches for s in sites)
+    if domains == 1 or levels:
+        return []
+    apart = ((s, *distance(s)) for s in sites)
+    return [s for s, value, nearest in apart if value >= seen.thresholds.far_domain and nearest != s.domain]
 
 
 def distance(site: SiteStatistics) -> tuple[float, int]:

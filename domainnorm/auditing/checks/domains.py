@@ -9,7 +9,7 @@ from ..divergence import divergence, mean_of, pairwise
 from ..finding import Finding, Place
 from ..seen import Seen
 from ..site import SiteStatistics
-from .causes import distance, is_unknown
+from .causes import distance, unknown
 
 ENOUGH = 4  # batches that can be told from others
 PAPER = 'Rethinking "Batch", 5.1 and 5.2, Table 4'
@@ -133,12 +133,9 @@ def _far(seen: Seen) -> list[Finding]:
     """Inputs that are unlike all domains that a layer knows."""
     places = []
     for _, norm, sites in seen.layers():
-        if norm.mean.shape[0] == 1:
-            continue
-        for s in sites:
+        for s in unknown(seen, norm, sites):
             value, nearest = distance(s)
-            if is_unknown(s, seen.thresholds.far_domain):
-                places.append((Place(norm.name, s.call if s.call else None, s.domain, value), nearest))
+            places.append((Place(norm.name, s.call if s.call else None, s.domain, value), nearest))
     places.sort(key=lambda pair: -pair[0].value)
     if not places:
         return []
