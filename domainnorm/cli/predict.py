@@ -1,13 +1,16 @@
-"""Find what a trained model knows in images.
+"""Detect objects in images with a trained model, or classify them.
 
-    domainnorm predict --weights RUN_OR_FILE --input PATH … --out DIR [--score 0.5] [--statistics population|minibatch]
-        [--domain NAME|INDEX] [--batch-size N] [--exact] [--config-file F] [--opts KEY VALUE …]
+    domainnorm predict --weights RUN_OR_FILE --input PATH … --out DIR [--score NUMBER_OR_FILE]
+        [--statistics population|minibatch] [--domain NAME|INDEX] [--batch-size N] [--exact] [--config-file F]
+        [--opts KEY VALUE …]
 
 Each PATH is an image, a folder (of video frames, say, which come in the order of their numbers) or a pattern in quotes.
 DIR gets a picture of each image, with what was found drawn in it, and `predictions.json`, in COCO's results format.
 """
 
 import argparse
+import itertools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from PIL import Image
 from ..engine.streams import tolerant_streams
 from ..errors import UserError
 from ..output import output_folder, replace_file, write_json
+from ..paths import user_path
 from ..prediction import Prediction, Predictor
 from . import Parser
 
@@ -27,11 +31,16 @@ PREDICTIONS, PICTURES = "predictions.json", "pictures"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of detectron2's demo, `--weights` for its `MODEL.WEIGHTS`."""
-    parser = Parser(description="Find what a trained model knows in images.", allow_abbrev=False)
+    parser = Parser(description="Detect objects in images with a trained model, or classify them.", allow_abbrev=False)
     parser.add_argument("--weights", metavar="RUN_OR_FILE", required=True, help="the folder of a run, or a checkpoint")
     parser.add_argument("--input", metavar="PATH", nargs="+", required=True, help="images, folders, patterns")
     parser.add_argument("--out", metavar="DIR", required=True, help="for pictures and predictions.json")
-    parser.add_argument("--score", type=float, default=0.5, help="objects of a higher score are kept")
+    parser.add_argument(
+        "--score",
+        metavar="NUMBER_OR_FILE",
+        default="0.5",
+        help="objects of a higher score are kept, 0.5 by default; or a run's thresholds.json: the best of each class",
+    )
     parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
     parser.add_argument("--domain", help="name or number, where data sets are the domains of norms")
     parser.add_argument("--batch-size", type=int, default=1, help="images read together; results do not depend on it")
@@ -51,7 +60,7 @@ def predict(args: argparse.Namespace) -> int:
         args.weights,
         statistics=args.statistics,
         domain=args.domain,
-        score=args.score,
+        score=_score(args.score),
         batch_size=args.batch_size,
         exact=args.exact,
         config_file=args.config_file,
@@ -75,6 +84,21 @@ def predict(args: argparse.Namespace) -> int:
         write_json(folder / PREDICTIONS, results)
         print(f"{folder / PREDICTIONS}: {len(results)} predictions in {len(names)} images")
     return errors
+
+
+def _score(text: str) -> float | dict[str, float]:
+    """A number; or of the file `thresholds.json`, the best score of each class that has one."""
+    try:
+        return float(text)
+    except ValueError:
+        file = user_path(text)
+    try:
+        (found,) = itertools.islice(json.loads(file.read_bytes()).values(), 1)  # of boxes, where masks have their own
+        return {name: score for name, score in found["classes"].items() if score is not None}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--score takes a number from 0 to 1 or a run's thresholds.json, got {text!r}: {error}"
+        ) from error
 
 
 def _write_picture(found: Prediction, folder: Path, names: set[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..distributed import rank
 from ..errors import UserError
-from .boxes import are_relative, clip_boxes, under_a_pixel
+from .boxes import are_corners, are_relative, clip_boxes, under_a_pixel
 from .columns import Columns, read_columns
 from .masks import MISSING
 
@@ -71,6 +71,11 @@ class Annotations(Sequence[ImageRecord]):
         self.labels = columns.labels
         sizes, objects = columns.sizes[columns.images], ~columns.crowds
         self.boxes, beyond, empty = clip_boxes(columns.xywh, sizes)
+        if are_corners(columns.xywh[objects], sizes[objects]):
+            raise UserError(
+                f"{columns.source}: most of its {objects.sum()} boxes reach outside of their image, unless they are "
+                "x1, y1, x2 and y2; expected COCO's x, y, width and height: write x2 - x1 and y2 - y1"
+            )
         invalid = objects & (beyond | empty)
         if invalid.any() and invalid_boxes == "error":
             row = int(invalid.argmax())

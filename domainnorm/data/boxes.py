@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_ENOUGH = 10  # boxes, of which it is no accident what they have in common
+
 
 def clip_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4) inside images of (height, width) `sizes` (n, 2). One that is not finite has no area.
@@ -26,6 +28,20 @@ def clip_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndar
 def are_relative(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether boxes (n, 4), XYXY, are shares of the images' sides from 0 to 1, and not pixels."""
     return bool(len(boxes)) and bool((boxes <= 1).all()) and bool((sizes > 1).any())
+
+
+def are_corners(values: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether four numbers (n, 4) of each box are two corners, where COCO has the left, the top, a width and a height.
+
+    They are taken to be if most boxes would reach outside of their image, and no pair of corners does. A few boxes may
+    do that by accident.
+    """
+    if len(values) < _ENOUGH:
+        return False
+    limit = sizes[:, ::-1] + 1
+    inside = (values[:, :2] >= -1) & (values[:, 2:] <= limit) & (values[:, :2] < values[:, 2:])
+    outside = (values[:, :2] + values[:, 2:] > limit).any(axis=1)
+    return bool(inside.all()) and float(outside.mean()) > 0.5
 
 
 def resized(sizes: np.ndarray, side: int, max_side: int) -> np.ndarray:

@@ -171,6 +171,8 @@ def _train(
         for level, line in [(logging.INFO, report.text), *((logging.WARNING, text) for text in report.warnings)]:
             logger.log(level, "%s", line)
         draw_data(report, folder)
+        if not cfg.DATASETS.TEST:
+            logger.warning("DATASETS.TEST is empty: nothing will be evaluated, and there will be no report.html")
     logger.info("training from iteration %d to %d on %s, %d processes", start, solver.MAX_ITER, device, world_size())
 
     if 0 < start < solver.MAX_ITER and _is_due(cfg.TEST.EVAL_PERIOD, start):

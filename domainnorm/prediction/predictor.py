@@ -1,9 +1,10 @@
 """A trained model, from images of any kind to what is in them."""
 
 import itertools
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from ..surgery.resize_domains import keep_domain, merge_domains
 from .inputs import Source, find_images, is_one
 from .prediction import Prediction
 
+UNSURE = 0.5  # what objects score more than that are kept where nothing else is said
+
 
 class Predictor:
     """A trained detector or classifier, from images of any kind to what is in them.
@@ -41,7 +44,8 @@ class Predictor:
         statistics: `"population"` or `"minibatch"`: which normalize.
         domain: the number or name of the images' domain, where data sets are domains of norms; None: by `TEST.DOMAIN`,
             if that is `nearest` or `average`.
-        score: objects of a higher score are kept.
+        score: objects of a higher score are kept. Or by class names the least scores, as a run's `thresholds.json` has
+            the best ones: objects that score as much are kept, and of other classes those above 0.5.
         batch_size: how many images are read, and given to the model, together. A detector's go through it one by one.
         exact: the results of `dn.evaluate`, to the bit. Else norms are folded into convolutions (`dn.fuse`) where
             population statistics normalize, memory is channels_last, and convolutions are in bfloat16 where the device
@@ -74,7 +78,7 @@ class Predictor:
         *,
         statistics: str = "population",
         domain: int | str | None = None,
-        score: float = 0.5,
+        score: float | Mapping[str, float] = UNSURE,
         batch_size: int = 1,
         exact: bool = False,
         config_file: str | Path | None = None,
@@ -82,18 +86,20 @@ class Predictor:
     ) -> None:
         if statistics not in ("population", "minibatch"):
             raise UserError(f"statistics takes one of ['population', 'minibatch'], got {statistics!r}")
-        if not 0 <= score <= 1:
-            raise UserError(f"score takes a number from 0 to 1, got {score:g}")
+        for value in score.values() if isinstance(score, Mapping) else [score]:
+            if not 0 <= value <= 1:
+                raise UserError(f"score takes a number from 0 to 1, got {value:g}")
         if batch_size < 1:
             raise UserError(f"batch_size takes 1 or more, got {batch_size}")
         self.file = checkpoint_of(weights)
         self.cfg = config_of(self.file, config_file, options)
-        self.score, self.batch_size = score, batch_size
+        self.batch_size = batch_size
         self.device = get_device(self.cfg.MODEL.DEVICE)
         model = build_model(self.cfg, trained=True).eval()
         description: Any = model.description
         number = range(description["num_classes"])
         self.class_names: list[str] = description["class_names"] or [f"class {label}" for label in number]
+        self._above = _thresholds(score, self.class_names).to(self.device)
         try:
             self.model = self._prepared(model, statistics, domain, exact)
         except (TypeError, ValueError) as error:
@@ -158,7 +164,7 @@ class Predictor:
             yield Prediction(name, image, scores, labels, one.get("boxes"), one.get("masks"), seconds, self.class_names)
 
     def _kept(self, output: dict[str, Tensor]) -> dict[str, Tensor]:
-        chosen = output["scores"] > self.score
+        chosen = output["scores"] > self._above[output["labels"]]
         found = {key: value[chosen] for key, value in output.items()}
         if "masks" in found:
             found["masks"] = found["masks"][:, 0] >= 0.5
@@ -186,8 +192,18 @@ class Predictor:
         set_statistics(model, statistics)
         nearest = bool(with_domains(model))
         if not exact:
-            model = FastModel(model, self.score, bfloat16=computes_in_bfloat16(self.device))
+            model = FastModel(model, float(self._above.min()), bfloat16=computes_in_bfloat16(self.device))
         return Nearest(model) if nearest else model
+
+
+def _thresholds(score: float | Mapping[str, float], class_names: Sequence[str]) -> Tensor:
+    """What objects of each class have to score more than, `(num_classes,)`."""
+    if not isinstance(score, Mapping):
+        return torch.full((len(class_names),), float(score))
+    if unknown := [name for name in score if name not in class_names]:
+        raise UserError(f"score takes names of the model's classes, {list(class_names)}, got {unknown[0]!r}")
+    least = torch.tensor([score.get(name, math.nan) for name in class_names])
+    return least.nextafter(least.new_tensor(-1)).nan_to_num(UNSURE)
 
 
 def checkpoint_of(weights: str | Path) -> Path:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ..data import ClassificationDataset, CocoDataset, domain_names, train_loader, training_sets
+from ..data.annotations import listed
 from ..data.sampler import images_per_forward
 from .draw import draw_objects
 from .sheet import Group, as_uint8, enlarged
@@ -40,10 +41,17 @@ def annotated(cfg: CfgNode, number: int) -> list[Group]:
                 name, invalid_boxes="skip", masks=cfg.MODEL.MASK_ON, max_intensity=cfg.INPUT.MAX_INTENSITY
             )
             samples = [_as_in_file(dataset, index) for index in _drawn(cfg, dataset, number)]
-            objects = len(dataset.records.columns.ids)
-            title = f"{name}: {len(dataset)} images, {objects} objects of {len(dataset.class_names)} classes"
-        groups.append(Group(title, *zip(*samples, strict=True)))
+            title = f"{name}: {_contents(dataset)}"
+        groups.append(Group(f"{title}; {len(samples)} are drawn", *zip(*samples, strict=True)))
     return groups
+
+
+def _contents(dataset: CocoDataset) -> str:
+    """`350 images, 6369 objects of 3 classes: 5748 RBC, 366 WBC, 255 Platelets`, and what is unusual."""
+    records, names = dataset.records, dataset.class_names
+    of_classes = _counted([names[label] for label in records.labels.tolist()], most=20)
+    objects = f"{len(records.labels)} objects of {len(names)} classes: {of_classes}"
+    return "; ".join([f"{len(dataset)} images, {objects}", *filter(None, [listed(records.counts)])])
 
 
 def loaded(cfg: CfgNode, number: int) -> list[Group]:

@@ -110,10 +110,22 @@ def test_options_reach_the_predictor(weights, images, tmp_path, monkeypatch):
     }
 
 
+def test_the_best_score_of_each_class(weights, images, tmp_path):
+    """From the file of a run, that has the boxes' first; one that no prediction reached is null."""
+    best = {"bbox": {"all": 0.4, "classes": {"kind 3": 0.2, "kind 7": None}}, "segm": {"all": 0.4, "classes": {}}}
+    (tmp_path / "thresholds.json").write_text(json.dumps(best))
+    assert run(weights, tmp_path / "out", [images], "--score", tmp_path / "thresholds.json") == 0
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    found = dn.Predictor(weights, score={"kind 3": 0.2})(images)
+    assert content == [entry for k, one in enumerate(found, start=1) for entry in one.coco_results(k)] and content
+
+
 def test_mistakes(weights, images, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for words, message in (
         (["--score", "2"], "score takes a number from 0 to 1, got 2"),
+        (["--score", "gone.json"], "--score takes a number from 0 to 1 or a run's thresholds.json, got 'gone.json'"),
+        (["--score", tmp_path / "file"], "or a run's thresholds.json, got"),
         (["--statistics", "recomputed"], "invalid choice: 'recomputed'"),
         (["--weights", tmp_path], "holds no checkpoint"),
         (["--domain", "day"], "the model has no norm with several domains"),

@@ -174,6 +174,20 @@ def test_boxes_that_are_shares_of_the_image_are_refused(make, options):
     assert "in pixels" in message_of(make_test_loader, config(name), name, rank=0, world_size=1)
 
 
+@pytest.mark.parametrize("options", [{}, {"invalid_boxes": "skip"}])
+def test_corners_for_width_and_height_are_refused(make, options):
+    """Clipped, they would be trained on: most as large as their image."""
+    corners = [[k, 10 + k, 40 + k, 50 + k] for k in range(10)]
+    entries = [{"id": k, "image_id": k % 2, "category_id": 3, "bbox": box} for k, box in enumerate(corners)]
+    message = message_of(CocoDataset, make(annotations=entries), **options)
+    assert "most of its 10 boxes reach outside of their image, unless they are x1, y1, x2 and y2" in message
+    entries[0]["bbox"] = [30, 30, 20, 20]  # no pair of corners
+    if options:
+        assert len(CocoDataset(make(annotations=entries), **options)) == 2
+    few = make(annotations=entries[1:])
+    assert "(6 more boxes are invalid)" in message_of(CocoDataset, few)  # of nine it may be an accident
+
+
 def test_nothing_to_use_is_refused(make):
     name = make(*[{"bbox": [90, 90, 5, 5]}] * 3)
     message = message_of(CocoDataset, name, invalid_boxes="skip")

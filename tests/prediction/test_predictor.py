@@ -262,6 +262,14 @@ def test_scores(retinanet, images):
         found = dn.Predictor(retinanet, exact=exact, score=0.9)(images / "3.png")
         assert 0 < len(found) < len(everything) and found.scores.min() > 0.9
     assert len(dn.Predictor(retinanet, score=1.0)(images / "3.png")) == 0
+    of_class = [name for name in everything.names if name == "kind 3"]
+    least = float(everything.scores[everything.names.index("kind 3")])  # the highest of its class
+    for exact in (True, False):
+        found = dn.Predictor(retinanet, exact=exact, score={"kind 3": least - 1e-3})(images / "3.png")
+        assert 0 < found.names.count("kind 3") < len(of_class)
+        assert all(score > 0.5 for score, name in zip(found.scores, found.names, strict=True) if name == "kind 7")
+    found = dn.Predictor(retinanet, exact=True, score={"kind 3": least, "kind 7": 1})(images / "3.png")
+    assert found.scores.tolist() == [least]  # as much is enough
 
 
 def test_lines_pictures_and_results(predict, retinanet, images):
@@ -303,6 +311,8 @@ def test_options_that_do_not_fit(retinanet, tmp_path):
     for options, message in (
         ({"statistics": "recomputed"}, r"statistics takes one of \['population', 'minibatch'\]"),
         ({"score": 2}, "score takes a number from 0 to 1, got 2"),
+        ({"score": {"kind 3": -1}}, "score takes a number from 0 to 1, got -1"),
+        ({"score": {"kind 4": 0.3}}, r"score takes names of the model's classes, \['kind 3', 'kind 7'\], got 'kind 4'"),
         ({"batch_size": 0}, "batch_size takes 1 or more, got 0"),
         ({"domain": "day"}, r"the model has no norm with several domains, got domain 'day'"),
         ({"options": ["INPUT.MIN_SIZE", 3]}, "unknown key INPUT.MIN_SIZE"),

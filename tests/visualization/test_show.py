@@ -81,7 +81,8 @@ def test_the_file_is_shown_with_what_training_leaves_out(data_set, monkeypatch):
     monkeypatch.setattr(samples, "draw_objects", watch)
     cfg = load_config(None, ["DATASETS.TRAIN", [data_set], "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
     (group,) = annotated(cfg, 5)
-    assert group.title.endswith("3 images, 5 objects of 2 classes")
+    expected = "3 images, 5 objects of 2 classes: "
+    assert expected in group.title and group.title.endswith("; 3 are drawn"), group.title
     assert [caption.splitlines()[0] for caption in group.captions] == ["0.png", "1.png", "2.png"]
     assert group.captions[0] == "0.png\n64 x 64 pixels\n1 kind 3"
     boxes, names, options = drawn[1]
