@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from snippets import PAGES, ROOT, blocks, check_command, check_yaml, commands, run_page
 from torch import nn
 
 import domainnorm as dn
 from domainnorm.config.schema import OPTIONS
+from domainnorm.data import CocoDataset
 
 DOCS = ROOT / "docs"
 MAX_NOT_RUN = 5  # blocks: a page that cannot be run should be written anew
@@ -153,3 +155,21 @@ def test_everything_that_papers_md_names_exists():
 def test_the_audit_names_what_was_never_updated(run):
     finding = run("audit.md")["report"].findings[0]
     assert (finding.check, finding.kind, finding.layers) == ("frozen", "never updated", ["1"])
+
+
+def test_the_table_of_the_tutorial_becomes_coco(run, tmp_path):
+    names = run("tutorials/own_data.md")
+    (tmp_path / "photos").mkdir()
+    lines = ["file,class,x1,y1,x2,y2"]
+    for k in range(10):
+        Image.new("RGB", (60, 40)).save(tmp_path / "photos" / f"{k}.png")
+        lines += [f"{k}.png,a,{k},2,30,20", f"{k}.png,b,40,10,60,40.5"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    names["convert"]("labels.csv", "photos", ["a", "b"])
+    train, val = (CocoDataset(f"{name}.json:photos") for name in ("train", "val"))
+    assert (len(train), len(val)) == (8, 2) and train.class_names == ["a", "b"]
+    assert not {record.file_name for record in train.records} & {record.file_name for record in val.records}
+    assert val[0][1]["boxes"].tolist()[1] == [40, 10, 60, 40] and val[0][1]["labels"].tolist() == [0, 1]
+    (tmp_path / "labels.csv").write_text("\n".join([*lines, "3.png,c,1,1,5,5"]))
+    with pytest.raises(ValueError, match=r"'c' is none of \['a', 'b'\]: .*3.png"):
+        names["convert"]("labels.csv", "photos", ["a", "b"])

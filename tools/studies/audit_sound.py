@@ -19,7 +19,7 @@ import domainnorm as dn
 
 
 def classifier(
-    build: Callable[[], nn.Module], batch: int = 16, size: int = 64, steps: int = 160, falls: bool = True
+    build: Callable[[], nn.Module], batch: int = 16, size: int = 64, steps: int = 100, falls: bool = True
 ) -> Given:
     """With a momentum of 0.1, whatever is the model's own.
 
