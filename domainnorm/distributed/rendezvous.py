@@ -103,6 +103,8 @@ def process_group(device: torch.device, url: str, rank: int, world: int) -> Iter
         dist.init_process_group(
             backend, init_method=url, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
         )
+        if backend == "gloo":
+            dist.barrier()  # one that has nothing to exchange would leave while others still connect to it
     except (RuntimeError, ValueError, OSError) as error:
         raise _alone(where, str(error), world, seconds) from error
     finally:
