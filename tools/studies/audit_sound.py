@@ -18,15 +18,18 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import domainnorm as dn
 
 
+STEPS = 160  # of training
+
+
 def classifier(
-    build: Callable[[], nn.Module], batch: int = 16, size: int = 64, steps: int = 100, falls: bool = True
+    build: Callable[[], nn.Module], batch: int = 16, size: int = 64, steps: int | None = None, falls: bool = True
 ) -> Given:
     """With a momentum of 0.1, whatever is the model's own.
 
     With torchvision's of MobileNetV3, 0.01, or of MNASNet, 0.0003, the statistics do not arrive in so few steps.
     """
     model = _with_momentum(build())
-    training.train(model, training.classify(batch, size), steps, falls=falls)
+    training.train(model, training.classify(batch, size), steps or STEPS, falls=falls)
     return Given(model, training.batches(8, batch, size))
 
 
