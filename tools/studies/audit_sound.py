@@ -17,7 +17,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import domainnorm as dn
 
-
 STEPS = 160  # of training
 
 
