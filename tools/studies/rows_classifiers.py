@@ -175,16 +175,16 @@ def _contrastive() -> dict[str, Row]:
 STUDIES = {
     "population": Study(
         "Population statistics: Tables 1 and 2, Figs. 3 to 6",
-        "A ResNet of nine blocks on 6144 images of Fashion-MNIST at half resolution (where it is not there, of the "
-        "built-in `patches`), each multiplied by a log-normal number (standard deviation of its logarithm 1.5); 10 "
-        "epochs, SGD with learning rate 0.2 for 128 images, proportional to them, which rises over 5 % of the "
-        "steps and falls linearly to 0. A row is how many images are normalized together, of how many in an SGD "
-        "step. Errors in percent, of 5120 validation images unless *training* is said. *EMA*: of all images of a "
-        "step, as this library keeps it; *of one process*: of the first normalization batch of each step, as one "
-        "of many processes would. *Frozen*: the last fifth of the training with the statistics frozen. "
-        "*Population*: recomputed from N = 6000 images in batches of B = 1000; in Table 1, B = 100; in Table 2, N "
-        "= 1000, as over the training. The paper's figures are of ResNet-50 on ImageNet, 256 images a step; beside "
-        "our 1024, 8192; beside our N = 6000, N = 10000.",
+        "A ResNet of nine blocks on 6144 images of Fashion-MNIST at half resolution (where it is not installed, of the "
+        "built-in `patches`). Each image is multiplied by a log-normal number (standard deviation of its logarithm "
+        "1.5). 10 epochs; the learning rate is 0.2 for 128 images, in proportion for others, rises over 5 % of the "
+        "steps and falls linearly to 0. A row says how many images are normalized together, of how many in an SGD "
+        "step. Errors are in percent, on 5120 validation images unless it says *training*. *EMA* averages all images "
+        "of a step, as this library does; *of one process* averages the first normalization batch of each step, as "
+        "one of many processes does. *Frozen*: the statistics are frozen for the last fifth of the training. "
+        "*Population*: recomputed from N = 6000 images in batches of B = 1000. Table 1 has B = 100, Table 2 and Figs. "
+        "3 and 4 have N = 1000. The paper's figures are of a ResNet-50 on ImageNet with 256 images a step, beside our "
+        "1024 with 8192; its largest N is 10000.",
         _population(),
         STATISTICS | ESTIMATORS | NUMBERS | TIMES | EPOCHS,
         tables={
@@ -207,9 +207,9 @@ STUDIES = {
     ),
     "landscape": Study(
         "The loss along the gradient: Ghost Normalization, Figs. 4 and 5",
-        "Every fourth of 60 steps on Fashion-MNIST, the loss of the step's images is computed where learning "
-        "rates of a quarter to twice that of the step would lead along the gradient; the figures are the largest "
-        "minus the smallest. Fig. 4: linear layers of 512 and 300, 512 images a step, plain SGD at 0.4. Fig. 5: a "
+        "At every fourth of 60 steps on Fashion-MNIST, the loss of the step's images is computed at the weights that "
+        "learning rates of a quarter to twice that of the step would lead to. The figures are the largest loss minus "
+        "the smallest. Fig. 4: linear layers of 512 and 300, 512 images a step, plain SGD at 0.4. Fig. 5: a "
         "ResNet-8 at half resolution, 256 images, one cycle up to 1. The paper: GhostNorm's loss is rougher than "
         "that of BatchNorm, on MNIST as rough as without a norm, and on CIFAR-10 towards the end only; it "
         "generalizes better all the same.",
@@ -227,13 +227,13 @@ STUDIES = {
     ),
     "figure8": Study(
         "Fig. 8: normalization batches of few classes",
-        "A network of three hidden layers of 256 channels on generated images of 64 classes, each image the sum of one "
-        "of its class and one of another class at 95 % of its contrast: which of them is meant is hard to see in it, "
-        "and easy to see in a batch that has more of its class. 1500 steps of Adam, each on eight normalization "
-        "batches of 32 images, of k classes x m images. "
-        "The paper: the model learns to use the other images of a class, and fails under population statistics and "
-        "in i.i.d. minibatches; normalization batches of different classes repair it. The paper's figures here are "
-        "of *Batch Renormalization*, Fig. 3, where the experiment comes from: Inception v3, 16 x 2 of 1000 classes.",
+        "A network of three hidden layers of 256 channels on generated images of 64 classes. Each image is the sum "
+        "of one of its class and one of another class at 95 % of the contrast: the image alone hardly shows which "
+        "of the two is the label, a batch with more images of the class does. 1500 steps of Adam, each on eight "
+        "normalization batches of 32 images, k classes x m images. The paper: the model learns to use the other "
+        "images of its class, and fails under population statistics and in i.i.d. minibatches; normalization "
+        "batches of different classes repair it. The paper's figures here are of *Batch Renormalization*, Fig. 3, "
+        "where the experiment comes from: Inception v3, 16 x 2 of 1000 classes.",
         _figure8(),
         {name: f"final/{path}" for name, path in FIGURE_8.items()}
         | {f"{name}, step {k}": f"steps/{k}/{path}" for name, path in FIGURE_8.items() for k in FIGURE_8_STEPS},
@@ -243,9 +243,9 @@ STUDIES = {
     ),
     "figure8_fashion": Study(
         "Fig. 8 on real images",
-        "As `figure8.md`, on sums of two images of Fashion-MNIST of 14 x 14 pixels, of the 10 classes. Photographs "
-        "differ in contrast, so that a sum hardly tells which of its two classes is meant: alone, a model can hardly "
-        "do better than 50 %.",
+        "As `figure8.md`, with sums of two images of Fashion-MNIST, 14 x 14 pixels, 10 classes. Photographs differ in "
+        "contrast, so that a sum hardly shows which of its two classes is the label: from one image alone, hardly more "
+        "than 50 % can be right.",
         _figure8_fashion(),
         {name: f"final/{path}" for name, path in FIGURE_8.items()},
         {"FASHION_MNIST": "the folder of Fashion-MNIST, as of Debian's package dataset-fashion-mnist"},
@@ -253,12 +253,13 @@ STUDIES = {
     ),
     "contrastive": Study(
         "§6.2: a small MoCo, and which images its keys are normalized with",
-        "An encoder of three hidden layers of 256 channels learns on 20000 images of Fashion-MNIST of 14 x 14 pixels, "
-        "without labels, to find the key of another view of the same image among 1024 others: 1200 steps of 128 images "
-        "on two processes, each with eight normalization batches of 8 images. The training task under the statistics "
-        "of training and under those of the population, and classifiers on the features under the latter. "
-        "The paper: minibatch statistics leak which key belongs to a query, so that the task is solved without "
-        "learning features; a shuffle of the keys, SyncBN, or moving averages in the branch of the keys prevent it.",
+        "An encoder of three hidden layers of 256 channels is trained on 20000 images of Fashion-MNIST, 14 x 14 "
+        "pixels, without labels: it has to find the key of another view of the same image among 1024 others. 1200 "
+        "steps of 128 images on two processes, each with eight normalization batches of 8 images. Columns: accuracy"
+        " of this task under the statistics of training and under population statistics, and of classifiers on the "
+        "features, under population statistics. The paper: minibatch statistics leak which key belongs to a query, "
+        "so that the task is solved without learning features; shuffled keys, SyncBN, or moving averages for the "
+        "keys prevent it.",
         _contrastive(),
         {
             "training task, as in training": "pretext in training",

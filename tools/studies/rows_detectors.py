@@ -131,21 +131,21 @@ def _audit() -> dict[str, Row]:
 
     return {
         "sound": row("as_trained", "none"),
-        "never_updated": row("never_updated", "statistics of construction: mean 0, variance 1"),
-        "frozen_initial": row("frozen_initial", "… of a frozen backbone"),
-        "small_momentum": row("small_momentum", "momentum 0.001: half of them is left"),
-        "few_updates": row("few_updates", "ten updates: a third is left"),
+        "never_updated": row("never_updated", "initial statistics: mean 0, variance 1"),
+        "frozen_initial": row("frozen_initial", "… in a frozen backbone"),
+        "small_momentum": row("small_momentum", "momentum 0.001: the initial statistics weigh a half"),
+        "few_updates": row("few_updates", "ten updates: they weigh a third"),
         "nan": row("nan", "NaN in one channel"),
         "zero_variance": row("zero_variance", "variance 0 in one of 16 channels of a layer"),
-        "one_layer": row("one_layer", "ten times the variances in one layer of the head"),
+        "one_layer": row("one_layer", "variances ten times too large in one layer of the head"),
         "row_3": row("as_trained", "population statistics shared by levels (row 3)", "table5/row3", *_SOUND),
         "row_2": row("as_trained", "SGD statistics shared by levels (row 2)", "table5/row2", *_SOUND),
         "other_statistics": row("other_statistics", "statistics of dark images"),
         "other_images": row("other_images", "statistics of light images, tested on dark ones"),
         "raw_pixels": row("raw_pixels", "pixels not normalized as in training"),
-        "averaged": row("averaged", "averaged weights, statistics of the last"),
+        "averaged": row("averaged", "averaged weights with the statistics of the last ones"),
         "padding": row("padding", "statistics of padded images of many sizes"),
-        "large_eps": row("large_eps", "eps 0.001 for 1e-5"),
+        "large_eps": row("large_eps", "eps 0.001 instead of 1e-5"),
         "left_in_training": row("left_in_training", "left in training mode for 40 single images"),
         "last_batch": row("last_batch", "statistics of one batch of 8"),
         "half": row("half", "statistics rounded to float16"),
@@ -184,9 +184,9 @@ STUDIES = {
     "table6": Study(
         "Tables 3 and 6: which RoIs are normalized together",
         "Faster R-CNN, ResNet-18 with GroupNorm, box head of four convolutions, random weights, 600 steps of 4 images "
-        "of 128 pixels of the built-in data set `herds`: all objects of an image are of one class, which each of them "
-        "hardly shows. The paper: with the RoIs of one image in a normalization batch the head learns to read the "
-        "others, and fails in inference; RoIs shuffled over the processes, or SyncBN, repair it.",
+        "of 128 pixels. In the built-in data set `herds` all objects of an image are of the same class, and one object "
+        "alone hardly shows which. The paper: if a normalization batch holds the RoIs of one image, the head learns to "
+        "read the other RoIs, and fails in inference; shuffling RoIs over the processes, or SyncBN, repairs it.",
         _table6(),
         COLUMNS,
     ),
@@ -200,17 +200,17 @@ STUDIES = {
     ),
     "table5_blood": Study(
         "Table 5 on blood cells",
-        "As Table 5 on `shapes`, from random weights, 400 steps of 8 images of 160 pixels of one laboratory, pbc, of "
-        "TXL-PBC.",
+        "As Table 5 on `shapes`, with real images: 400 steps of 8 images of 160 pixels from one laboratory of TXL-PBC, "
+        "pbc, and random weights.",
         _table5_blood(),
         ALL_COLUMNS,
         BLOOD,
     ),
     "table6_cells": Study(
         "Table 6 on cells of four laboratories",
-        "As Table 6 on `herds`, 600 steps of 4 images of 160 pixels of blood cells (TXL-PBC: pbc, bccd) and nuclei "
-        "(2018 Data Science Bowl: fluorescence, stain), mixed: the RoIs of an image tell its laboratory, and that "
-        "which classes it has. AP over all classes and images.",
+        "As Table 6 on `herds`, with real images: 600 steps of 4 images of 160 pixels, blood cells (TXL-PBC: pbc, "
+        "bccd) and nuclei (2018 Data Science Bowl: fluorescence, stain) mixed. The RoIs of an image show which "
+        "laboratory it is from, and so which classes it can have. AP is over all classes and images.",
         _table6_cells(),
         {"population AP": "population/overall/bbox/AP", "minibatch AP": "minibatch/overall/bbox/AP"},
         BLOOD | NUCLEI,
@@ -219,16 +219,16 @@ STUDIES = {
         "Domain shift: trained in one laboratory, tested in another",
         "RetinaNet, ResNet-18 with BN in backbone and head, random weights, 800 steps of 4 images of blood cells "
         "(TXL-PBC: the laboratories pbc and bccd), as `configs/coco_folder.yaml`. The paper, Table 4: "
-        "statistics of the source fail on a target, those of the target repair some of it.",
+        "statistics of the source domain fail on the target domain; those of the target recover some of the loss.",
         _shift(),
         {"AP on pbc": "population/pbc/bbox/AP", "AP on bccd": "population/bccd/bbox/AP"},
         BLOOD,
     ),
     "audit": Study(
         "What the findings of the audit cost",
-        "Faults planted in a detector that was trained on the built-in data set `shapes` (row 4 of `table5`, the "
-        "quickstart), or that it was trained with (other rows of `table5`, and of `table6`). AP is of population "
-        "statistics. `dn.audit` looks at 64 images; the remedy is that of the finding that comes first.",
+        "Faults planted in a trained detector (row 4 of `table5`, the quickstart), or in the training itself (other"
+        " rows of `table5` and `table6`). AP is under population statistics. `dn.audit` looks at 64 images; the "
+        "remedy is that of its first finding.",
         _audit(),
         {"before": "before", "after the remedy": "after", "sound model": "sound"},
         details={"named first": "named", "remedy": "remedy"},
@@ -238,9 +238,9 @@ STUDIES = {
         "Blood cells of one laboratory (pbc), tested on its images and on those of another (bccd): random weights, one "
         "thread, 256 pixels, batches of 4. This library: `configs/studies/shift/base.yaml`, 800 steps. torchvision: "
         "ResNet-18, pyramid of 64 channels, no norm in the head, the same optimizer, sizes and steps. ultralytics: "
-        "`yolo11n.yaml`, its defaults, 33 epochs. Augmentation is what each does by itself: three sizes and flips; "
-        "mosaic, colors, scales, shifts and flips for YOLO. Scored by the same COCO evaluation; CPU seconds are those "
-        "of training.",
+        "`yolo11n.yaml`, its defaults, 33 epochs. Augmentation is each one's default: three sizes and flips; for YOLO "
+        "mosaic, colors, scales, shifts and flips. All are scored by the same COCO evaluation. CPU seconds are of the "
+        "training alone.",
         _peers(),
         {
             "pbc": "population/pbc/bbox/AP",
