@@ -38,7 +38,7 @@ def evaluate(
     train_data: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
     pictures: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Compute AP, or accuracy, of `model` on `cfg.DATASETS.TEST` for each of `statistics`; print it overall and by class.
+    """Compute AP, or accuracy, of `model` on `cfg.DATASETS.TEST` for each of `statistics`; print them, also by class.
 
     Every rank calls it. For the evaluation, running statistics that differ between ranks are merged. Afterwards modes,
     statistics, example weights, buffers and random states are restored, so that training continues as if there had been
