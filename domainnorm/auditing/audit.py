@@ -71,7 +71,7 @@ def audit(
             It needs at least 4 batches; 16 or more show smaller leaks.
         exact: whether to compare running statistics with those of all batches as if they were one (App. A.3): one more
             pass, with the activations of all batches in memory.
-        score: `score(model)`, higher is better, such as accuracy on a validation set. The fixes of the five worst
+        score: `score(model)`, higher is better, such as accuracy on a validation set. The remedies of the five worst
             findings that need no training are applied to the model one by one, then all together, and scored.
         thresholds: values from which on figures are findings, by name: `{"drift": 0.2}`. `docs/audit.md` lists them
             all.

@@ -1,6 +1,6 @@
-"""Configs of random values, and YAML text that was damaged: a config loads, and equals itself once saved; or one line.
+"""Load random configs and damaged YAML text: a config loads and equals itself once saved, or the error is one line.
 
-Beside these, --build tiny models are built of random options, and --train of them are trained and evaluated.
+In addition, --build tiny models are built with random options, and --train of them are trained and evaluated.
 """
 
 import argparse

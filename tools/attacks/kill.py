@@ -1,6 +1,6 @@
-"""SIGKILL of a short training at random moments, resumed until complete: bitwise the run that was not interrupted.
+"""SIGKILL a short training at random moments and resume it until complete: the result must be bitwise the same.
 
-Of several processes (--processes 2), either all are killed or one of them; the others must then end by themselves.
+With several processes (--processes 2), either all are killed or one of them; the others must then end by themselves.
 """
 
 import argparse
