@@ -188,8 +188,8 @@ def train(options: dict[str, Any], folder: Path) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--build", type=int, default=100, help="models")
-    parser.add_argument("--train", type=int, default=20, help="models")
+    parser.add_argument("--build", type=int, default=100, help="number of models to build")
+    parser.add_argument("--train", type=int, default=20, help="number of models to train")
 
 
 def attack(args: argparse.Namespace, folder: Path) -> Outcomes:

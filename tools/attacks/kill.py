@@ -26,7 +26,7 @@ KILLS = 3  # of one run, at most; then it may finish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=1, help="of the training")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes of the training")
     parser.add_argument("--model", choices=MODELS, default="RetinaNet")
     parser.add_argument("--iterations", type=int, default=12)
 

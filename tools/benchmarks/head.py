@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, nargs=2, help="height and width of the images; by default those of the docs"
     )
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
 
 
 class _ConcatenateAndSplit(nn.Module):

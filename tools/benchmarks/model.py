@@ -39,7 +39,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[256, 320], help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=2, help="images in a training step")
+    parser.add_argument("--batch", type=int, default=2, help="number of images in a training step")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--repeats", type=int, default=7, help="number of ratios, of which the median is taken")

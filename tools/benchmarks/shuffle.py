@@ -22,8 +22,10 @@ from .table import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], help="8 take 22 GB")
-    parser.add_argument("--rois", type=int, default=512, help="a rank, on average")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[2, 4, 8], help="numbers of processes; 8 take 22 GB"
+    )
+    parser.add_argument("--rois", type=int, default=512, help="RoIs per rank, on average")
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--size", type=int, default=7, help="height and width of a RoI's features")
     parser.add_argument("--repeats", type=int, default=7, help="number of timings, of which the median is taken")
