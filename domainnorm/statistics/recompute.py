@@ -57,7 +57,8 @@ def recompute_population_statistics(
 
     Args:
         model: called as `model(batch)`; its output is not used.
-        batches: any iterable of batches of B samples. A larger B is better, except for `"exact"` (the paper: B ≥ 100).
+        batches: any iterable of batches of B samples; unless `method` is `"exact"`, a larger B is better (the paper: B
+            ≥ 100).
         num_samples: stop after the batch with which all ranks together reach this number; earlier if `batches` ends.
         method: `"pooled"` (Eq. 2): merge the moments of all batches by their true counts, with Bessel's correction for
             the total. `"mean_of_variances"` (Eq. 3): average the batches' means and their unbiased variances. `"exact"`

@@ -73,8 +73,8 @@ def export_model(
     With `boxes`, a detector becomes an ONNX file that takes one image `(1, 3, H, W)` of any size, in [0, 1], and
     returns what the model does: resizing, sigmoid, top-k, decoding and NMS are included. Outputs are `boxes` (n, 4),
     XYXY in pixels of the image, `scores` and `labels` (n,) and, for a Mask R-CNN, `masks` (n, H, W), probabilities. N
-    is 1: the images of a batch would share their padding, and would need the same number of detections. It uses the
-    tracing exporter, `torch.onnx.export(dynamo=False)`, which does not support minibatch statistics.
+    is 1: the images of a batch would share their padding, and would need the same number of detections. The tracing
+    exporter is used, `torch.onnx.export(dynamo=False)`, which does not support minibatch statistics.
 
     The file is loaded again and compared with the model on random images of several sizes and batch sizes. Only then
     does it replace `file`.

@@ -16,7 +16,7 @@ def freeze_batchnorm(model: nn.Module, prefixes: Sequence[str] = ("",), train_af
     """Replace every BatchNorm of `model` by a `FrozenBatchNorm` with the same parameters.
 
     The Parameters are the same objects, so an optimizer keeps its state. Layers whose inference is more than one affine
-    per channel (SeqNorm, BGN, GBGN) keep their class and get `frozen=True` (*Rethinking "Batch"*, §4.3).
+    per channel (SeqNorm, BGN, GBGN) keep their class, with `frozen` set (*Rethinking "Batch"*, §4.3).
 
     Args:
         model: any module; if it is a BatchNorm itself, it is left untouched.

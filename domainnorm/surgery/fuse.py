@@ -17,11 +17,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def fuse(model: nn.Module) -> nn.Module:
     """Copy `model` for inference, with each BatchNorm right after a convolution folded into it by torch's fusion.
 
-    To find what follows what, the model is traced (`torch.fx`) with the default arguments of its `forward`. If its
-    control flow cannot be traced, its parts are; these must then be called as they are: a parent that runs a child's
-    layers itself is not noticed. Norms that follow something else are not folded, nor are layers that are used several
-    times or have hooks, nor norms that one convolution cannot replace: with statistics per domain, with statistics of
-    the sample (SeqNorm), or with statistics that are not per channel (BGN, GBGN).
+    To find what follows what, the model is traced (`torch.fx`) with the default arguments of its `forward`. If that
+    fails on its control flow, its parts are traced instead. These must then be called as they are: a parent that runs a
+    child's layers itself is not noticed. Norms that follow something else are not folded, nor are layers that are used
+    several times or have hooks, nor norms that one convolution cannot replace: with statistics per domain, with
+    statistics of the sample (SeqNorm), or with statistics that are not per channel (BGN, GBGN).
 
     Args:
         model: in eval mode; it is not changed.
