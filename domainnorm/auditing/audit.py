@@ -58,9 +58,8 @@ def audit(
     Args:
         model: the whole model; it is unwrapped from `DistributedDataParallel` and `torch.compile`. It may be in
             training mode or not: layers in eval mode inside a model in training mode count as frozen.
-        batches: whatever `model(batch)` takes, of the size used in training: how many samples are normalized together
-            is one of the things checked. 4 to 32 batches are enough. A mapping from names to such batches: one domain
-            each.
+        batches: whatever `model(batch)` takes, as in training: how many samples are normalized together is one of the
+            things checked. 4 to 32 batches are enough. A mapping from names to such batches: one domain each.
         forward: `forward(model, batch)`, which returns predictions, for batches that the model does not take directly,
             such as pairs of inputs and targets. None: `model(batch)`.
         loss: `loss(model, batch)` of a model in training mode, for models that run differently in training: a number, a
