@@ -7,10 +7,10 @@ MAX_MESSAGE = 1200  # characters, whatever is in it
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (config, data, checkpoint), told in one line that says what to do.
+    """A mistake in what the user gave (config, data, checkpoint); the message is one line that says how to fix it.
 
-    The command line prints it and exits with code 2. Line breaks of the message become spaces, other characters that
-    cannot be printed are escaped, and the middle of a very long message is left out.
+    The command line prints it and exits with code 2. Line breaks in the message become spaces, other characters that
+    cannot be printed are escaped, and the middle of a very long message is omitted.
 
     Example::
 
@@ -58,12 +58,12 @@ class _Quote(reprlib.Repr):
 
 
 class Stopped(SystemExit):
-    """A run ends because Ctrl-C or SIGTERM asked it to, with the exit code that a shell gives that: 130 or 143.
+    """Raised when Ctrl-C or SIGTERM ends a run; its exit code is the one that shells use: 130 or 143.
 
-    What it raises once all that is worth keeping is saved; a program that does not catch it ends without a traceback.
+    It is raised once everything worth keeping is saved. A program that does not catch it ends without a traceback.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
 
     Example::
 

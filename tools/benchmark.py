@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What domainnorm costs beside its peers: ratios of times, memory, bytes and calls, measured side by side.
+"""Compare what domainnorm and its peers cost: ratios of times, memory, bytes and calls, measured side by side.
 
     tools/benchmark.py COMMAND [--threads N] [--json FILE] …
 
-Prints a table; `--json` writes it, too. Results are in docs/performance.md.
+Prints a table, and writes it to FILE with `--json`. Results are in docs/performance.md.
 """
 
 import argparse
@@ -37,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS}
     for name, module in modules.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        command.add_argument("--threads", type=int, default=1, help="of each process; 0: as many as there are cores")
-        command.add_argument("--json", type=Path, metavar="FILE", help="where the table goes, too")
+        command.add_argument(
+            "--threads", type=int, default=1, help="threads of each process; 0: as many as there are cores"
+        )
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
         module.add_arguments(command)
     args = parser.parse_args(argv)
 

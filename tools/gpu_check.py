@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One check of `tools/gpu_report.py`. Prints a table, and exits with 1 if a row of it did not pass."""
+"""Run one check of `tools/gpu_report.py`. Prints a table, and exits with 1 if a row of it did not pass."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check on a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the table goes, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device: --device cpu")

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""Everything that wants a GPU, in one command and a few minutes: tests, checks, benchmarks, the quickstart.
+"""Run everything that needs a GPU, in one command and a few minutes: tests, checks, benchmarks, the quickstart.
 
     tools/gpu_report.py --out FOLDER [--minutes 8] [--steps NAME …] [--dry-run]
 
-Each step is a process of its own with a time limit. After each, FOLDER/report.md and report.json are written anew, so
-that a step that fails, hangs or kills its process costs no other step; what it printed is in FOLDER/NAME.log. Steps
-that are run again with --steps take their places in the report that is there. The exit code is 0 if all steps that were
-asked for have passed.
+Each step runs in its own process, with a time limit. After each, FOLDER/report.md and report.json are rewritten, so
+that a step that fails, hangs or kills its process costs no other step. Its output is in FOLDER/NAME.log. Steps rerun
+with --steps replace their results in the existing report. The exit code is 0 if all requested steps have passed.
 
---dry-run does the same on a CPU with tiny sizes: not to measure anything, but to know that the command runs.
+--dry-run does the same on a CPU with tiny sizes, only to check that the command runs.
 """
 
 import argparse
@@ -105,9 +104,13 @@ def main(argv: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> in
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all steps; the last ones are cut short")
-    parser.add_argument("--steps", nargs="+", choices=[step.name for step in steps], metavar="NAME", help="only these")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit for all steps; the last ones are cut short"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=[step.name for step in steps], metavar="NAME", help="run only these steps"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, with tiny sizes")
     args = parser.parse_args(argv)
 
     deadline = time.monotonic() + 60 * args.minutes

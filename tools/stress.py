@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Attacks, many of them: nothing may be lost, no process may die, and what a user can mend is one line.
+"""Run many attacks: nothing may be lost, no process may die, and an error that a user can fix must be one line.
 
     tools/stress.py kill|annotations|configs|checkpoints|layers --number N --seed S [--json FILE]
 
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     modules = {name: importlib.import_module(f"attacks.{name}") for name in COMMANDS}
     for name, module in modules.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        command.add_argument("--number", type=int, default=COMMANDS[name], help="of attacks")
+        command.add_argument("--number", type=int, default=COMMANDS[name], help="number of attacks")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--json", type=Path, metavar="FILE", help="where counts and failures go, too")
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write counts and failures to this file")
         module.add_arguments(command)
     args = parser.parse_args(argv)
 

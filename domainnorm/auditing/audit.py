@@ -46,46 +46,48 @@ def audit(
     checks: Iterable[str] | None = None,
     progress: bool = True,
 ) -> Report:
-    """Examine every layer of a model that normalizes by running statistics: what is wrong, how bad, what repairs it.
+    """Audit every layer of a model that normalizes by running statistics: what is wrong, how severe, and how to fix it.
 
-    Any model of torch will do, without labels and without training. It runs in eval mode, once under population
-    statistics and once with each layer that follows its batches normalizing by those of its own input, as training
-    does. Then ten checks look at what came in: at each call of each layer, not at the layer alone. The model, its
-    modes and buffers, and the state of random numbers are as before afterwards, to the bit.
+    It works for any torch model and needs neither labels nor training. The model runs in eval mode, once under
+    population statistics and once with each layer that follows its batches normalizing by the statistics of its own
+    input, as in training. Ten checks then examine the inputs of each call of each layer, not of the layer alone.
+    Afterwards the model, its modes and buffers, and the random state are exactly as before.
 
-    Every rank calls it with its own batches; the layers of each are compared, and each has a report.
+    Every rank calls it with its own batches. The layers of all ranks are compared, and each rank gets a report.
 
     Args:
-        model: with all its layers; one within `DistributedDataParallel` or of `torch.compile` is taken out of it. In
-            training mode or not: layers in eval mode within a model in training mode count as frozen.
-        batches: whatever `model(batch)` takes, as training has them: how many samples are normalized together is what
-            is judged. 4 to 32 batches are enough. A mapping of names to such batches: each of another domain.
-        forward: `forward(model, batch)`, which returns predictions, for batches that are not the model's argument, such
-            as pairs of inputs and targets. None: `model(batch)`.
-        loss: `loss(model, batch)` of a model in training mode, for models that do something else in training: a number,
-            a tensor, or a dict of losses. One more pass, and statistics are of what it gives to the layers.
-        leak: whether to compare predictions, and the loss, in the given batches with those where samples of several
-            batches are normalized together (*Rethinking "Batch"*, §6): three more passes, six with a loss. Samples are
-            exchanged between up to 8 batches at each layer, RoIs of an image too, so it takes the memory of 8 forward
-            passes. At least 4 batches; 16 or more show smaller leaks.
+        model: the whole model; it is unwrapped from `DistributedDataParallel` and `torch.compile`. It may be in
+            training mode or not: layers in eval mode inside a model in training mode count as frozen.
+        batches: whatever `model(batch)` takes, as in training: how many samples are normalized together is one of the
+            things checked. 4 to 32 batches are enough. A mapping from names to such batches: one domain each.
+        forward: `forward(model, batch)`, which returns predictions, for batches that the model does not take directly,
+            such as pairs of inputs and targets. None: `model(batch)`.
+        loss: `loss(model, batch)` of a model in training mode, for models that run differently in training: a number, a
+            tensor, or a dict of losses. It costs one more pass, whose layer inputs the statistics are taken from.
+        leak: whether to compare predictions, and the loss, in the given batches with those in batches that mix the
+            samples of several (*Rethinking "Batch"*, §6): three more passes, six with a loss. Samples, and the RoIs of
+            an image, are exchanged between up to 8 batches at each layer, so this takes the memory of 8 forward passes.
+            It needs at least 4 batches; 16 or more show smaller leaks.
         exact: whether to compare running statistics with those of all batches as if they were one (App. A.3): one more
             pass, with the activations of all batches in memory.
         score: `score(model)`, higher is better, such as accuracy on a validation set. The remedies of the five worst
-            findings that need no training are applied to the model one by one, and then all together, and scored.
-        thresholds: from which on figures are findings, by their names: `{"drift": 0.2}`. `docs/audit.md` has them all.
-        optimizer: for weight decay that reaches no parameter.
-        accumulate: over how many batches gradients are summed before a step.
-        checks: names of the checks to make; None: all. `"calls"`, `"domains"`, `"drift"`, `"consistency"`, `"leak"`,
+            findings that need no training are applied to the model one by one, then all together, and scored.
+        thresholds: values from which on figures are findings, by name: `{"drift": 0.2}`. `docs/audit.md` lists them
+            all.
+        optimizer: used to find weight decay that reaches no parameter.
+        accumulate: number of batches over which gradients are summed before a step.
+        checks: names of the checks to run; None: all. `"calls"`, `"domains"`, `"drift"`, `"consistency"`, `"leak"`,
             `"batch_size"`, `"numerics"`, `"frozen"`, `"training"`, `"padding"`.
-        progress: whether rank 0 shows a bar.
+        progress: whether rank 0 shows a progress bar.
 
     Returns:
-        A `Report`: printed, a table; `report.findings`, the worst first; `report.layers`, figures of each call.
+        A `Report`: printed, it is a table; `report.findings` has the worst first; `report.layers` has figures of each
+        call.
 
     Raises:
-        UserError: arguments that are none of these, no batch or, for `leak`, one only, a score that is not a finite
-            number, or `leak` or `exact`, and the model runs its layers in another order for another batch.
-        ValueError: a model of TorchScript, or layers without a shape.
+        UserError: wrong arguments, no batch (or, for `leak`, only one), a score that is not a finite number, or `leak`
+            or `exact` with a model that runs its layers in a different order for different batches.
+        ValueError: a TorchScript model, or layers without a shape.
 
     Example::
 

@@ -15,24 +15,24 @@ LEVELS = ("error", "warning", "note")  # the worst first
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From which value on a figure is a finding. `docs/audit.md` says how they were chosen.
+    """The value of each figure from which on it is a finding. `docs/audit.md` says how they were chosen.
 
     Attributes:
-        calls: nats a channel that the statistics of one call of a layer are away from those of all its calls.
-        domains: nats a channel that one domain is away from all together.
-        separate: nats a channel up to which domains with separate statistics might share them.
-        far_domain: nats a channel from the nearest domain.
-        drift: nats a channel between running statistics and the batches, beyond what sampling explains.
-        frozen_drift: likewise, where the running statistics are constants.
+        calls: nats per channel between the statistics of one call of a layer and those of all its calls.
+        domains: nats per channel between one domain and all together.
+        separate: nats per channel up to which domains with separate statistics could share them.
+        far_domain: nats per channel from the nearest domain.
+        drift: nats per channel between running statistics and the batches, beyond what sampling explains.
+        frozen_drift: the same, for running statistics that are constants.
         consistency: relative change of the model's output between minibatch and population statistics, beyond sampling.
         leak: relative change of the loss, or of the model's confidence, between given and mixed batches.
-        batch_samples: independent samples that a normalization batch has at least.
-        batch_elements: elements of a channel that it has at least.
-        mean_over_std: absolute mean / standard deviation of a channel, times the rounding of its type.
+        batch_samples: smallest number of independent samples in a normalization batch.
+        batch_elements: smallest number of elements of a channel in a normalization batch.
+        mean_over_std: absolute mean / standard deviation of a channel, times the rounding error of its dtype.
         dead_channels: share of a layer's channels whose variance is below a hundredth of eps.
         unfinished: share that the initial statistics still have in the averages.
-        padding: nats a channel between statistics with and without padding.
-        mixed_batches: variance between batches over what that of random batches seldom exceeds.
+        padding: nats per channel between statistics with and without padding.
+        mixed_batches: variance between batches, relative to what random batches seldom exceed.
     """
 
     calls: float = 0.1
@@ -53,10 +53,10 @@ class Thresholds:
 
     @classmethod
     def of(cls, values: Thresholds | Mapping[str, float] | None) -> Thresholds:
-        """The defaults, with other `values`.
+        """The defaults, with `values` in place of some.
 
         Raises:
-            UserError: unknown names, or values that are no positive numbers.
+            UserError: unknown names, or values that are not positive numbers.
         """
         if isinstance(values, Thresholds):
             return values
@@ -76,7 +76,7 @@ class Place:
     """Where a fault is.
 
     Attributes:
-        layer: name of the layer, or of a parameter of it.
+        layer: name of the layer, or of one of its parameters.
         call: number of the call within a forward pass; None: all.
         domain: number of the domain; None: all.
         value: the figure there.
@@ -119,16 +119,16 @@ class Finding:
     Attributes:
         check: which check found it: "calls", "domains", "drift", "consistency", "leak", "batch_size", "numerics",
             "frozen", "training", "padding".
-        kind: which fault of those, in one word or two.
+        kind: which fault of that check, in one or two words.
         level: "error", "warning" or "note".
         message: what is wrong, in one or two sentences.
-        value: the figure, of the worst place.
-        threshold: from which on it is a finding.
+        value: the figure, at the worst place.
+        threshold: the value from which on it is a finding.
         unit: of both.
         places: where, the worst first.
         paper: the section that explains it.
-        remedy: a line of code.
-        config: keys of a config of this library that do the same; "" where there are none.
+        remedy: a line of code that fixes it.
+        config: config keys that do the same; "" if there are none.
         details: more figures.
     """
 
@@ -147,12 +147,12 @@ class Finding:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers, the worst first."""
+        """Names of the affected layers, the worst first."""
         return list(dict.fromkeys(place.layer for place in self.places))
 
     @property
     def excess(self) -> float:
-        """How many times the threshold the value is; where less is worse, the reverse."""
+        """The ratio of the value to the threshold, or its inverse if lower is worse."""
         value, threshold = abs(self.value), self.threshold
         if not (value and threshold):
             return float("inf")
@@ -160,7 +160,7 @@ class Finding:
 
     @property
     def order(self) -> tuple[int, bool, float]:
-        """The worst first; nothing is worse than numbers that are none, which other figures are made of."""
+        """Sort key: by level; then NaN and broken statistics, on which other figures depend; then by excess."""
         is_broken = self.kind in ("broken statistics", "NaN")
         return LEVELS.index(self.level), not is_broken, -self.excess if self.excess == self.excess else 0.0
 

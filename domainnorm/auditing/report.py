@@ -18,27 +18,27 @@ from .text import text_of
 
 @dataclass(repr=False)
 class Report:
-    """The result of `dn.audit`; printed, what is wrong in at most 40 lines.
+    """The result of `dn.audit`; `print(report)` shows what is wrong in at most 40 lines.
 
     Attributes:
         findings: the worst first; empty for a healthy model.
         layers: figures of each call and domain of each layer, in the order of the forward pass: dicts with "layer",
-            "kind", "call", "domain", "channels", "samples", "elements", "divergence" (own: under minibatch statistics
-            before it), "expected" (of that, by sampling alone), "inference" (under population statistics), "alone",
-            "propagated", "between_batches", "frozen", "padded", "rounded" (share of a standard deviation that rounding
-            takes); and of the layer "drift" (beyond sampling, all calls together), "dead_channels" (share),
-            "initial_weight" (of the statistics before the first step, in the average).
+            "kind", "call", "domain", "channels", "samples", "elements", "divergence" (own: with minibatch statistics in
+            the layers before), "expected" (the part of it that sampling alone explains), "inference" (under population
+            statistics), "alone", "propagated", "between_batches", "frozen", "padded", "rounded" (share of a standard
+            deviation lost to rounding); and, for the layer as a whole, "drift" (beyond sampling, all calls together),
+            "dead_channels" (share), "initial_weight" (of the initial statistics in the running average).
         output_change: relative change of the model's output between minibatch and population statistics, or nan.
-        changed_alone: the same where one layer alone is switched, by its name: of the main suspect.
-        leak: of `leak`: "loss_given" and "loss_mixed", or with "confidence", the means in given and mixed batches;
-            "effect" (how much better the given ones are, as a share), "significant" (0 or 1), "change_given" and
-            "change_mixed" (relative change of predictions from given to mixed batches, and between two mixes),
-            "batches"; None: not asked for.
-        scores: of `score`: rows with "what" and "score", the first as the model is.
+        changed_alone: the same with only one layer switched, by its name: for the main suspect.
+        leak: with `leak`: "loss_given" and "loss_mixed", or the same with "confidence": the means in given and mixed
+            batches; "effect" (how much better the given ones are, as a share), "significant" (0 or 1), "change_given"
+            and "change_mixed" (relative change of predictions from given to mixed batches, and between two mixes),
+            "batches". None: not requested.
+        scores: with `score`: rows with "what" and "score"; the first is for the unchanged model.
         samples, batches, passes: what was given, and how often the model ran over it.
-        norms: how many layers of the model normalize by running statistics.
-        not_reached: layers that no batch came to.
-        thresholds: from which on a figure is a finding.
+        norms: number of layers that normalize by running statistics.
+        not_reached: layers that no batch reached.
+        thresholds: values from which on a figure is a finding.
         model: the name of its class.
 
     Example::
@@ -66,12 +66,12 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing but notes was found."""
+        """Whether there are no errors and no warnings, only notes at most."""
         return all(finding.level == "note" for finding in self.findings)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many findings there are of each level."""
+        """The number of findings of each level."""
         found = Counter(finding.level for finding in self.findings)
         return {level: found[level] for level in LEVELS}
 
@@ -82,7 +82,7 @@ class Report:
         return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
 
     def to_json(self) -> str:
-        """All of it as JSON, with null for what is not finite.
+        """The whole report as JSON, with null for numbers that are not finite.
 
         Returns:
             An object with the attributes, "healthy" and "counts".
@@ -92,7 +92,7 @@ class Report:
         return json.dumps(_plain(content), indent=1, allow_nan=False)
 
     def to_html(self) -> str:
-        """All of it as one page of HTML that needs no other file and no network: findings, plots, a table of layers.
+        """The whole report as a self-contained HTML page, which needs no network: findings, plots, a table of layers.
 
         Raises:
             UserError: matplotlib or torchvision is not installed.

@@ -1,4 +1,4 @@
-"""The command line, `domainnorm COMMAND …`; what each command takes is said by `domainnorm COMMAND --help`."""
+"""The command line, `domainnorm COMMAND …`; `domainnorm COMMAND --help` lists the options of a command."""
 
 import argparse
 import importlib
@@ -28,7 +28,7 @@ USAGE = f"usage: domainnorm {{{','.join(COMMANDS)}}} …   (domainnorm COMMAND -
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as everything else here does: in one line."""
+    """Argument parser that reports a mistake in one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

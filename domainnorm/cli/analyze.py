@@ -1,9 +1,9 @@
-"""What the model of a config costs, and what each of its norms normalizes together.
+"""Report what the model of a config costs, and what each of its norms normalizes together.
 
     domainnorm analyze --config-file F [--size HEIGHT WIDTH] [--number N] KEY VALUE …
 
-Parameters and multiply-adds of each part, time per image, normalization batches. The images are the first of
-DATASETS.TEST or, with --size, noise.
+Prints parameters and multiply-adds of each part, the time per image and the normalization batches. The images are the
+first of DATASETS.TEST or, with --size, noise.
 """
 
 import argparse
@@ -28,11 +28,13 @@ from . import Parser
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """KEY VALUE pairs may stand before, between or after the others."""
-    parser = Parser(description="What the model of a config costs.", allow_abbrev=False)
+    parser = Parser(description="Report what the model of a config costs.", allow_abbrev=False)
     parser.add_argument("--config-file", metavar="FILE", required=True)
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of noise, instead of images")
-    parser.add_argument("--number", type=int, default=10, help="of images")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="use noise of this size instead of images"
+    )
+    parser.add_argument("--number", type=int, default=10, help="number of images")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, which override those of FILE")
     args = parser.parse_intermixed_args(argv)
     for name, values in (("--number", [args.number]), ("--size", args.size or [])):
         if any(value < 1 for value in values):
@@ -41,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def analyze(cfg: CfgNode, number: int, size: Sequence[int] | None) -> str:
-    """All of it as text.
+    """Analyze the model of `cfg`; returns the report as text.
 
     Raises:
         UserError: what is wrong with the config or the test set.

@@ -1,12 +1,12 @@
-"""What is wrong with the norms of a model, how bad it is, and what repairs it.
+"""Audit the norms of a model: what is wrong, how severe it is, and how to fix it.
 
     domainnorm audit --config-file F [--weights RUN_OR_FILE] [--number N] [--leak] [--exact] [--score]
         [--html FILE] [--json FILE] [--threshold NAME=VALUE] [--strict] KEY VALUE …
     domainnorm audit module:function [--score module:function] …
 
-The first audits a model of this library, on images as it is trained on them. The second audits any model of torch: the
-function, of a module or of `path/to/file.py`, takes nothing and returns `(model, batches)`, or a dict of arguments of
-`dn.audit`.
+The first form audits a model of this library, on images as in its training. The second audits any torch model: the
+function, in a module or in `path/to/file.py`, takes no arguments and returns `(model, batches)`, or a dict of arguments
+of `dn.audit`.
 """
 
 import argparse
@@ -41,27 +41,33 @@ _WORDS = ("leak", "exact")  # options that dn.audit has, too
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """KEY VALUE pairs, or module:function, may stand before, between or after the others."""
-    parser = Parser(description="What is wrong with the norms of a model.", allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", help="of a model of this library; weights: MODEL.WEIGHTS")
+    parser = Parser(description="Audit the norms of a model.", allow_abbrev=False)
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="config of a model of this library, whose weights are MODEL.WEIGHTS"
+    )
     parser.add_argument("--weights", metavar="RUN_OR_FILE", help="the folder of a run, or a checkpoint with its config")
-    parser.add_argument("--number", type=int, help=f"of images of the training sets; {NUMBER} if not given")
-    parser.add_argument("--leak", action="store_true", help="also compare with batches of mixed samples")
-    parser.add_argument("--exact", action="store_true", help="also compare with exact statistics of the batches")
+    parser.add_argument("--number", type=int, help=f"number of training images; {NUMBER} by default")
+    parser.add_argument("--leak", action="store_true", help="also compare with batches whose samples are mixed")
+    parser.add_argument("--exact", action="store_true", help="also compare with the exact statistics of the batches")
     parser.add_argument(
         "--score",
         nargs="?",
         const="",
         metavar="module:function",
-        help="score the model as it is and with each remedy: by a function of the model, or by AP or top1",
+        help="score the model as it is and with each remedy, by a function of the model or by AP or top1",
     )
-    parser.add_argument("--html", metavar="FILE", help="write a page; it needs matplotlib")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page; needs matplotlib")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to a JSON file")
     parser.add_argument(
-        "--threshold", metavar="NAME=VALUE", action="append", default=[], help="from which on a figure is a finding"
+        "--threshold",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="value from which on a figure is a finding",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if there is an error or a warning")
     parser.add_argument(
-        "what", nargs="*", metavar="module:function | KEY VALUE", help="a model and batches, or options of the config"
+        "what", nargs="*", metavar="module:function | KEY VALUE", help="a model and batches, or config options"
     )
     args = parser.parse_intermixed_args(argv)
     if not (args.config_file or args.weights) and len(args.what) != 1:
@@ -72,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report_of(args: argparse.Namespace) -> Report:
-    """The audit that the arguments ask for.
+    """Run the audit that the arguments ask for.
 
     Raises:
         UserError: what is wrong with them, with the config or the data.
@@ -116,10 +122,10 @@ def _audit_function(args: argparse.Namespace, options: dict[str, Any]) -> Report
 
 
 def load_function(text: str, option: str) -> Callable[..., Any]:
-    """What `module:function` names, of a module that is found from the current folder, or of a file.
+    """Import what `module:function` names, from a module found from the current folder, or from a file.
 
     Raises:
-        UserError: there is no such module, file or function. What the module itself raises passes.
+        UserError: there is no such module, file or function. What the module itself raises is passed on.
     """
     where, colon, name = text.rpartition(":")
     if not (colon and where and name.isidentifier()):

@@ -1,8 +1,8 @@
-"""Compare trainings by what is in their output folders.
+"""Compare trainings by their output folders.
 
     domainnorm compare RUN RUN … [--html FILE]
 
-Prints the options that differ and the results under each statistics; the page of FILE has the curves of training, too.
+Prints the options that differ and the results under each statistics. The page FILE also has the training curves.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ Table = tuple[list[str], list[list[str]]]  # head and rows
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after a mistake in what the user gave."""
     parser = Parser(description="Compare trainings.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="OUTPUT_DIR of a training")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with curves; it needs matplotlib")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the OUTPUT_DIR of a training")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with curves; needs matplotlib")
     try:
         args = parser.parse_args(argv)
         names = run_names(args.runs)

@@ -1,8 +1,8 @@
-"""Print what an option of a config is, or the options of a section.
+"""Explain a config option, or list the options of a section.
 
     domainnorm explain [KEY]
 
-Without KEY: all options.
+Without KEY, it lists all options.
 """
 
 import sys
@@ -15,7 +15,7 @@ from . import Parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after a mistake in what the user gave."""
-    parser = Parser(description="Explain an option of a config, or the options of a section.", allow_abbrev=False)
+    parser = Parser(description="Explain a config option, or list the options of a section.", allow_abbrev=False)
     parser.add_argument("key", nargs="?", default="", metavar="KEY", help="such as SOLVER.BASE_LR or MODEL.RETINANET")
     try:
         print(explain(parser.parse_args(argv).key))

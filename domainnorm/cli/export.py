@@ -1,9 +1,9 @@
-"""Write the trained detector or classifier of a config as one file that runs without this library.
+"""Export the trained detector or classifier of a config to one file that runs without this library.
 
     domainnorm export --config-file F --format torch|onnx --out FILE [--domain NAME|INDEX]
         [--statistics population|minibatch] [--example-weight A] [--fuse] [--boxes] [--atol 1e-5] KEY VALUE …
 
-MODEL.WEIGHTS names the checkpoint. The file is checked against the model before it takes its name.
+MODEL.WEIGHTS names the checkpoint. FILE is written only after its outputs were compared with the model's.
 """
 
 import argparse
@@ -25,13 +25,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", metavar="FILE", required=True)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--out", metavar="FILE", required=True)
-    parser.add_argument("--domain", help="name or number, where data sets are the domains of norms")
+    parser.add_argument("--domain", help="name or number of the domain, if data sets are the domains of norms")
     parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
-    parser.add_argument("--example-weight", type=float, help="of an image's own moments, under population statistics")
-    parser.add_argument("--fuse", action="store_true", help="fold norms into convolutions where they can be")
-    parser.add_argument("--boxes", action="store_true", help="from an image of any size to a detector's final boxes")
-    parser.add_argument("--atol", type=float, help="largest difference from the model; 1e-5, with --boxes 1e-4")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
+    parser.add_argument(
+        "--example-weight", type=float, help="weight of an image's own moments, under population statistics"
+    )
+    parser.add_argument("--fuse", action="store_true", help="fold norms into convolutions where possible")
+    parser.add_argument(
+        "--boxes", action="store_true", help="export a detector that returns final boxes for an image of any size"
+    )
+    parser.add_argument("--atol", type=float, help="largest allowed difference from the model; 1e-5, with --boxes 1e-4")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, which override those of FILE")
     return parser.parse_intermixed_args(argv)
 
 

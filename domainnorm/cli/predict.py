@@ -4,8 +4,8 @@
         [--statistics population|minibatch] [--domain NAME|INDEX] [--batch-size N] [--exact] [--config-file F]
         [--opts KEY VALUE …]
 
-Each PATH is an image, a folder (of video frames, say, which come in the order of their numbers) or a pattern in quotes.
-DIR gets a picture of each image, with what was found drawn in it, and `predictions.json`, in COCO's results format.
+Each PATH is an image, a folder (files are sorted by number, such as video frames) or a quoted pattern. A picture
+of each image with its predictions goes to DIR, as does `predictions.json`, in COCO's results format.
 """
 
 import argparse
@@ -33,25 +33,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of detectron2's demo, `--weights` for its `MODEL.WEIGHTS`."""
     parser = Parser(description="Detect objects in images with a trained model, or classify them.", allow_abbrev=False)
     parser.add_argument("--weights", metavar="RUN_OR_FILE", required=True, help="the folder of a run, or a checkpoint")
-    parser.add_argument("--input", metavar="PATH", nargs="+", required=True, help="images, folders, patterns")
-    parser.add_argument("--out", metavar="DIR", required=True, help="for pictures and predictions.json")
+    parser.add_argument("--input", metavar="PATH", nargs="+", required=True, help="images, folders or patterns")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for pictures and predictions.json")
     parser.add_argument(
         "--score",
         metavar="NUMBER_OR_FILE",
         default="0.5",
-        help="objects of a higher score are kept, 0.5 by default; or a run's thresholds.json: the best of each class",
+        help="keep objects with a higher score, 0.5 by default; or a run's thresholds.json: the best of each class",
     )
     parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
-    parser.add_argument("--domain", help="name or number, where data sets are the domains of norms")
+    parser.add_argument("--domain", help="name or number of the domain, if data sets are the domains of norms")
     parser.add_argument("--batch-size", type=int, default=1, help="images read together; results do not depend on it")
-    parser.add_argument("--exact", action="store_true", help="as in evaluation, to the bit; slower")
-    parser.add_argument("--config-file", metavar="FILE", help="of the model, instead of the one in the checkpoint")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options, over those of the config")
+    parser.add_argument("--exact", action="store_true", help="same results as in evaluation, to the bit; slower")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="config of the model, instead of the one in the checkpoint"
+    )
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options that override the config")
     return parser.parse_args(argv)
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Predict, draw and write. Returns how many inputs failed, of which a line each says why.
+    """Predict, draw and write; returns how many inputs failed. For each a line says why.
 
     Raises:
         UserError: no predictions can be made, or what is found cannot be written.

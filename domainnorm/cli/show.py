@@ -1,8 +1,8 @@
-"""Draw the data of a config: what its annotation files say, or what the model is trained on.
+"""Draw the data of a config: the annotation files as they are, or the images that the model is trained on.
 
     domainnorm show --config-file F --source annotations|loader [--number N] --out FILE.png|FILE.html KEY VALUE …
 
-The loader's pictures are those of the first iterations, after all transforms.
+The loader's pictures are the images of the first iterations, after all transforms.
 """
 
 import argparse
@@ -24,9 +24,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draw the data of a config.", allow_abbrev=False)
     parser.add_argument("--config-file", metavar="FILE", required=True)
     parser.add_argument("--source", choices=("annotations", "loader"), required=True)
-    parser.add_argument("--number", type=int, default=16, help="images: of each data set, or of the loader in all")
-    parser.add_argument("--out", metavar="FILE", required=True, help="a contact sheet, .png, or a page, .html")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
+    parser.add_argument(
+        "--number", type=int, default=16, help="number of images: per data set, or in total for the loader"
+    )
+    parser.add_argument("--out", metavar="FILE", required=True, help="a contact sheet (.png) or a page (.html)")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, which override those of FILE")
     args = parser.parse_intermixed_args(argv)
     if args.number < 1:
         parser.error(f"--number takes 1 or more, got {args.number}")
@@ -34,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def show(args: argparse.Namespace) -> Path:
-    """Write the pictures; returns where.
+    """Write the pictures; returns the file.
 
     Raises:
         UserError: what is wrong with the config, a data set or ``--out``.

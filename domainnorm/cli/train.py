@@ -1,8 +1,8 @@
-"""Train or evaluate what a config says.
+"""Train or evaluate the model of a config.
 
     domainnorm train --config-file F [--num-gpus N] [--resume] [--eval-only] KEY VALUE …
 
-Under torchrun (`torchrun … tools/train_net.py …`), or with --num-machines on each machine, the same.
+It also runs under torchrun (`torchrun … tools/train_net.py …`), or with --num-machines on each of several machines.
 """
 
 import argparse
@@ -31,15 +31,17 @@ logger = logging.getLogger(__name__)
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """detectron2's arguments; KEY VALUE pairs may stand before, between or after them."""
-    parser = Parser(description="Train or evaluate what a config says.", allow_abbrev=False)
+    parser = Parser(description="Train or evaluate the model of a config.", allow_abbrev=False)
     parser.add_argument("--config-file", metavar="FILE", required=True)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS or, with --resume, the last")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, also on CPU")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS or, with --resume, the last checkpoint"
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="number of processes on this machine, also on CPU")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0, for several machines")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options of the config, over those of FILE")
+    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0, if there are several")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, which override those of FILE")
     args = parser.parse_intermixed_args(argv)
     if args.num_gpus < 1:
         parser.error(f"--num-gpus takes 1 or more, got {args.num_gpus}")

@@ -22,21 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:
-    """The defaults, then `file` (and its `_BASE_` files), then `overrides`.
+    """Load a config: the defaults, then `file` (and its `_BASE_` files), then `overrides`.
 
     Args:
-        file: YAML, in UTF-8. One that does not exist is looked for among the library's own, by its path below
-            `configs`: `"quickstart.yaml"`, `"configs/paper/table5/row1.yaml"`. None: the defaults.
-        overrides: `[KEY, VALUE, KEY, VALUE, …]`. Values may be strings, as on a command line, or Python values; a
-            string may be a list as in YAML, `"[a.json:images, b.json:images]"`, or as in Python. The old name of a key
-            is accepted, with a warning that gives the new one.
+        file: YAML, in UTF-8. A file that does not exist is looked up among the library's own, by its path below
+            `configs`: `"quickstart.yaml"`, `"configs/paper/table5/row1.yaml"`. None: only the defaults.
+        overrides: `[KEY, VALUE, KEY, VALUE, …]`. Values may be Python values, or strings as on a command line; a string
+            may be a list in YAML, `"[a.json:images, b.json:images]"`, or Python syntax. The old name of a key is
+            accepted, with a warning that gives the new one.
 
     Returns:
         A frozen config.
 
     Raises:
-        UserError: unknown key (naming the nearest known one), wrong type, value outside its choices or range,
-            contradicting keys, missing or broken file.
+        UserError: an unknown key (the message names the nearest known one), a wrong type, a value outside its choices
+            or range, contradicting keys, or a missing or broken file.
 
     Example::
 

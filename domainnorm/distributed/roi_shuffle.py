@@ -20,38 +20,38 @@ from .collectives import Group, all_gather_stack, deepcopy_over_group, gather_ob
 
 
 class RoIShuffle(nn.Module):
-    """A head, trained on RoIs that are randomly permuted over the ranks; its outputs come back in the order given.
+    """Wrap a head so that it trains on RoIs randomly permuted over the ranks; outputs come back in the original order.
 
-    The RoIs of one image know much about each other. Where each GPU holds the RoIs of one or two images, a BatchNorm
-    per GPU lets this leak through its statistics, and the head then fails under population statistics (*Rethinking
-    "Batch"*, §6, Table 3). Shuffled, each rank normalizes a random share of all RoIs (Table 6).
+    The RoIs of one image are correlated. If each GPU holds the RoIs of one or two images, per-GPU BatchNorm leaks this
+    information through its statistics, and the head then fails under population statistics (*Rethinking "Batch"*, §6,
+    Table 3). After shuffling, each rank normalizes a random share of all RoIs (Table 6).
 
-    In training on W ranks with R RoIs in all, rank r computes those at `permutation[R·r/W : R·(r+1)/W]` of
-    `roi_permutation(seed, step, R)`, by default sorted by the rank that brings them: the counts of two ranks
-    differ by at most one, and any rank may bring none. One uneven all-to-all carries the features there and one each
-    output back, in their own dtype, and the gradients take the reverse way. In eval, and with one rank, it is the
-    wrapped module.
+    In training on W ranks with R RoIs in total, rank r computes the RoIs at `permutation[R·r/W : R·(r+1)/W]` of
+    `roi_permutation(seed, step, R)`, by default sorted by the rank they come from. The counts of two ranks differ by at
+    most one, and any rank may contribute none. One uneven all-to-all carries the features there and one per output
+    carries it back, in their own dtype; gradients take the reverse way. In eval, and with one rank, it is the wrapped
+    module.
 
-    Every rank must call it in the same steps, and use an output of it in the loss even when it brings no RoI. Before
-    rows travel, each way, the ranks compare by one small collective where they are and what they send: those that
-    disagree raise, all of them. Activation checkpointing belongs inside the wrapped module, not around the shuffle.
+    Every rank must call it in the same steps, and use one of its outputs in the loss even if it contributes no RoI.
+    Before rows are sent, each way, one small collective compares the ranks' steps and what they send; if they disagree,
+    all of them raise. Activation checkpointing belongs inside the wrapped module, not around the shuffle.
 
     Args:
-        module: the head: features `(R, *)` in; out comes a tensor `(R, *)`, or a tuple, list, dict or dataclass of
-            them, and of what has no rows: numbers, strings, None. Also any other callable, whose parameters then
-            belong to another module.
+        module: the head. It takes features `(R, *)` and returns a tensor `(R, *)`, or a tuple, list, dict or dataclass
+            of such tensors and of values without rows: numbers, strings, None. It may be any callable, whose parameters
+            then belong to another module.
         seed: of the permutations; equal on all ranks.
         group: the process group; None: all ranks.
-        in_order: whether a rank's rows are in the order of the permutation, for layers that normalize groups of them:
-            the rows of a group are then random ones, at the cost of a copy of the features each way.
+        in_order: whether a rank's rows are in the order of the permutation, for layers that normalize groups of rows:
+            the rows of a group are then random, at the cost of a copy of the features each way.
 
     Attributes:
-        step: the number of training forwards so far; in the state dict, so that a resumed run goes on with the next
-            permutation.
+        step: the number of training forward passes so far; kept in the state dict, so that a resumed run continues with
+            the next permutation.
 
     Shape:
         - Input: `(R, *)`
-        - Output: as that of the module
+        - Output: same as the module's
 
     Example::
 
@@ -73,12 +73,12 @@ class RoIShuffle(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Any:
-        """Features `(R, *)` of this rank's RoIs -> what the module makes of them, in the same order.
+        """Apply the module to the features `(R, *)` of this rank's RoIs; outputs are in the same order.
 
         Raises:
-            ValueError: the ranks are at different steps, have different seeds, or bring features, or outputs, of
-                different kinds; an output has not one row a RoI; or the module raised on another rank.
-            RuntimeError: activation checkpointing runs it again, with what would be another permutation.
+            ValueError: the ranks are at different steps, have different seeds, or pass features or outputs of different
+                kinds; an output does not have one row per RoI; or the module raised on another rank.
+            RuntimeError: activation checkpointing recomputes it, which would use another permutation.
         """
         if not self.training:
             return self.module(x)
@@ -117,7 +117,7 @@ class RoIShuffle(nn.Module):
 
 
 def roi_permutation(seed: int, step: int, count: int) -> np.ndarray:
-    """The permutation of `count` RoIs, rank after rank, in training forward `step` (from 0): int64, `(count,)`."""
+    """The permutation of `count` RoIs, numbered rank after rank, in training step `step` ≥ 0: int64, `(count,)`."""
     return np.random.default_rng([seed, step]).permutation(count)
 
 

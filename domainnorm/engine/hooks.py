@@ -15,16 +15,16 @@ STAGES = ("before_train", "before_step", "after_step", "after_train")
 
 
 class Trainer:
-    """A run, as hooks see it.
+    """A training run, as hooks see it.
 
     Attributes:
-        cfg: of the run.
+        cfg: config of the run.
         model: not wrapped for several processes; its norms' running statistics are those of this rank.
-        optimizer: that of the run.
-        iter: of the step that is made, from 0; in `before_train` of the first one, in `after_train` the number of steps
-            that were made.
-        start_iter, max_iter: where this process began, and where the run ends.
-        losses: by name, those of the step that was made; of this rank, with `SOLVER.ACCUMULATE` their mean.
+        optimizer: optimizer of the run.
+        iter: number of the current step, from 0; in `before_train`, of the first step; in `after_train`, the number of
+            steps completed.
+        start_iter, max_iter: where this process started, and where the run ends.
+        losses: the losses of the current step by name, on this rank; with `SOLVER.ACCUMULATE` their mean.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class Trainer:
         self._log = log
 
     def put_scalar(self, name: str, value: float) -> None:
-        """A number for the next line of the log, `metrics.json` and TensorBoard; several are averaged."""
+        """Log a number in the next line of the log, `metrics.json` and TensorBoard; several values are averaged."""
         self._log.put_scalar(name, value)
 
 
 class HookBase:
-    """A base for hooks; each method does nothing. Any object that has one or more of these methods is a hook.
+    """Base class for hooks, whose methods do nothing. Any object with one or more of these methods is a hook.
 
-    What changes the model or draws random numbers must depend on `trainer.iter` alone: a hook's own attributes are not
-    in a checkpoint, and a run that goes on begins with new ones.
+    Hooks that change the model or draw random numbers must depend on `trainer.iter` alone: a hook's own attributes are
+    not saved in checkpoints, and a resumed run starts with new ones.
 
     Attributes:
         trainer: the run; set before the first call.
@@ -64,16 +64,16 @@ class HookBase:
     trainer: Trainer
 
     def before_train(self) -> None:
-        """Before the first step of this process."""
+        """Called before the first step of this process."""
 
     def before_step(self) -> None:
-        """Before the data of a step is loaded."""
+        """Called before the data of a step is loaded."""
 
     def after_step(self) -> None:
-        """After the optimizer's step, before what is due then: line, checkpoint, evaluation."""
+        """Called after the optimizer's step, before logging, checkpoint and evaluation, if these are due."""
 
     def after_train(self) -> None:
-        """After the last evaluation, and after an error or Ctrl-C too."""
+        """Called after the last evaluation, also after an error or Ctrl-C."""
 
 
 class Hooks:

@@ -61,33 +61,33 @@ def train(
     transforms: Callable[..., Any] | None = None,
     hooks: Sequence[Any] = (),
 ) -> nn.Module:
-    """Train what `cfg` says, on every rank; into `cfg.OUTPUT_DIR` go checkpoints, logs and results.
+    """Train the model of `cfg`, on every rank, and write checkpoints, logs and results to `cfg.OUTPUT_DIR`.
 
-    Ctrl-C or SIGTERM finishes the step and saves. A second Ctrl-C ends the process at once.
+    Ctrl-C or SIGTERM finishes the current step and saves. A second Ctrl-C ends the process immediately.
 
     Args:
         cfg: from `load_config`.
-        resume: continue from the last checkpoint in `OUTPUT_DIR`, or start where there is none. The result equals
-            that of a run that was never stopped, to the bit, on a device whose kernels are deterministic (a CPU), with
-            as many processes; with another number of them it goes on at the same step and place in the data.
-        model: what is trained instead of the config's model, from the weights that it has: in training mode
-            `model(images, targets)` is a dict of losses, whose sum is minimized; in eval mode see `evaluate`.
-        train_data: instead of `DATASETS.TRAIN`: a data set, or several, with `len(dataset)`, whose `dataset[i]` is
-            `(image, target)`: floats (3, H, W), and a dict with what the model takes. Randomness must be from torch's
-            generator, which is seeded for each sample. With `sizes`, (height, width) of each, wide and tall images are
-            not mixed.
-        transforms: `(image, target) -> (image, target)` for all training images, instead of the config's and after
-            those of `train_data`; of a classifier's own data sets `image -> image`. Seeded as `train_data` is.
+        resume: continue from the last checkpoint in `OUTPUT_DIR`, or start if there is none. With the same number of
+            processes, on a device with deterministic kernels (a CPU), the result is bitwise that of an uninterrupted
+            run. With another number of processes, the run continues at the same step and place in the data.
+        model: trained, from its current weights, instead of the config's model. In training mode,
+            `model(images, targets)` returns a dict of losses, whose sum is minimized; for eval mode see `evaluate`.
+        train_data: instead of `DATASETS.TRAIN`: one or several data sets, with `len(dataset)`, whose `dataset[i]` is
+            `(image, target)`: floats (3, H, W), and a dict of what the model takes. Random numbers must come from
+            torch's generator, which is seeded for each sample. If it has `sizes`, the (height, width) of each image,
+            batches do not mix wide and tall images.
+        transforms: `(image, target) -> (image, target)` for all training images, instead of the config's, after those
+            of `train_data`; for a classifier's own data sets `image -> image`. Seeded like `train_data`.
         hooks: functions of a trainer, called after each step, or objects with some of the methods of `HookBase`.
 
     Returns:
-        The trained model, or the average of its weights if `SOLVER.AVERAGE_WEIGHTS`, not wrapped for several
-        processes; its running statistics are those of all ranks.
+        The trained model, or the average of its weights with `SOLVER.AVERAGE_WEIGHTS`, without the wrapper for several
+        processes. Its running statistics are those of all ranks.
 
     Raises:
-        UserError: anything the user can mend: a contradiction in `cfg`, an `OUTPUT_DIR` that cannot be written, that
-            another run has or, without `resume`, that holds an earlier one, a checkpoint of another run or a broken
-            one; a loss, gradient or weight that is not finite (checkpoints stay as they were).
+        UserError: anything the user can fix: contradictory options; an `OUTPUT_DIR` that is not writable, in use by
+            another run or, without `resume`, that holds an earlier run; a checkpoint that is broken or from another
+            run; a loss, gradient or weight that is not finite (existing checkpoints are kept).
         Stopped: a `SystemExit`, after Ctrl-C or SIGTERM.
 
     Example::

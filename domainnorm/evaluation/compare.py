@@ -38,32 +38,33 @@ def evaluate(
     train_data: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
     pictures: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """AP, or accuracy, of `model` on `cfg.DATASETS.TEST`, for each of `statistics`; printed as one table, and by class.
+    """Compute AP, or accuracy, of `model` on `cfg.DATASETS.TEST` for each of `statistics`; print them, also by class.
 
-    Every rank calls it. Running statistics that differ between ranks are merged for it. Training goes on after it as if
-    it had not been: modes, statistics, example weights, buffers and random states are put back. The results also go,
-    with null for nan, to `OUTPUT_DIR/results.json`, and the predictions to `OUTPUT_DIR/inference/<statistics>[/<data
-    set>]/coco_instances_results.json` (`classification_results.json`).
+    Every rank calls it. For the evaluation, running statistics that differ between ranks are merged. Afterwards modes,
+    statistics, example weights, buffers and random states are restored, so that training continues as if there had been
+    none. Results are also written, with null for nan, to `OUTPUT_DIR/results.json`, and predictions to
+    `OUTPUT_DIR/inference/<statistics>[/<data set>]/coco_instances_results.json` (`classification_results.json`).
 
     Args:
         cfg: from `load_config`.
-        model: from `build_model` or `train`, or any that `model(images)`, in eval mode, makes a list of dicts of: in
-            pixels of the image `boxes` (n, 4), XYXY, `labels` (n,) int64 and `scores` (n,), with `MODEL.MASK_ON` also
-            `masks` (n, 1, H, W), as torchvision's detectors. Label k is the k-th of its classes, which a model of this
-            library names, and `MODEL.CLASS_NAMES` that of others; test sets' categories are found by their names.
+        model: from `build_model` or `train`, or any whose `model(images)`, in eval mode, returns a list of dicts, as
+            torchvision's detectors do: `boxes` (n, 4), XYXY in pixels of the image, `labels` (n,) int64, `scores` (n,)
+            and, with `MODEL.MASK_ON`, `masks` (n, 1, H, W). Label k is the model's k-th class. A model of this library
+            names its classes; for others `MODEL.CLASS_NAMES` does. The categories of the test sets are matched by name.
         statistics: "population", "minibatch", "recomputed" or a list of them; None: `cfg.TEST.STATISTICS`.
-        train_data: as in `train`: what statistics are recomputed on, with its transforms; None: the config's.
-        pictures: None, or where rank 0 puts `cfg.TEST.PICTURES` images of each data set with what is predicted there
+        train_data: as in `train`: the data, with its transforms, from which statistics are recomputed; None: the
+            config's.
+        pictures: None, or a dict to which rank 0 adds `cfg.TEST.PICTURES` images of each data set with the predictions
             under the first of `statistics`, by `"predictions[/<data set>]/<file>"`.
 
     Returns:
-        On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`, of a
-        classifier `{statistics: {"classification": {"top1": …, …}}}`; in percent, nan where there is nothing to find.
-        Those of one class are "AP-NAME", "AR-NAME" and "top1-NAME".
-        With `DATASETS.DOMAINS` and several test sets there is also "overall", of all their images. With
-        `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", in inference with the
-        samples' own moments. With `TEST.TRAINING_IMAGES` there is also "training": a classifier in training mode on
-        images of the training sets. With several test sets `{statistics: {name of the data set: {"bbox": …}}}`.
+        On every rank `{statistics: {"bbox": {"AP": …, …}}}`, with "segm" beside "bbox" if `MODEL.MASK_ON`; for a
+        classifier `{statistics: {"classification": {"top1": …, …}}}`. Values are in percent, nan if there is nothing to
+        find. Values of one class are "AP-NAME", "AR-NAME" and "top1-NAME". With several test sets
+        `{statistics: {name of the data set: {"bbox": …}}}`; with `DATASETS.DOMAINS` there is then also "overall", over
+        all their images. With `TEST.EXAMPLE_WEIGHTS` there are also "population_weighed" and "recomputed_weighed", with
+        the samples' own moments in inference. With `TEST.TRAINING_IMAGES` there is also "training": a classifier in
+        training mode on images of the training sets.
 
     Raises:
         UserError: a test set that cannot be read, or statistics that the model does not have.

@@ -119,10 +119,10 @@ class PopulationStatistics(nn.BatchNorm2d):
 
     @property
     def uses_minibatch(self) -> bool:
-        """Whether the next forward normalizes by the statistics of its input.
+        """Whether the next forward pass normalizes by the statistics of its input.
 
         Raises:
-            RuntimeError: population statistics are to normalize, and the layer keeps none.
+            RuntimeError: the layer should normalize by population statistics, but keeps none.
         """
         if self.running_mean is None:
             if self.statistics == "population":
@@ -135,7 +135,7 @@ class PopulationStatistics(nn.BatchNorm2d):
 
     @property
     def population(self) -> Population | None:
-        """The running statistics, and how a training step moves them; None: it moves none."""
+        """The running statistics and how a training step updates them; None if it does not."""
         if self.running_mean is None or not self.track_running_stats:
             return None
         assert self.running_var is not None and self.num_batches_tracked is not None
@@ -143,12 +143,12 @@ class PopulationStatistics(nn.BatchNorm2d):
         return Population(*buffers, self.momentum, self.averages_deviation, self.eps, self.running_total_var)
 
     def reset_running_stats(self) -> None:
-        """Population statistics as at construction: mean 0, variance 1, no step; those of a frozen layer stay."""
+        """Reset the population statistics to mean 0, variance 1 and no steps; a frozen layer keeps its own."""
         if not self.frozen:
             self._reset_statistics()
 
     def reset_parameters(self) -> None:
-        """All as at construction: γ 1, β 0, and the population statistics, of a frozen layer too."""
+        """Reset γ to 1, β to 0, and the population statistics, also in a frozen layer."""
         self._reset_statistics()
         for value, initial in ((self.weight, 1.0), (self.bias, 0.0)):
             if value is not None:

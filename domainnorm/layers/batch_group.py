@@ -12,25 +12,25 @@ from .inputs import LayerInput
 
 
 class BatchGroupNorm(DomainBatchNorm):
-    """Statistics over all samples × one of G equal, consecutive pieces of the flattened features (BGN, Equations 8, 9).
+    """Normalization over all samples and one of G equal, consecutive pieces of the flattened features (BGN, Eqs. 8, 9).
 
-    `(N, C, H, W)` is flattened to D = C · H · W numbers a sample. With G = C it is BatchNorm. γ and β are per channel,
-    the population statistics per piece, `(G,)`. Where pieces are parts of channels, G > C, the layer works at one
-    feature size: the first it sees in training, which is in its state dict as `feature_size`. With G ≤ C it works at
-    any size whose D is divided by G; where G does not divide C, the tensors of one list have equal sizes.
+    Each sample's `(C, H, W)` is flattened to D = C · H · W numbers. With G = C this is BatchNorm. γ and β are per
+    channel, the population statistics per piece, `(G,)`. With G > C, pieces are parts of channels and the layer works
+    at one feature size: the first that it sees in training, which its state dict keeps as `feature_size`. With G ≤ C it
+    works at any size for which G divides D; if G does not divide C, the tensors of one list must have equal sizes.
 
     Args:
         num_features: number of channels, C.
-        num_groups: G; divides D.
-        **options: of `DomainBatchNorm`, `sync` too.
+        num_groups: number of pieces, G; divides D.
+        **options: of `DomainBatchNorm`, including `sync`.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
-        ValueError: G < 1; from the call, G does not divide D, another feature size than before with G > C, or different
-            ones in a list where G does not divide C.
+        ValueError: G < 1; from the call: G does not divide D; with G > C, the feature size has changed; or G does not
+            divide C and the tensors of a list have different sizes.
 
     Example::
 

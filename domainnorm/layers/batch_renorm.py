@@ -22,33 +22,33 @@ _Buffers = tuple[Tensor, ...]  # running mean and variance, steps; none where th
 
 
 class BatchRenorm(DomainBatchNorm):
-    """`x̂ = (x - μ_B) / σ_B · r + d`, then γ and β (*Batch Renormalization*, Algorithm 1).
+    """`x̂ = (x - μ_B) / σ_B · r + d`, followed by γ and β (*Batch Renormalization*, Algorithm 1).
 
-    `r = σ_B / σ` within `[1 / r_max, r_max]` and `d = (μ_B - μ) / σ` within `[-d_max, d_max]` are constants to
-    autograd: within the limits, training normalizes as inference does. With `r_max=1, d_max=0` it is BatchNorm. The
-    moving μ and σ are those from before the forward pass. σ = √(v_B + eps) itself is averaged, not the variance; it is
-    kept as `running_var` = σ² - eps, so that a BatchNorm's checkpoint infers the same.
+    `r = σ_B / σ`, clipped to `[1 / r_max, r_max]`, and `d = (μ_B - μ) / σ`, clipped to `[-d_max, d_max]`, are constants
+    to autograd. Where neither is clipped, training normalizes as inference does. With `r_max=1, d_max=0` this is
+    BatchNorm. The running μ and σ are those from before the forward pass. The EMA averages σ = √(v_B + eps) itself, not
+    the variance; it is stored as `running_var` = σ² - eps, so that a BatchNorm checkpoint gives the same inference.
 
     Args:
         num_features: number of channels, C.
-        r_max, d_max: a number from the first step; or points `(step, value)` with straight lines between them, such as
-            the paper's `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the step
-            (which makes a GPU wait). Before the moving averages have found the features, r and d pull towards mean 0
-            and variance 1: begin with 1 and 0 for a few multiples of `1 / momentum` steps. Steps are training
-            forwards, as `num_batches_tracked` counts them: of each domain, where the domains share it.
+        r_max, d_max: a constant; or points `(step, value)` with straight lines between them, such as the paper's
+            `r_max=[(5000, 1), (40000, 3)], d_max=[(5000, 0), (25000, 5)]`; or any function of the step (which makes a
+            GPU wait). Until the running statistics fit the features, r and d pull towards mean 0 and variance 1: start
+            with 1 and 0 for a few times `1 / momentum` steps. Steps are training forward passes, as counted by
+            `num_batches_tracked`; domains that share it each count.
         momentum: of the EMA (the paper's α).
-        samples_per_group: samples of a micro-batch, normalized apart, as in `GhostBatchNorm` (§4.2); None: all. The σ
-            that is averaged is then the mean of the micro-batches' σ_B.
-        allow_smaller_batch: of `GhostBatchNorm`.
-        **options: of `DomainBatchNorm`; `sync` without `samples_per_group` only.
+        samples_per_group: number of samples in a micro-batch that is normalized separately, as in `GhostBatchNorm`
+            (§4.2); None: all samples. The EMA then averages the mean of the micro-batches' σ_B.
+        allow_smaller_batch: as in `GhostBatchNorm`.
+        **options: of `DomainBatchNorm`; `sync` only without `samples_per_group`.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
         ValueError: a limit below 1 (`r_max`) or 0 (`d_max`); `sync` with `samples_per_group`.
-        RuntimeError: activation checkpointing, and which forward pass is recomputed cannot be told.
+        RuntimeError: under activation checkpointing, if the layer cannot tell which forward pass is recomputed.
 
     Example::
 
@@ -103,7 +103,7 @@ class BatchRenorm(DomainBatchNorm):
         return problem
 
     def reset_running_stats(self) -> None:
-        """As torch's, for `torch.optim.swa_utils.update_bn`: the next step has no averages to be corrected towards."""
+        """As in torch, for `torch.optim.swa_utils.update_bn`: the next step has no averages to be corrected towards."""
         super().reset_running_stats()
         self._has_averages = self.frozen
 

@@ -43,27 +43,28 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
-    """The norm layer that `name` stands for, over `num_features` channels.
+    """Build the norm layer called `name`, for `num_features` channels.
 
-    Numbers of channel groups (of GN, SeqNorm and GBGN) are those a model is built with: in a layer whose channels they
-    do not divide, their greatest common divisor with the channels is used.
+    The number of channel groups (of GN, SeqNorm and GBGN) is meant for a whole model: in a layer whose number of
+    channels it does not divide, the greatest common divisor of both is used.
 
     Args:
-        name: `""`: there is no norm. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks;
-            `"FrozenBN"`, `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`:
-            `nn.GroupNorm`; `"IN"`: with a channel a group, InstanceNorm; `"PN"`: over the channels of each place. The
-            names of the classes are taken too.
+        name: `""`: no norm. `"BN"`: `DomainBatchNorm` per process; `"SyncBN"`: over all ranks; `"FrozenBN"`,
+            `"GhostBN"`, `"SeqNorm"`, `"BGN"`, `"GBGN"`, `"BRN"`: this library's layers; `"GN"`: `nn.GroupNorm`; `"IN"`:
+            InstanceNorm, as a GroupNorm with one channel per group; `"PN"`: over the channels of each position. Class
+            names are accepted too.
         num_features: number of channels, C.
-        **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN`, `IN` and `PN` have no domains
-            and no running statistics: they are the same layer for every domain, and do not take what is of these.
-            `BGN` also takes `split_space`: True (the paper's): `num_groups` as it is, also where it splits channels in
-            space; the layer then works at one feature size. False: its greatest common divisor with the channels.
+        **options: of the layer, such as `num_domains`, `samples_per_group`, `eps`. `GN`, `IN` and `PN` have no running
+            statistics and are the same for every domain: options for these are ignored. `BGN` also takes `split_space`.
+            True (as in the paper): `num_groups` is used as it is, even if it splits channels in space; the layer then
+            works at one feature size. False: the greatest common divisor of `num_groups` and the number of channels is
+            used.
 
     Returns:
         The layer, or None for `""`.
 
     Raises:
-        ValueError: no such name, or options that the layer refuses.
+        ValueError: unknown name, or options that the layer refuses.
 
     Example::
 
@@ -93,10 +94,10 @@ def get_norm(name: str, num_features: int, **options: Any) -> nn.Module | None:
 
 
 def norm_name(name: str) -> str:
-    """The name in a config of a norm that may be called by its class.
+    """The config name of a norm that is given by its config name or its class name.
 
     Raises:
-        ValueError: no such norm.
+        ValueError: unknown norm.
     """
     name = _CLASS_NAMES.get(name, name)
     if name not in LAYERS:
@@ -108,6 +109,6 @@ _CLASS_NAMES = {layer.__name__: name for name, layer in reversed(LAYERS.items())
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the parameters of `module` itself are the γ and β of a normalization."""
+    """Whether the parameters of `module` itself are the γ and β of a normalization layer."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return isinstance(module, kinds)

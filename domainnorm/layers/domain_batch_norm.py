@@ -22,65 +22,66 @@ CHOICES = ("shared", "per_domain")
 
 
 class DomainBatchNorm(PopulationStatistics):
-    """Batch normalization over inputs `(N, C, *)` of `num_domains` domains (*Rethinking "Batch"*, §5.2, Table 5).
+    """Batch normalization over inputs `(N, C, *)` from `num_domains` domains (*Rethinking "Batch"*, §5.2, Table 5).
 
-    A domain is a source of features: a pyramid level, a data set. What is shared between domains is three
-    independent choices. With one domain it is `nn.BatchNorm1d/2d/3d`, to rounding, with the same state dict.
+    A domain is a source of features, such as a pyramid level or a data set. Three independent choices say what the
+    domains share. With one domain the layer is `nn.BatchNorm1d/2d/3d`, up to rounding, with the same state dict.
 
-    The domain of an input is always said:
+    The domain of an input is always given:
 
-    - `bn([x_1, …, x_K])`: one tensor per domain, any of them may be empty, sizes may differ; returns a list;
-    - `bn(x, domain=k)`: a tensor of domain k;
-    - `bn(x, domain=ids)`: a mixed batch, `ids` a LongTensor `(N,)`;
+    - `bn([x_1, …, x_K])`: one tensor per domain; sizes may differ, any tensor may be empty; returns a list;
+    - `bn(x, domain=k)`: a tensor from domain k;
+    - `bn(x, domain=ids)`: a mixed batch, `ids` is a LongTensor `(N,)`;
     - `bn([x_1, …], domain=[d_1, …])`: any number of tensors, each with one of these;
-    - `bn(x)`: only with one domain, or within `dn.use_domain`, for models that cannot say it.
+    - `bn(x)`: only with one domain, or inside `dn.use_domain`, for models that cannot pass `domain=`.
 
-    In training a domain without elements changes no buffer. Double backward raises with `sync`.
+    In training, a domain without elements changes no buffer. With `sync`, double backward raises.
 
     Args:
-        num_features: number of channels, C. The other arguments are given by name.
+        num_features: number of channels, C. The other arguments are keyword-only.
         num_domains: number of domains, K.
-        sgd_statistics: how training normalizes. `"shared"`: one mean and variance from the elements of all
-            domains; `"per_domain"`: each domain its own.
-        population_statistics: how inference normalizes. `"shared"`: one pair of buffers `(C,)`, updated with the
-            merged moments if the SGD statistics are shared, else once per domain, in their order;
-            `"per_domain"`: buffers `(K, C)`, each domain updated with its own moments.
-        affine: γ and β, `"shared"` or True: `(C,)`; `"per_domain"`: `(K, C)`; None or False: none.
+        sgd_statistics: how training normalizes. `"shared"`: with one mean and variance over the elements of all
+            domains; `"per_domain"`: with a mean and variance for each domain.
+        population_statistics: how inference normalizes. `"shared"`: with one pair of buffers `(C,)`, updated with the
+            merged moments if the SGD statistics are shared, otherwise once per domain, in domain order; `"per_domain"`:
+            with buffers `(K, C)`, each domain's updated with its own moments.
+        affine: γ and β. `"shared"` or True: `(C,)`; `"per_domain"`: `(K, C)`; None or False: none.
         eps: added to the variance.
-        momentum: of the EMA, in torch's meaning; None: cumulative average.
-        sync: True merges the moments of all ranks by their true element counts (uneven and empty ranks are
-            exact); a process group: of its ranks. In training only. One collective per direction serves all
+        momentum: of the EMA, as in torch; None: cumulative average.
+        sync: True merges the moments of all ranks, weighted by their true element counts (exact for uneven and empty
+            ranks); a process group merges those of its ranks. In training only. One collective per direction serves all
             domains; see `normalize_layers` for several layers.
-        track_running_stats: False: there are no population statistics, and those of the minibatch always normalize.
-        track_total_var: whether the layer also keeps `running_total_var`, the average of x² minus `running_mean`²:
-            what an `example_weight` mixes with. It is `running_var` plus the variance between batches, which matters
-            where these are small; without it, and in BatchNorm's checkpoints, `running_var` stands for it.
-        bias: False: there is γ, and no β.
+        track_running_stats: False: keep no population statistics and always normalize by minibatch statistics.
+        track_total_var: whether the layer also keeps `running_total_var`, the average of x² minus `running_mean`²,
+            which `example_weight` then mixes with. It is `running_var` plus the variance between batches, which matters
+            for small batches. Without it, and in checkpoints of BatchNorm, `running_var` is used instead.
+        bias: False: only γ, no β.
         device, dtype: of parameters and buffers.
 
     Attributes:
-        statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval;
-            `"minibatch"`: those of the current input, also in eval (no buffer changes then);
-            `"population"`: the buffers, also in training (they do not change; γ and β still learn).
-        example_weight: α in [0, 1]: how much, in inference under population statistics, the sample's own moments
-            weigh against them (inference example weighing: *Four Things*, §3.1, Eq. 3).
-        frozen: whether the statistics are `"population"` whatever is set.
-        current_domain: the domain of a single tensor for which none is said; see `dn.use_domain`.
-        domain_names: of the domains; None: they have none. In the state dict, which is loaded by name.
-        domains_per_name: how many of the K domains each name (and each `current_domain`) stands for, one after the
-            other: the pyramid levels of a data set.
-        batch_hook: None, or a function of the layer and its input, called before it normalizes.
+        statistics: which statistics normalize. `"auto"`: minibatch in training, population in eval; `"minibatch"`:
+            those of the current input, also in eval (no buffer changes then); `"population"`: the buffers, also in
+            training (they do not change; γ and β still learn).
+        example_weight: α in [0, 1]: how much, in inference under population statistics, a sample's own moments count
+            against these (inference example weighing: *Four Things*, §3.1, Eq. 3).
+        frozen: if True, `statistics` is `"population"`, whatever it is set to.
+        current_domain: the domain of a single tensor that is passed without one; see `dn.use_domain`.
+        domain_names: names of the domains, or None. Saved in the state dict, from which domains are loaded by name.
+        domains_per_name: how many consecutive domains of the K each name (and each `current_domain`) stands for, such
+            as the pyramid levels of a data set.
+        batch_hook: None, or a function of the layer and its input that is called before it normalizes.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors, whose N and `*` may differ
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
-        ValueError: from the call, no domain or a wrong one, another shape, or in training a normalization batch of
-            exactly one element, as in torch. (With shared SGD and per-domain population statistics, a domain of one
-            element does not update its variance. In inference under `"minibatch"` such an element becomes β.)
-        TypeError: from the call, an input that is no dense tensor of floating point numbers.
-        RuntimeError: from the call, population statistics are to normalize, and there are none.
+        ValueError: from the call: the domain is missing or wrong, the shape is wrong, or, in training, a normalization
+            batch has exactly one element, as in torch. (With shared SGD and per-domain population statistics, a domain
+            with one element does not update its variance. In inference under `"minibatch"`, the output of such an
+            element is β.)
+        TypeError: from the call: the input is not a dense floating-point tensor.
+        RuntimeError: from the call: the layer should normalize by population statistics, but keeps none.
 
     Example::
 
@@ -151,7 +152,7 @@ class DomainBatchNorm(PopulationStatistics):
 
     @property
     def affine(self) -> str | None:  # type: ignore[override]
-        """`"shared"`, `"per_domain"` or None; its truth is refused where torch's BatchNorm computes something else."""
+        """`"shared"`, `"per_domain"` or None; its truth value raises unless the layer computes torch's BatchNorm."""
         is_torchs = type(self) is DomainBatchNorm and self.num_domains == 1
         if self._affine is None or (is_torchs and self.statistics == "auto" and not self.example_weight):
             return self._affine
@@ -167,7 +168,7 @@ class DomainBatchNorm(PopulationStatistics):
         return deepcopy_over_group(self, self.sync, memo)
 
     def normalization(self, inputs: LayerInput) -> Normalization:
-        """Which segments of an input are normalized together, and how: what all layers differ in."""
+        """Describe which segments of an input are normalized together, and how: what distinguishes the layers."""
         check_tensors(self, inputs.tensors)
         tensors, weight, bias = self._tensors(inputs)
         shared = self.sgd_statistics == "shared"
@@ -218,7 +219,7 @@ class DomainBatchNorm(PopulationStatistics):
             problem.counts = inputs.elements_of_domains(counted, together)
 
     def moments_of_domains(self, inputs: LayerInput, sets: Segmentation | None = None) -> Moments:
-        """The moments `(K, C)` that the population statistics count of an input, or of other `sets`, on this rank."""
+        """This rank's moments `(K, C)` of an input, or of other `sets`, as the population statistics count them."""
         tensors, *_ = self._tensors(inputs)
         segments, domains, _ = sets or inputs.segmentation(self.channels_per_first_group > 0)
         problem = Normalization(tensors, segments, inputs.domains, domains, None, None, self.eps, shared=False)
@@ -252,17 +253,17 @@ class DomainBatchNorm(PopulationStatistics):
         return inputs
 
     def copy_domain_config(self, layer: "DomainBatchNorm") -> None:
-        """The domains of a layer that has as many: their names, and which one is in use."""
+        """Copy the domain names and the domain in use from a layer with the same number of domains."""
         if self.num_domains == layer.num_domains:
             self.domain_names, self.domains_per_name = layer.domain_names, layer.domains_per_name
             self.current_domain = layer.current_domain
 
     def domain_in_use(self) -> Domain:
-        """The `current_domain`.
+        """Return `current_domain`.
 
         Raises:
             ValueError: there is none.
-            RuntimeError: activation checkpointing meets another one than in the forward pass that it recomputes.
+            RuntimeError: activation checkpointing recomputes a forward pass that used another domain.
         """
         if self.current_domain is None:
             raise ValueError(f"{type(self).__name__}: dn.use_domain has not said which of the domains this is")
@@ -284,13 +285,13 @@ class DomainBatchNorm(PopulationStatistics):
 
     @property
     def sync_group(self) -> tuple[Group] | None:
-        """The process group whose moments the next forward pass merges, None for all ranks; or None, for none."""
+        """The process group whose moments the next forward pass merges, `(None,)` for all ranks; None: no merging."""
         group = None if isinstance(self.sync, bool) else self.sync
         merges = self.training and self.sync is not False and self.uses_minibatch and world_size(group) > 1
         return (group,) if merges else None
 
     def grouping(self) -> str:
-        """How what is normalized together differs from BatchNorm, as options; "" where it does not."""
+        """How the layer groups elements, written as its options; "" if as BatchNorm does."""
         return ""
 
     def extra_repr(self) -> str:

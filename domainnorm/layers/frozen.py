@@ -14,18 +14,19 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 class FrozenBatchNorm(DomainBatchNorm):
     """`weight · (x - running_mean) / sqrt(running_var + eps) + bias`, in training and in inference alike.
 
-    FrozenBN of *Rethinking "Batch"* (§4.3): the statistics are constants, `train()` and `dn.set_statistics` do not
-    thaw it, and γ, β learn only with `train_affine=True`. State dict as `nn.BatchNorm2d`. With several domains, the
-    statistics and the affine of each are chosen as in `DomainBatchNorm`.
+    This is FrozenBN of *Rethinking "Batch"* (§4.3): the statistics are constants, which neither `train()` nor
+    `dn.set_statistics` unfreezes; γ and β learn only with `train_affine=True`. The state dict is that of
+    `nn.BatchNorm2d`. With several domains, the statistics and the affine of each domain are selected as in
+    `DomainBatchNorm`.
 
     Args:
         num_features: number of channels, C.
-        train_affine: whether γ and β require a gradient.
+        train_affine: whether γ and β require gradients.
         **options: of `DomainBatchNorm`.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
         ValueError: `track_running_stats=False`: there would be no statistics to freeze.
@@ -46,17 +47,17 @@ class FrozenBatchNorm(DomainBatchNorm):
 
     @classmethod
     def from_batch_norm(cls, layer: DomainBatchNorm | _BatchNorm, train_affine: bool = False) -> "FrozenBatchNorm":
-        """A frozen copy of any BatchNorm, torch's too: its statistics and affine, in new tensors.
+        """Create a frozen copy of any BatchNorm, also torch's, with its statistics and affine in new tensors.
 
         Args:
-            layer: stays as it is.
-            train_affine: whether γ and β of the copy require a gradient.
+            layer: the layer to copy; it is not changed.
+            train_affine: whether γ and β of the copy require gradients.
 
         Returns:
             The frozen layer.
 
         Raises:
-            ValueError: the layer keeps no running statistics, or its inference is not one affine of each channel.
+            ValueError: the layer keeps no running statistics, or its inference is not a single affine per channel.
         """
         if isinstance(layer, DomainBatchNorm) and not layer.is_channel_affine:
             raise ValueError(f"{type(layer).__name__} is no affine of each channel in inference: use freeze_batchnorm")
@@ -80,16 +81,16 @@ class FrozenBatchNorm(DomainBatchNorm):
         return frozen
 
     def to_batch_norm(self, kind: type[nn.Module] = DomainBatchNorm) -> nn.Module:
-        """A copy that trains.
+        """Create a trainable copy, with the statistics and the affine in new tensors.
 
         Args:
-            kind: `DomainBatchNorm`, or a class of torch's where there is one domain.
+            kind: `DomainBatchNorm` or, with one domain, a BatchNorm class of torch.
 
         Returns:
-            A layer of that class, with the statistics and the affine in new tensors.
+            A layer of class `kind`.
 
         Raises:
-            ValueError: several domains, and `kind` is torch's.
+            ValueError: there are several domains, and `kind` is torch's.
         """
         options: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum}
         assert self.running_mean is not None  # as it is frozen

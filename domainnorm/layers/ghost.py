@@ -12,28 +12,29 @@ from .sample_groups import SampleGroups
 class GhostBatchNorm(DomainBatchNorm):
     """BatchNorm that, in training, normalizes groups of samples apart (*Four Things*, §3.2; *Ghost Normalization*, §2).
 
-    The samples of each domain are split, in order, into groups; each group is a normalization batch per channel. A last
-    group is smaller; of one element only, it joins the one before. The population statistics are those of
-    `nn.BatchNorm2d`, of the whole batch pooled over its groups, and so is inference. It is what gradient accumulation
-    and unsynchronized processes do to a BatchNorm, with chosen groups.
+    The samples of each domain are split, in order, into groups. Each group is a normalization batch of its own. The
+    last group may be smaller; if it has only one element, it joins the group before. The population statistics, and so
+    inference, are those of `nn.BatchNorm2d`, pooled over the groups of the whole batch. Gradient accumulation and
+    unsynchronized processes do the same to a BatchNorm; here the groups are chosen.
 
-    With several domains and shared SGD statistics, the g-th groups of all domains are one normalization batch.
+    With several domains and shared SGD statistics, the g-th groups of all domains form one normalization batch.
 
     Args:
         num_features: number of channels, C.
-        samples_per_group: samples in a group; or
-        num_sample_groups: groups of ⌈N / num_sample_groups⌉ samples.
-        allow_smaller_batch: whether training takes a batch, or a domain's part of it, that is smaller than one group
-            (or of fewer samples than groups) as it is: where the number of samples varies, as that of RoIs. Else it is
-            a ValueError; in inference under minibatch statistics it never is.
-        **options: of `DomainBatchNorm`; groups are of one rank, so not `sync`.
+        samples_per_group: number of samples in a group; or
+        num_sample_groups: number of groups, of ⌈N / num_sample_groups⌉ samples each.
+        allow_smaller_batch: whether training accepts a batch, or a domain's part of it, with fewer samples than one
+            group (or than `num_sample_groups`): for inputs whose number of samples varies, such as RoIs. Otherwise this
+            is a ValueError. Inference under minibatch statistics always accepts it.
+        **options: of `DomainBatchNorm`, except `sync`: groups are within one rank.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
-        ValueError: not one of `samples_per_group` and `num_sample_groups`, or `sync`; from the call, too small a batch.
+        ValueError: not exactly one of `samples_per_group` and `num_sample_groups` is given, or `sync` is; from the
+            call: the batch is too small.
 
     Example::
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that takes groups of one number, whose output is β; torch's raises where the sample is alone.
+    """`nn.GroupNorm` that also accepts groups of one number, whose output is β; torch's raises for a single sample.
 
-    With as many groups as channels they are what it sees of a pyramid level of one pixel.
+    With one channel per group, a pyramid level of one pixel makes such groups.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PositionalNorm(nn.LayerNorm):
-    """Mean and variance over the channels of one place of one sample, γ and β per channel (PN of *BGN*, Table 9).
+    """Normalization over the channels of one position of one sample; γ and β are per channel (PN of *BGN*, Table 9).
 
     Args:
         num_features: number of channels, C.
@@ -31,7 +31,7 @@ class PositionalNorm(nn.LayerNorm):
 
     Shape:
         - Input: `(N, C, *)`
-        - Output: as the input
+        - Output: same as the input
     """
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, affine: Any = "shared", **factory: Any) -> None:

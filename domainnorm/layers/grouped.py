@@ -10,21 +10,21 @@ from .seq_norm import check_channel_groups
 
 
 class GroupedBatchNorm(GhostBatchNorm):
-    """Statistics over `samples_per_group` samples × `C / num_channel_groups` channels (GBGN; *Four Things*, §3.4).
+    """Normalization over `samples_per_group` samples and `C / num_channel_groups` channels (GBGN; *Four Things*, §3.4).
 
-    It is GroupNorm with `samples_per_group=1`, and GhostBN with `num_channel_groups=C`. The population statistics are
-    kept per channel; in inference those of a channel group are merged, and mixed with the sample's own by
+    With `samples_per_group=1` this is GroupNorm, with `num_channel_groups=C` GhostBN. The population statistics are
+    kept per channel. Inference merges those of each channel group and mixes them with the sample's own by
     `example_weight`: with 1, inference is that of GroupNorm.
 
     Args:
         num_features: number of channels, C.
-        num_channel_groups: groups of channels; divides C.
-        samples_per_group: samples in a group; a last group of fewer is used as it is.
+        num_channel_groups: number of channel groups; divides C.
+        samples_per_group: number of samples in a group; a smaller last group is used as it is.
         **options: of `GhostBatchNorm`.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
         ValueError: `num_channel_groups` does not divide C.

@@ -17,19 +17,19 @@ def normalize_layers(
 ) -> list[Input]:
     """`[layer(x, domain) for layer, x in zip(layers, inputs)]` with one collective for all layers.
 
-    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head: their inputs have
-    equal `N` and spatial sizes, and the layers the same `num_domains`, `sync` and `statistics`.
+    For layers at the same depth of parallel branches, such as the two towers of RetinaNet's head. The inputs must have
+    equal `N` and spatial sizes, the layers the same `num_domains`, `sync` and `statistics`.
 
     Args:
-        layers: that are called at once.
-        inputs: of each layer, a tensor or a list.
-        domain: of all inputs, as a layer takes it.
+        layers: the layers to call together.
+        inputs: one input per layer, a tensor or a list.
+        domain: of all inputs, as in the call of a layer.
 
     Returns:
         The output of each layer.
 
     Raises:
-        ValueError: the layers are synchronized, and their inputs have other sizes.
+        ValueError: the layers are synchronized, and their inputs have different sizes.
     """
     given = [layer._input(x, domain) for layer, x in zip(layers, inputs, strict=True)]
     problems = [layer.normalization(own) for layer, own in zip(layers, given, strict=True)]

@@ -9,22 +9,22 @@ from .renamed import renamed_arguments
 
 
 class SeqNorm(GhostBatchNorm):
-    """GroupNorm of channel groups without affine, then GhostBN of sample groups (*Ghost Normalization*, §2.1).
+    """GroupNorm over channel groups without affine, then GhostBN over sample groups (*Ghost Normalization*, §2.1).
 
-    In inference the GroupNorm still uses the sample, the GhostBN the population statistics, which are those of the
-    group-normalized features (with `group_norm_first=False`, §3.3, of the input). Both parts are computed from the
-    moments of the samples: the input is read for them once.
+    In inference, the GroupNorm still uses the sample and the GhostBN the population statistics. These are statistics of
+    the group-normalized features or, with `group_norm_first=False` (§3.3), of the input. Both parts are computed from
+    the moments of the samples, for which the input is read once.
 
     Args:
         num_features: number of channels, C.
-        num_channel_groups: of the GroupNorm; divides C.
-        num_sample_groups: of the GhostBN, groups of ⌈N / num_sample_groups⌉ samples.
+        num_channel_groups: number of groups of the GroupNorm; divides C.
+        num_sample_groups: number of groups of the GhostBN, of ⌈N / num_sample_groups⌉ samples each.
         group_norm_first: False: the GhostBN comes first.
         **options: of `GhostBatchNorm`.
 
     Shape:
         - Input: `(N, C, *)`, or a list of such tensors
-        - Output: as the input
+        - Output: same as the input
 
     Raises:
         ValueError: `num_channel_groups` does not divide C.

@@ -9,7 +9,7 @@ from .inputs import Input
 
 
 class DomainSequential(nn.Sequential):
-    """`nn.Sequential` that also carries a list with one tensor per domain, or a `domain=`.
+    """`nn.Sequential` that also passes on a list with one tensor per domain, or a `domain=`.
 
     `DomainBatchNorm` layers (and nested `DomainSequential`s) get the whole list, or the domain; every other layer is
     applied to one tensor at a time. State-dict keys are those of `nn.Sequential`.
@@ -19,7 +19,7 @@ class DomainSequential(nn.Sequential):
 
     Shape:
         - Input: a tensor, or a list of tensors
-        - Output: as the input
+        - Output: same as the input
 
     Example::
 

@@ -30,23 +30,26 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(cfg: CfgNode, *, trained: bool = False) -> nn.Module:
-    """The detector or classifier of `cfg`, on this rank's device, with the weights of `MODEL.WEIGHTS`.
+    """Build the detector or classifier of `cfg`, on this rank's device, with the weights of `MODEL.WEIGHTS`.
 
-    In training `model(images, targets)` returns a dict of losses, in inference `model(images)` a list of detections;
-    or logits; images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet`, `GeneralizedRCNN` and `Classifier`.
+    In training, `model(images, targets)` returns a dict of losses; in inference, `model(images)` returns a list of
+    detections or, for a classifier, logits. Images are `(3, H, W)`, RGB in [0, 1]. See `RetinaNet`, `GeneralizedRCNN`
+    and `Classifier`.
 
-    Its classes are those of `MODEL.CLASS_NAMES`, else of the training sets, else of the weights: the config that a run
-    saved, or any other with its weights, needs no data set. Weights of classes in another order are brought into that
-    of the model. Those of another number of classes, ours or torchvision's, with or without a mask branch, are taken as
-    far as they fit, rows of the same class name too; the log says what is initialized anew.
+    The classes are those of `MODEL.CLASS_NAMES`, otherwise of the training sets, otherwise of the weights: the config
+    saved by a run, or any other with its weights, needs no data set. If the weights have the same classes in another
+    order, they are reordered. If they have another number of classes, whether from this library or torchvision, with or
+    without a mask branch, they are loaded as far as they fit, including the rows of classes with the same name; the log
+    says what is newly initialized.
 
     Args:
         cfg: from `load_config`.
-        trained: whether the weights are to be those of the whole model, for predictions, and not only its first ones.
+        trained: whether the weights must be those of the whole model, for predictions, and not only its initial
+            weights.
 
     Returns:
-        The model; its attribute `description` says in plain values what it is: `class_names`, `num_classes`, `domains`,
-        sizes of images, `pixel_mean`, `pixel_std`, `versions`; and `loaded` what of the weights was loaded.
+        The model. Its attribute `description` describes it in plain values: `class_names`, `num_classes`, `domains`,
+        image sizes, `pixel_mean`, `pixel_std`, `versions`. Its attribute `loaded` says which weights were loaded.
 
     Raises:
         UserError: the weights do not fit, or the number of classes is neither given nor known from a data set.

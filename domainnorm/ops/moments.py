@@ -18,15 +18,15 @@ from ..distributed.collectives import Group, all_gather_stack, all_reduce_sum
 class Moments:
     """Count, mean and biased variance of sets of numbers, elementwise.
 
-    Merging is associative, and a set with count 0 (mean 0, variance 0) is its identity. It never forms
-    `E[x²] - E[x]²`, so that large means cost no precision (Chan et al.). Every method is differentiable, to any order
-    and under the transforms of `torch.func`, except `merge_ranks`, which has a first derivative only.
+    Merging is associative, with count 0 (mean 0, variance 0) as its identity. It never computes `E[x²] - E[x]²`, so
+    that large means cost no precision (Chan et al.). Every method is differentiable, to any order and under the
+    transforms of `torch.func`, except `merge_ranks`, which has a first derivative only.
 
     Args:
-        count: floating point; broadcasts against `mean`. A dimension of size 1 where `mean` has more stands for equal
+        count: floating point; broadcasts against `mean`. A dimension of size 1 where `mean` has more means equal
             counts.
-        mean: any shape, `(S, C)` for S sets in each of C channels.
-        var: biased (divided by the count); the shape of `mean`.
+        mean: any shape, such as `(S, C)` for S sets in each of C channels.
+        var: biased (divided by the count); same shape as `mean`.
 
     Example::
 
@@ -42,7 +42,7 @@ class Moments:
 
     @staticmethod
     def rows(x: Tensor) -> Moments:
-        """The moments of each row of `x`, a sample and a channel.
+        """Compute the moments of each row of `x`, one per sample and channel.
 
         Shape:
             - x: `(N, C, *)`
@@ -55,19 +55,19 @@ class Moments:
 
     @staticmethod
     def cat(parts: Sequence[Moments]) -> Moments:
-        """The sets of all `parts`, one after the other along dimension 0."""
+        """Concatenate the sets of all `parts` along dimension 0."""
         if len(parts) == 1:
             return parts[0]
         return Moments(*(torch.cat(values) for values in zip(*(part._tensors() for part in parts), strict=True)))
 
     def split(self, sizes: Sequence[int]) -> list[Moments]:
-        """The reverse of `cat`."""
+        """Split along dimension 0: the reverse of `cat`."""
         if len(sizes) == 1:
             return [self]
         return [Moments(*values) for values in zip(*(v.split(list(sizes)) for v in self._tensors()), strict=True)]
 
     def __getitem__(self, index: int | slice | Tensor) -> Moments:
-        """Some of the sets, by their index along dimension 0."""
+        """Select sets by their index along dimension 0."""
         return Moments(*(v[index] for v in self._tensors()))
 
     def __add__(self, other: Moments) -> Moments:
@@ -80,7 +80,7 @@ class Moments:
         return self.count.expand(self.mean.shape[0], *self.count.shape[1:]), self.mean, self.var
 
     def merge(self, dim: int) -> Moments:
-        """The union of the sets along `dim`, which is kept with size 1."""
+        """Merge the sets along `dim`, which is kept with size 1."""
         if self.count.shape[dim] < self.mean.shape[dim]:  # equal counts
             mean = self.mean.mean(dim, keepdim=True)
             var = (self.var + (self.mean - mean).square()).mean(dim, keepdim=True)
@@ -93,20 +93,20 @@ class Moments:
         return Moments(count, mean, (weight * (self.var + (self.mean - mean).square())).sum(dim, keepdim=True))
 
     def merge_neighbors(self, size: int) -> Moments:
-        """The unions of so many neighboring sets along dimension 0: `(S, C)` -> `(S / size, C)`."""
+        """Merge every `size` neighboring sets along dimension 0: `(S, C)` -> `(S / size, C)`."""
         if size == 1:
             return self
         blocks = Moments(*(v.unflatten(0, (-1, size)) for v in self._tensors())).merge(1)
         return Moments(blocks.count.squeeze(1), blocks.mean.squeeze(1), blocks.var.squeeze(1))
 
     def merge_by(self, ids: Tensor, num_sets: int) -> Moments:
-        """The unions of the sets with the same id.
+        """Merge the sets that have the same id.
 
         Args:
             ids: LongTensor `(S,)` of numbers in `[0, num_sets)`, one for each set along dimension 0.
 
         Returns:
-            Moments of size `num_sets` along dimension 0; a set that has no id has count 0.
+            Moments of size `num_sets` along dimension 0; an id that does not occur has count 0.
         """
         if num_sets == 1:
             return self.merge(0)
@@ -118,7 +118,7 @@ class Moments:
         return Moments(total, merged, sum_by(weight * (var + (mean - merged[ids]).square()), ids, num_sets))
 
     def merge_channels(self, num_groups: int) -> Moments:
-        """The unions of neighboring channels, which have equal counts: `(S, C)` -> `(S, num_groups)`."""
+        """Merge neighboring channels, which have equal counts: `(S, C)` -> `(S, num_groups)`."""
         size = self.mean.shape[-1] // num_groups
         if size == 1:
             return self
@@ -127,16 +127,16 @@ class Moments:
         return Moments(self.count * size, merged.mean.squeeze(-1), merged.var.squeeze(-1))
 
     def repeat_channels(self, times: int) -> Moments:
-        """Each channel so many times in a row: `(S, C)` -> `(S, C · times)`."""
+        """Repeat each channel `times` times in a row: `(S, C)` -> `(S, C · times)`."""
         if times == 1:
             return self
         return Moments(self.count, *(v.repeat_interleave(times, -1) for v in (self.mean, self.var)))
 
     def merge_ranks(self, group: Group) -> Moments:
-        """The union of the sets of all ranks of a process group, by their true counts (*Rethinking "Batch"*, App. A.6).
+        """Merge the sets of all ranks of a process group by their true counts (*Rethinking "Batch"*, App. A.6).
 
-        One all-gather forward, one all-reduce of twice the channels backward. Every rank must call it, with or without
-        elements, with the same shapes and dtypes.
+        It takes one all-gather in the forward pass, and one all-reduce of twice the channels in the backward pass.
+        Every rank must call it, with or without elements, with the same shapes and dtypes.
 
         Shape:
             - count: `(K, 1)`; mean and var: `(K, C)`
@@ -150,15 +150,15 @@ class Moments:
         return Moments(*_MergeRanks.apply(self._tensors()[0], mean, self.var, group))
 
     def double(self) -> Moments:
-        """The same in float64."""
+        """The same moments in float64."""
         return Moments(self.count.double(), self.mean.double(), self.var.double())
 
     def detach(self) -> Moments:
-        """The same without a graph."""
+        """The same moments, detached from the graph."""
         return Moments(self.count.detach(), self.mean.detach(), self.var.detach())
 
     def unbiased_var(self) -> Tensor:
-        """Variance with Bessel's correction `n / (n - 1)`; sets of fewer than two elements keep the biased one."""
+        """Variance with Bessel's correction `n / (n - 1)`; for sets of fewer than two elements, the biased variance."""
         return self.var * (self.count / (self.count - 1).clamp(min=1)).clamp(min=1)
 
 

@@ -66,10 +66,10 @@ def forced_backend() -> str:
 
 
 def backends() -> dict[str, str]:
-    """What this installation computes normalizations with.
+    """List the backends that can compute normalizations in this installation.
 
     Returns:
-        The name of each backend, and "available" or why it is not.
+        A dict from the name of each backend to "available", or to why it is not.
 
     Example::
 

@@ -17,18 +17,18 @@ MOST_CLASSES = 5  # of a classifier's, the likeliest, that are written
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model finds in one image: a detector the objects, a classifier its classes, the likeliest first.
+    """The predictions for one image: the objects of a detector, or a classifier's classes, the likeliest first.
 
     `len()` is their number, `str()` a line such as `img.jpg: 12 RBC, 1 WBC, 62 ms`.
 
     Attributes:
         name: the path of the image, or its number among the inputs.
-        image: upright RGB, as it was given: uint8, or floats in [0, 1].
-        scores: of the objects; probabilities of the classes.
-        labels: the places in `class_names`.
-        boxes: of a detector, XYXY, in pixels of `image`.
-        masks: bool, of a detector with masks.
-        seconds: that the model took.
+        image: the upright RGB image as given: uint8, or floats in [0, 1].
+        scores: of the objects; for a classifier, the probabilities of the classes.
+        labels: indices into `class_names`.
+        boxes: from a detector, XYXY, in pixels of `image`.
+        masks: bool, from a detector with masks.
+        seconds: the time that the model took.
         class_names: of the model.
 
     Shape:
@@ -49,7 +49,7 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes of the objects."""
+        """The class name of each label."""
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Prediction:
         return f"{one_line(self.name)}: {found or 'nothing'}, {1000 * self.seconds:.0f} ms"
 
     def draw(self) -> Tensor:
-        """A picture of it, uint8 (3, H, W); of a classifier the likeliest class."""
+        """Draw the predictions on the image, uint8 (3, H, W); for a classifier the likeliest class."""
         image = F.to_dtype(self.image, torch.uint8, scale=True)
         height, width = image.shape[1:]
         names, scores, boxes = self.names, self.scores, self.boxes
@@ -73,9 +73,9 @@ class Prediction:
         return draw_objects(image, boxes, names, masks=self.masks, scores=scores, classes=self.class_names)
 
     def coco_results(self, image_id: int) -> list[dict[str, Any]]:
-        """In COCO's results format, with `file_name` and `category_name`; category 1 is the first class.
+        """Predictions in COCO's results format, with `file_name` and `category_name`; category 1 is the first class.
 
-        Boxes are XYWH and masks RLE. A classifier's are its likeliest classes, with neither.
+        Boxes are XYWH and masks RLE. A classifier's results are its likeliest classes, without boxes and masks.
         """
         if self.boxes is None:
             likeliest = zip(self.labels[:MOST_CLASSES].tolist(), self.scores.tolist(), strict=False)

@@ -35,32 +35,33 @@ UNSURE = 0.5  # what objects score more than that are kept where nothing else is
 
 
 class Predictor:
-    """A trained detector or classifier, from images of any kind to what is in them.
+    """A trained detector or classifier that predicts from images of any kind.
 
-    What it finds in an image depends on this image only, whatever the others are and the size of the batch.
+    The predictions for an image do not depend on the other images or on the batch size.
 
     Args:
-        weights: the folder of a run, of which the last checkpoint is taken; or a checkpoint.
-        statistics: `"population"` or `"minibatch"`: which normalize.
-        domain: the number or name of the images' domain, where data sets are domains of norms; None: by `TEST.DOMAIN`,
-            if that is `nearest` or `average`.
-        score: objects of a higher score are kept. Or by class names the least scores, as a run's `thresholds.json` has
-            the best ones: objects that score as much are kept, and of other classes those above 0.5.
-        batch_size: how many images are read, and given to the model, together. A detector's go through it one by one.
-        exact: the results of `dn.evaluate`, to the bit. Else norms are folded into convolutions (`dn.fuse`) where
-            population statistics normalize, memory is channels_last, and convolutions are in bfloat16 where the device
-            computes in it: faster, and other by rounding.
-        config_file: of the model; None: the config in the checkpoint.
-        options: KEY, VALUE, …, over those of the config, such as `["INPUT.MIN_SIZE_TEST", 640]`.
+        weights: the folder of a run, whose last checkpoint is used, or a checkpoint.
+        statistics: which normalize: `"population"` or `"minibatch"`.
+        domain: if data sets are the domains of norms: number or name of the images' domain; None: chosen as
+            `TEST.DOMAIN` says, if that is `nearest` or `average`.
+        score: objects with a higher score are kept. Or a dict of the lowest scores to keep by class name, such as the
+            best ones in a run's `thresholds.json`; for other classes, objects above 0.5 are kept.
+        batch_size: number of images that are read, and passed to the model, together. A detector processes them one by
+            one.
+        exact: give the results of `dn.evaluate`, to the bit. Otherwise norms are folded into convolutions (`dn.fuse`)
+            under population statistics, memory is channels_last, and convolutions run in bfloat16 where the device
+            supports it: faster, with differences from rounding.
+        config_file: config of the model; None: the one in the checkpoint.
+        options: KEY, VALUE, …, which override the config, such as `["INPUT.MIN_SIZE_TEST", 640]`.
 
     Attributes:
         cfg: the config.
-        model: what predicts.
+        model: the model that predicts.
         file: the checkpoint.
-        class_names: of each label.
+        class_names: the name of each label.
 
     Raises:
-        UserError: no such checkpoint, or one without a config; options that do not fit the model.
+        UserError: the checkpoint does not exist or has no config, or the options do not fit the model.
 
     Example::
 
@@ -108,30 +109,30 @@ class Predictor:
         self._transform = (classifier_test_transforms if self.is_classifier else test_transforms)(self.cfg)
 
     def __call__(self, inputs: Any) -> Prediction | list[Prediction]:
-        """What is in one image; of a folder, a pattern or a list of inputs a list with as many as there are images.
+        """Predict for one image; for a folder, a pattern or a list of inputs, return a list with one item per image.
 
         Args:
-            inputs: the path of an image file or of a folder, a pattern such as `"frames/*.png"`, a PIL image, an array
-                of RGB (uint8), a tensor (uint8, or floats in [0, 1]), or a list of these. Files and PIL images are
-                turned upright by EXIF.
+            inputs: the path of an image file or a folder, a pattern such as `"frames/*.png"`, a PIL image, an RGB array
+                (uint8), a tensor (uint8, or floats in [0, 1]), or a list of these. Files and PIL images are turned
+                upright according to EXIF.
 
         Shape:
             - arrays: :math:`(H, W, 3)`
             - tensors: :math:`(3, H, W)`
 
         Raises:
-            UserError: of the first input that is unknown or broken.
+            UserError: for the first input that is unknown or broken.
         """
         found = list(self.stream(inputs))
         return found[0] if is_one(inputs) else found
 
     @torch.no_grad()
     def stream(self, inputs: Any, failed: Callable[[UserError], None] | None = None) -> Iterator[Prediction]:
-        """What is in each image, one after the other: for more than the memory holds.
+        """Yield the predictions for one image after the other, for inputs that do not fit in memory.
 
         Args:
-            inputs: as of a call.
-            failed: is called with what is wrong with an input; None: that is raised.
+            inputs: as for a call.
+            failed: called with the error of each input that cannot be used; None: the error is raised.
         """
         images = self._read(inputs, failed)
         while batch := list(itertools.islice(images, self.batch_size)):

@@ -6,18 +6,18 @@ from ..layers import DomainBatchNorm
 
 
 def set_statistics(model: nn.Module, statistics: str) -> nn.Module:
-    """Set which statistics normalize in every norm of this library in `model`. `FrozenBatchNorm` layers stay frozen.
+    """Choose which statistics normalize in every norm of this library in `model`; `FrozenBatchNorm` layers stay frozen.
 
     Args:
         model: any module.
-        statistics: `"auto"`: minibatch in training, population in eval; `"minibatch"`: of the current input, also in
-            eval, where no buffer changes; `"population"`: the buffers, also in training.
+        statistics: `"auto"`: minibatch in training, population in eval; `"minibatch"`: those of the current input, also
+            in eval, where no buffer changes; `"population"`: the buffers, also in training.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: the model has a torch BatchNorm, whose statistics cannot be chosen so; nothing was changed.
+        TypeError: the model has a torch BatchNorm, whose statistics cannot be chosen; nothing was changed.
         ValueError: unknown statistics.
 
     Example::

@@ -11,10 +11,10 @@ WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def set_example_weight(model: nn.Module, weight: float) -> nn.Module:
-    """Set how much a sample's own moments weigh in inference under population statistics, in every norm of `model`.
+    """Set how much a sample's own moments count in inference under population statistics, for every norm of `model`.
 
-    0 is BatchNorm's inference, 1 that of InstanceNorm (of GroupNorm, in a `GroupedBatchNorm`). It needs no training;
-    `choose_example_weight` finds a good one (inference example weighing: *Four Things*, §3.1).
+    Weight 0 is BatchNorm's inference, 1 is InstanceNorm's (GroupNorm's in a `GroupedBatchNorm`). No training is needed;
+    `choose_example_weight` finds a good weight (inference example weighing: *Four Things*, §3.1).
 
     Args:
         model: any module.
@@ -24,7 +24,7 @@ def set_example_weight(model: nn.Module, weight: float) -> nn.Module:
         The model.
 
     Raises:
-        TypeError: the model has torch BatchNorms, GroupNorms or no norm of this library; nothing was changed.
+        TypeError: the model has torch BatchNorms or GroupNorms, or no norm of this library; nothing was changed.
         ValueError: a weight outside [0, 1]; nothing was changed.
 
     Example::
@@ -54,18 +54,19 @@ def set_example_weight(model: nn.Module, weight: float) -> nn.Module:
 def choose_example_weight(
     model: nn.Module, score: Callable[[nn.Module], float], weights: Sequence[float] = WEIGHTS
 ) -> dict[float, float]:
-    """Set the example weight with the best score on a validation set (*Four Things*, §3.1).
+    """Set the example weight that has the best score on a validation set (*Four Things*, §3.1).
 
     Args:
         model: with norms of this library; see `set_example_weight`.
-        score: of the model as it is set, the larger the better: accuracy, AP, minus a loss. It evaluates in eval mode.
-        weights: that are tried.
+        score: a function that evaluates the model, in eval mode, as it is currently set; higher is better: accuracy,
+            AP, or minus a loss.
+        weights: the weights to try.
 
     Returns:
-        The score of each weight, in the order given; the model keeps the best (of equal ones the smallest).
+        The score of each weight, in the given order. The model keeps the best weight (the smallest in a tie).
 
     Raises:
-        ValueError: there is no weight to try. If `score` raises, every layer keeps the weight it had.
+        ValueError: there is no weight to try. If `score` raises, every layer keeps its previous weight.
 
     Example::
 

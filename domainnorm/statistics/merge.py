@@ -10,12 +10,12 @@ from ..ops.moments import Moments
 
 @torch.no_grad()
 def merge_population_statistics(model: nn.Module) -> nn.Module:
-    """Make the running statistics of every `DomainBatchNorm` those of all ranks, in place. Every rank calls it.
+    """Merge the running statistics of every `DomainBatchNorm` over all ranks, in place. Every rank must call it.
 
-    A layer that normalizes per rank, on shuffled inputs or not, has other running statistics on every rank. Merged
-    they are the moments of the union of what the ranks have seen (`Moments`), equal everywhere. A rank weighs by its
-    EMA steps: one that never had an element does not count. `num_batches_tracked` becomes the largest of any rank.
-    Layers that are synchronized over all ranks, or frozen, are equal already and left as they are.
+    A layer that normalizes per rank, with or without shuffled inputs, has different running statistics on every rank.
+    Merged, they are the moments of the union of what the ranks have seen (`Moments`), the same on all ranks. A rank is
+    weighted by its EMA steps: one that never had an element does not count. `num_batches_tracked` becomes the largest
+    of any rank. Layers that are frozen, or synchronized over all ranks, already agree and are left unchanged.
 
     Args:
         model: any module.

@@ -44,37 +44,39 @@ def recompute_population_statistics(
     as_in_inference: Sequence[nn.Module] | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Replace the running statistics of every BatchNorm by those of a population, under the weights as they are.
+    """Recompute the running statistics of every BatchNorm from data, with the model's current weights.
 
-    The papers' PreciseBN (*Rethinking "Batch"*, §3), of this library's layers and of torch's. The model runs in
-    training mode, where RoIs are sampled and dropout drops; if it is in training mode already, layers that were put in
-    eval mode stay so and keep their statistics, as do frozen layers and those no batch reaches. Nothing changes but the
-    buffers, in place, at the very end: an exception leaves the model as it was. Nothing depends on the old statistics:
-    Batch Renorm normalizes with r = 1 and d = 0.
+    This is PreciseBN (*Rethinking "Batch"*, §3), for layers of this library and of torch. The model runs in training
+    mode: RoIs are sampled, dropout is active. If the model already is in training mode, layers in eval mode stay so and
+    keep their statistics, as do frozen layers and layers that no batch reaches. Only the buffers change, in place, at
+    the very end: if anything raises, the model is as before. The old statistics have no influence: Batch Renorm
+    normalizes with r = 1 and d = 0.
 
-    Every rank calls it with its own batches, and gets the statistics of all. Where a layer is synchronized, or
-    RoIs are shuffled, the ranks stop with the first that has no batch left.
+    Every rank calls it with its own batches and gets the statistics of all. If layers are synchronized or RoIs are
+    shuffled, all ranks stop as soon as one has no batch left.
 
     Args:
-        model: called as `model(batch)`; what it returns is not used.
-        batches: any iterable; of B samples each, where more are better but for `"exact"` (the paper: B ≥ 100).
-        num_samples: stop after the batch with which all ranks together have so many; earlier if `batches` end.
-        method: `"pooled"` (Eq. 2): the moments of all batches, merged by their true counts, with Bessel's correction
-            for their sum. `"mean_of_variances"` (Eq. 3): the mean of the batches' means and of their unbiased
-            variances. `"exact"` (App. A.3): as if the population were one batch, whatever B: each layer normalizes by
-            the statistics of all batches. It takes one pass, with all batches in memory between two layers; a model
-            that keeps tensors in its attributes from one layer to a later one would mix up its batches. Every batch
-            holds a thread until all are done (on a CPU with its OpenMP team: thousands need `OMP_NUM_THREADS=1`).
-        samples_per_batch: B, where `batches` are of another size: tensors `(N, …)`, lists of samples, and tuples, lists
-            and dicts of such are cut and joined. None: as they come.
+        model: called as `model(batch)`; its output is not used.
+        batches: any iterable of batches of B samples; unless `method` is `"exact"`, a larger B is better (the paper: B
+            ≥ 100).
+        num_samples: stop after the batch with which all ranks together reach this number; earlier if `batches` ends.
+        method: `"pooled"` (Eq. 2): merge the moments of all batches by their true counts, with Bessel's correction for
+            the total. `"mean_of_variances"` (Eq. 3): average the batches' means and their unbiased variances. `"exact"`
+            (App. A.3): as if the population were one batch, for any B: each layer normalizes by the statistics of all
+            batches. It takes one pass and holds all batches in memory between two layers. A model that keeps tensors in
+            its attributes from one layer to a later one would mix up its batches. Every batch occupies a thread until
+            all are done (on a CPU with its OpenMP team: thousands need `OMP_NUM_THREADS=1`).
+        samples_per_batch: B, if `batches` have another size: tensors `(N, …)`, lists of samples, and tuples, lists and
+            dicts of these are split and joined. None: use the batches as they are.
         keep_groups: whether layers that split the batch in training (GhostBN, SeqNorm, GBGN, micro-batches of Batch
-            Renorm) normalize their groups, and not the whole batch of B. The statistics are those of all samples then,
-            too.
-        live: for `"exact"`, how many batches may have their tensors on the device at once; None: all.
-        folder: for the others, into memory-mapped files there; None: into host memory.
-        as_in_inference: layers to recompute with the rest of the model in eval mode: for batches of images alone. None:
-            all layers, of a model in training mode.
-        progress: whether rank 0 shows a bar with the time that remains.
+            Renorm) normalize their groups instead of the whole batch of B. Either way the statistics are over all
+            samples.
+        live: for `"exact"`: how many batches may have their tensors on the device at once; None: all.
+        folder: for `"exact"` with `live`: where the other batches' tensors go, as memory-mapped files; None: host
+            memory.
+        as_in_inference: layers to recompute while the rest of the model is in eval mode, for batches of images only.
+            None: all layers, with the model in training mode.
+        progress: whether rank 0 shows a progress bar with the remaining time.
 
     Returns:
         The model.
@@ -82,7 +84,7 @@ def recompute_population_statistics(
     Raises:
         ValueError: unknown method, no batch (for `"exact"`: on some rank) or no sample, numbers that are not finite, or
             no layer to recompute.
-        OutOfStepError: `"exact"`, and the model runs its layers in another order for another batch.
+        OutOfStepError: with `"exact"`, if the model runs its layers in a different order for different batches.
 
     Example::
 

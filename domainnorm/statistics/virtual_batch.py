@@ -20,15 +20,15 @@ RECOMPUTED = "virtual batches do not work with activation checkpointing: the ext
 
 @contextmanager
 def virtual_batch(model: nn.Module, extra_images: Any, *more: Any) -> Iterator[None]:
-    """Within it, `model(x)` normalizes by the minibatch statistics of `x` and `extra_images` together.
+    """Context manager in which `model(x)` normalizes by the minibatch statistics of `x` and `extra_images` together.
 
-    Both go through the model in step. No gradient flows through the extra images, and none of their outputs is
-    returned; in training they count in the running statistics. In eval, the layers use minibatch statistics within the
-    block, and no buffer changes. Layers under population statistics, and frozen ones, stay so.
+    Both go through the model in step. No gradient flows through the extra images, and their outputs are not returned;
+    in training they count in the running statistics. In eval, layers use minibatch statistics inside the block, and no
+    buffer changes. Frozen layers, and layers under population statistics, stay so.
 
     Args:
-        model: with `DomainBatchNorm` layers; `model(extra_images, *more)` is called beside each call of the block.
-        extra_images: what the model takes.
+        model: with `DomainBatchNorm` layers. `model(extra_images, *more)` runs along with each call in the block.
+        extra_images: images as the model takes them.
         *more: further arguments of that call, such as targets.
 
     Returns:
@@ -36,10 +36,10 @@ def virtual_batch(model: nn.Module, extra_images: Any, *more: Any) -> Iterator[N
 
     Raises:
         TypeError: the model has a torch BatchNorm.
-        ValueError: no layer of the model normalizes by minibatches, one splits them into groups, or it is within such
-            a block already.
-        RuntimeError: activation checkpointing runs the model again within the block; leave it out.
-        OutOfStepError: from the call, if the model runs its layers in another order for the extra images.
+        ValueError: no layer of the model normalizes by minibatches, a layer splits them into groups, or the blocks are
+            nested.
+        RuntimeError: activation checkpointing recomputes the model inside the block; turn it off.
+        OutOfStepError: from the call, if the model runs its layers in a different order for the extra images.
 
     Example::
 

@@ -28,33 +28,33 @@ _TORCH = {kind.__name__: kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.Ba
 
 
 def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """Exchange every BatchNorm of `model`, torch's or this library's, for another norm.
+    """Replace every BatchNorm of `model`, torch's or this library's, by another norm.
 
-    γ and β stay the very same Parameters, so an optimizer goes on with its state, but where `affine="per_domain"` gives
-    each domain its own, for which an optimizer is made afterwards; population statistics, eps, momentum
-    (but for `BatchRenorm`, which has its own), mode, device and dtype are kept, and so are the dropout and activation
-    that timm fuses into its `BatchNormAct2d`. Statistics of channels are merged to those of a BGN's pieces; each part
-    of a channel has those of the channel. Those of `SeqNorm` are of group-normalized features: they begin anew, to be
-    trained or recomputed, unless its GhostBN comes first.
-    Frozen layers stay; hooks of users on the old layers do not.
+    γ and β stay the same Parameters, so an optimizer keeps its state. The exception is `affine="per_domain"`, which
+    gives each domain its own: create the optimizer afterwards. Population statistics, eps, momentum (except for
+    `BatchRenorm`, which has its own), mode, device and dtype are kept, as are the dropout and activation that timm
+    fuses into its `BatchNormAct2d`. A BGN piece of several channels gets their merged statistics, each part of a
+    channel those of the channel. `SeqNorm` needs statistics of group-normalized features, so they are reset, to be
+    trained or recomputed, unless its GhostBN comes first. Frozen layers stay; hooks that users registered on the old
+    layers are lost.
 
-    The way back: `"BatchNorm1d"`, `"BatchNorm2d"`, `"BatchNorm3d"` or `"SyncBatchNorm"` makes torch's own layers of
-    those with one domain whose inference is one affine of each channel, frozen ones too: they follow `train()` again.
-    Of torch's layers it exchanges those that are, or become, a SyncBatchNorm.
+    The way back: `"BatchNorm1d"`, `"BatchNorm2d"`, `"BatchNorm3d"` or `"SyncBatchNorm"` makes torch's layers of those
+    that have one domain and whose inference is one affine per channel. This includes frozen layers, which follow
+    `train()` again. Among torch's own layers, only those that are, or become, a SyncBatchNorm are replaced.
 
     Args:
-        model: any module; a norm layer itself is left untouched, and its copy returned.
-        name: of a class of this library, such as `"GhostBatchNorm"`, or of a config, such as `"GhostBN"`; see
-            `get_norm`, also for channels that a number of groups does not divide. Or of a class of torch.
-        **options: of the layer.
+        model: any module. If it is a norm layer itself, it is left untouched and the converted copy is returned.
+        name: a class of this library, such as `"GhostBatchNorm"`; its name in a config, such as `"GhostBN"` (see
+            `get_norm`, also for channels that a number of groups does not divide); or a class of torch.
+        **options: of the new layer.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: unknown name, options the layer refuses, a layer that has seen no input yet, statistics that do
-            not fit, or γ or β that is pruned or parametrized; nothing was changed.
-        TypeError: a BatchNorm of an unknown kind, with a forward pass of its own; nothing was changed.
+        ValueError: unknown name, options that the layer refuses, a lazy layer that has seen no input yet, statistics
+            that do not fit, or a pruned or parametrized γ or β; nothing was changed.
+        TypeError: a subclass of BatchNorm with a forward pass of its own; nothing was changed.
 
     Example::
 
@@ -68,20 +68,20 @@ def convert_batchnorm(model: nn.Module, name: str, **options: Any) -> nn.Module:
 
 
 def convert_groupnorm(model: nn.Module, **options: Any) -> nn.Module:
-    """Exchange every `nn.GroupNorm` of `model` for a `GroupedBatchNorm` of one example a group.
+    """Replace every `nn.GroupNorm` of `model` by a `GroupedBatchNorm` with one sample per group.
 
-    It is the same function, with `example_weight` 1, but for population statistics that it also gathers: with those,
-    trained or recomputed, other example weights can be chosen (*Four Things*, §3.1, Fig. 2).
+    With `example_weight` 1, it computes the same function, but also gathers population statistics. With these, trained
+    or recomputed, other example weights can be chosen (*Four Things*, §3.1, Fig. 2).
 
     Args:
-        model: any module; a GroupNorm itself is left untouched, and its copy returned.
+        model: any module. If it is a GroupNorm itself, it is left untouched and the converted copy is returned.
         **options: of `DomainBatchNorm`, such as `num_domains`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: a GroupNorm of an unknown kind, with a forward pass of its own; nothing was changed.
+        TypeError: a subclass of GroupNorm with a forward pass of its own; nothing was changed.
         ValueError: γ or β is pruned or parametrized; nothing was changed.
 
     Example::

@@ -11,18 +11,18 @@ from ..layers import DomainBatchNorm
 
 
 class use_domain:
-    """Say the domain for every norm of a model that is not told its own: `with dn.use_domain(model, 2): model(x)`.
+    """Set the domain for every norm of a model that is not given one: `with dn.use_domain(model, 2): model(x)`.
 
-    For models that cannot pass `domain=` on, such as torchvision's and timm's. It sets the visible attribute
-    `current_domain` of every layer with several domains, at once, as `train()` sets `training`; as a context manager it
-    puts back what was there. Activation checkpointing raises where it would meet another domain.
+    For models that cannot pass `domain=` on, such as torchvision's and timm's. It sets the attribute `current_domain`
+    of every layer with several domains immediately, as `train()` sets `training`. As a context manager, it restores the
+    previous values at the end. Activation checkpointing raises if it recomputes under another domain.
 
     Args:
         model: any module.
-        domain: from 0; or its name; or a LongTensor `(N,)` with one for each sample; None: of none.
+        domain: a number, from 0; a name; a LongTensor `(N,)` with one number per sample; or None: no domain.
 
     Raises:
-        ValueError: no layer of the model has several domains, or none of them is called so; nothing was changed.
+        ValueError: no layer of the model has several domains, or there is no such domain; nothing was changed.
 
     Example::
 
@@ -69,18 +69,17 @@ def use_domains_of(model: nn.Module, targets: Sequence[dict[str, Any]] | None) -
 
 
 def name_domains(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Call the domains of every norm with as many domains so, for `use_domain` and state dicts.
+    """Name the domains of every norm with as many domains as `names`, for `use_domain` and state dicts.
 
     Args:
         model: any module.
-        names: one for each domain.
+        names: one name per domain.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: names that are not different strings of one line, or no layer has that many domains; nothing was
-            changed.
+        ValueError: the names are not distinct one-line strings, or no layer has that many domains; nothing was changed.
 
     Example::
 

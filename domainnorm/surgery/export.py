@@ -32,12 +32,12 @@ Sizes = list[tuple[int, int, int]]  # of batches of images: (N, H, W)
 
 @dataclass(frozen=True)
 class Exported:
-    """What a file holds.
+    """What `export_model` wrote.
 
     Attributes:
-        images: the shape of what it takes, with names such as "N" where any number will do.
-        difference: the largest from the model, over batches of the sizes `checked`; of an output with numbers above 1,
-            relative to its largest.
+        images: the shape of the images that the file takes, with names such as "N" for sizes that may vary.
+        difference: the largest difference from the model, over batches of the sizes `checked`; for an output with
+            numbers above 1, relative to its largest.
         checked: (N, H, W).
     """
 
@@ -58,43 +58,44 @@ def export_model(
     boxes: bool = False,
     atol: float | None = None,
 ) -> Exported:
-    """Write `model`, as it predicts in eval mode, to `file`; the model stays as it was.
+    """Write `model`, as it predicts in eval mode, to `file`; the model itself is not changed.
 
-    A classifier (or any module) takes images `(N, 3, H, W)`, ours in [0, 1], and returns logits `(N, classes)`. N is
-    any number, and so are H and W where the model can be exported so, else those of `size`. A `RetinaNet` takes images
-    in [0, 1] whose sides are multiples of 32 from 160 on, and returns what `DenseRetinaNet` does: resizing, decoding of
-    boxes (`torchvision.models.detection._utils.BoxCoder`) and NMS stay with whoever runs it. Under minibatch
-    statistics, where a prediction depends on its own image only, N is 1.
+    A classifier (or any module) takes images `(N, 3, H, W)`, this library's in [0, 1], and returns logits
+    `(N, classes)`. N may vary, and so may H and W if the model can be exported that way; otherwise they are those of
+    `size`. A `RetinaNet` takes images in [0, 1] whose sides are multiples of 32 from 160 on, and returns what
+    `DenseRetinaNet` does: resizing, box decoding (`torchvision.models.detection._utils.BoxCoder`) and NMS are left to
+    the caller. Under minibatch statistics, where a prediction depends on its own image only, N is 1.
 
-    A model of `build_model` has a `description`: names of classes and domains, sizes of images, mean and standard
-    deviation of pixels, versions. In ONNX its entries are metadata (`session.get_modelmeta().custom_metadata_map`, as
-    JSON but for texts); `torch.export.load(file, extra_files={"description.json": ""})` fills it in there.
+    A model of `build_model` has a `description`: class and domain names, image sizes, mean and standard deviation of
+    pixels, versions. In ONNX its entries are metadata (`session.get_modelmeta().custom_metadata_map`, as JSON except
+    for strings); for torch, `torch.export.load(file, extra_files={"description.json": ""})` reads it.
 
-    With `boxes`, a detector becomes an ONNX file from one image `(1, 3, H, W)` of any size, in [0, 1], to what the
-    model returns: resizing, sigmoid, top-k, decoding and NMS are inside. Outputs are `boxes` (n, 4), XYXY in pixels of
-    the image, `scores` and `labels` (n,) and, of a Mask R-CNN, `masks` (n, H, W), probabilities. N is 1: the images of
-    a batch would share their padding, and would need as many detections each. It is made by the exporter that traces,
-    `torch.onnx.export(dynamo=False)`, which cannot follow minibatch statistics.
+    With `boxes`, a detector becomes an ONNX file that takes one image `(1, 3, H, W)` of any size, in [0, 1], and
+    returns what the model does: resizing, sigmoid, top-k, decoding and NMS are included. Outputs are `boxes` (n, 4),
+    XYXY in pixels of the image, `scores` and `labels` (n,) and, for a Mask R-CNN, `masks` (n, H, W), probabilities. N
+    is 1: the images of a batch would share their padding, and would need the same number of detections. The tracing
+    exporter is used, `torch.onnx.export(dynamo=False)`, which does not support minibatch statistics.
 
-    The file is loaded again, compared with the model on random images of several batch sizes and sizes, and takes its
-    name only then.
+    The file is loaded again and compared with the model on random images of several sizes and batch sizes. Only then
+    does it replace `file`.
 
     Args:
-        model: any module; of our detectors, a `RetinaNet`; with `boxes` any.
-        file: which is written.
+        model: any module; of this library's detectors, a `RetinaNet`, or any with `boxes`.
+        file: the file to write.
         format: `"torch"`, for `torch.export.load`, on the model's device; or `"onnx"`.
-        size: H and W of the images that it is traced with.
-        domain: the number or name of the only data set for which it predicts, where these are domains of norms.
-        statistics: `"population"` or `"minibatch"`: which normalize.
-        fused: whether norms are folded into convolutions first, by `dn.fuse`.
-        boxes: whether a detector's final boxes are what the file returns.
-        atol: the largest difference that is allowed; see `Exported`. None: 1e-5, with `boxes` 1e-4.
+        size: H and W of the images that are used for tracing.
+        domain: if data sets are the domains of norms: the number or name of the only one that the file predicts for.
+        statistics: which normalize: `"population"` or `"minibatch"`.
+        fused: whether norms are first folded into convolutions, by `dn.fuse`.
+        boxes: whether the file returns a detector's final boxes.
+        atol: the largest difference allowed; see `Exported`. None: 1e-5, with `boxes` 1e-4.
 
     Returns:
         What was exported, and how far it differs from the model.
 
     Raises:
-        UserError: the model cannot be exported so, packages are missing, or the outputs differ; `file` is as it was.
+        UserError: the model cannot be exported this way, packages are missing, or the outputs differ; `file` is
+            unchanged.
 
     Example::
 

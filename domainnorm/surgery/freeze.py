@@ -13,15 +13,15 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 @unchanged_on_error
 def freeze_batchnorm(model: nn.Module, prefixes: Sequence[str] = ("",), train_affine: bool = False) -> nn.Module:
-    """Replace every BatchNorm of `model` by a `FrozenBatchNorm`, with the very same parameters.
+    """Replace every BatchNorm of `model` by a `FrozenBatchNorm` with the same parameters.
 
-    So an optimizer that holds them goes on with its state. Layers whose inference is more than an affine of each
-    channel (SeqNorm, BGN, GBGN) stay what they are, with `frozen` set (*Rethinking "Batch"*, §4.3).
+    The Parameters are the same objects, so an optimizer keeps its state. Layers whose inference is more than one affine
+    per channel (SeqNorm, BGN, GBGN) keep their class, with `frozen` set (*Rethinking "Batch"*, §4.3).
 
     Args:
-        model: any module; a BatchNorm itself is left untouched.
-        prefixes: of the names of the layers to replace; by default all.
-        train_affine: whether their γ and β go on learning.
+        model: any module; if it is a BatchNorm itself, it is left untouched.
+        prefixes: name prefixes of the layers to replace; all by default.
+        train_affine: whether γ and β continue to learn.
 
     Returns:
         The model, or the frozen layer in its place.

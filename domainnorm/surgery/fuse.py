@@ -15,24 +15,24 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of `model` for inference, whose convolutions contain the BatchNorms right after them, by torch's fusion.
+    """Copy `model` for inference, with each BatchNorm right after a convolution folded into it by torch's fusion.
 
-    What follows what is found by tracing (`torch.fx`) the model, with the default arguments of its `forward`, or where
-    its control flow cannot be traced, its parts, which must then be called as they are: a parent that runs the layers
-    of a child in its own way is not seen. Left as they are: norms that follow something else, layers that are used
-    several times or have hooks, and what one convolution cannot stand for: statistics per domain, norms that look at
-    the sample (SeqNorm) or keep other statistics than one of each channel (BGN, GBGN).
+    To find what follows what, the model is traced (`torch.fx`) with the default arguments of its `forward`. If that
+    fails on its control flow, its parts are traced instead. These must then be called as they are: a parent that runs a
+    child's layers itself is not noticed. Norms that follow something else are not folded, nor are layers that are used
+    several times or have hooks, nor norms that one convolution cannot replace: with statistics per domain, with
+    statistics of the sample (SeqNorm), or with statistics that are not per channel (BGN, GBGN).
 
     Args:
-        model: in eval mode; it stays as it is.
+        model: in eval mode; it is not changed.
 
     Returns:
         The copy.
 
     Raises:
-        ValueError: a norm is in training mode, or under minibatch statistics or an `example_weight`, which no
-            convolution has. Fuse after training, not before fine-tuning: a fused affine is another optimization problem
-            (*Rethinking "Batch"*, App. A.8).
+        ValueError: a norm is in training mode, or uses minibatch statistics or an `example_weight`, which a convolution
+            cannot represent. Fuse after training, not before fine-tuning: a fused affine is a different optimization
+            problem (*Rethinking "Batch"*, App. A.8).
 
     Example::
 

@@ -14,21 +14,22 @@ from .domains import use_domain, with_domains
 
 @torch.no_grad()
 def nearest_domain(model: nn.Module, *inputs: Any) -> int | str:
-    """The domain whose population statistics are most like those of `inputs`, at the first norm that they reach.
+    """Find the domain whose population statistics are closest to those of `inputs`, at the first norm that they reach.
 
-    By the symmetrized Kullback-Leibler divergence of normal distributions, the mean over channels. The model, in eval
-    mode, runs as `model(*inputs)` up to that norm, within `dn.virtual_batch` without extra images, and stays as it was.
+    The distance is the symmetrized Kullback-Leibler divergence of normal distributions, averaged over channels. The
+    model, in eval mode, runs as `model(*inputs)` up to that norm (in a `dn.virtual_batch`, without its extra images).
+    It is not changed.
 
     Args:
-        model: with norms of several domains.
-        *inputs: what the model takes.
+        model: with norms that have several domains.
+        *inputs: the arguments of the model.
 
     Returns:
-        The number of the domain, from 0; or its name, where the layers of the model number their names differently.
+        The number of the domain, from 0; or its name, if the layers of the model number their names differently.
 
     Raises:
-        ValueError: no norm that is reached has statistics for several domains, or it is reached by no sample or by
-            numbers that are not finite.
+        ValueError: the inputs reach no norm with statistics for several domains, or have no sample or numbers that are
+            not finite there.
 
     Example::
 

@@ -24,28 +24,28 @@ def add_domain(
     method: str = "pooled",
     progress: bool = True,
 ) -> nn.Module:
-    """Give every norm of a trained model one domain more, with statistics of new, unlabelled data.
+    """Add a domain to every norm of a trained model, with statistics from new, unlabelled data.
 
-    Of a norm for pyramid levels every level gets one. What the other domains compute stays the same to the bit: norms
-    whose population statistics were shared get a copy of them for each domain. Frozen norms of one domain stay; those
-    of several get a copy of `like`. The model runs in eval mode, as for predictions, with the minibatch statistics of
-    its norms (*Rethinking "Batch"*, §5.1, Table 4); then it is used with `dn.use_domain(model, name)`, and is trained
-    on as any other.
+    In a norm for pyramid levels, every level gets the domain. The outputs for the other domains stay the same to the
+    bit: norms with shared population statistics get a copy of these for each domain. Frozen norms with one domain stay
+    as they are; those with several get a copy of `like`. The model runs in eval mode, as for predictions, and its norms
+    use minibatch statistics (*Rethinking "Batch"*, §5.1, Table 4). Afterwards, use the domain with
+    `dn.use_domain(model, name)`; it can be trained like any other.
 
     Args:
         model: with norms of this library.
         batches: whatever `model(batch)` takes in eval mode. A detector that takes its images one by one needs batches
-            of one image, and `method="exact"` then makes one population of them.
-        name: of the new domain. Those without names so far are called "0", "1", …
-        like: the domain, by number or name, whose affine the new one begins with, where each has its own.
-        num_samples, method, progress: of `dn.recompute_population_statistics`.
+            of one image; `method="exact"` then makes one population of them.
+        name: of the new domain. Domains without names get "0", "1", …
+        like: number or name of the domain whose affine the new one starts with, if each domain has its own.
+        num_samples, method, progress: as in `dn.recompute_population_statistics`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no norm to extend, a name that is taken, or no batches. Whatever is raised, the model is left as it
-            was.
+        ValueError: there is no norm to extend, the name is taken, or there are no batches. The model is left unchanged,
+            whatever is raised.
 
     Example::
 
@@ -100,10 +100,10 @@ def _extend(layer: DomainBatchNorm, name: str, source: int) -> None:
 
 @unchanged_on_error
 def merge_domains(model: nn.Module) -> nn.Module:
-    """Make all domains that names stand for one, in place: for data of no known domain.
+    """Merge all domains that can be named into one, in place: for data whose domain is unknown.
 
-    The population statistics become the moments of the union of the domains, each weighing the same (a level's stay
-    apart), and an affine of each domain their mean.
+    The population statistics become the moments of the union of the domains, all weighted equally (pyramid levels stay
+    separate). If each domain has its own affine, their mean is used.
 
     Args:
         model: any module.
@@ -140,17 +140,17 @@ def merge_domains(model: nn.Module) -> nn.Module:
 
 @unchanged_on_error
 def keep_domain(model: nn.Module, domain: int | str) -> nn.Module:
-    """Leave of the domains that names stand for this one only, in place: for deployment.
+    """Keep only one of the domains that can be named, in place: for deployment.
 
     Args:
-        model: with norms of several domains.
+        model: with norms that have several domains.
         domain: its number, from 0, or its name.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: none of them is called so, or no norm of the model has several; nothing was changed.
+        ValueError: there is no such domain, or no norm of the model has several; nothing was changed.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Annotation files that were damaged, as values, text or bytes: a data set opens and yields samples, or one line."""
+"""Open damaged annotation files (values, text or bytes): a data set yields samples, or the error is one line."""
 
 import argparse
 import copy

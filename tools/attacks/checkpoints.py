@@ -1,6 +1,6 @@
-"""Checkpoints that were damaged, as bytes, as values or by their pointer: a training resumes, or one line.
+"""Resume from damaged checkpoints (bytes, values or their pointer): a training resumes, or the error is one line.
 
-Each attempt is a process of its own, so that one that dies is a failure and no more.
+Each attempt runs in its own process, so that a crash counts as one failure only.
 """
 
 import argparse

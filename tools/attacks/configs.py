@@ -1,6 +1,6 @@
-"""Configs of random values, and YAML text that was damaged: a config loads, and equals itself once saved; or one line.
+"""Load random configs and damaged YAML text: a config loads and equals itself once saved, or the error is one line.
 
-Beside these, --build tiny models are built of random options, and --train of them are trained and evaluated.
+In addition, --build tiny models are built with random options, and --train of them are trained and evaluated.
 """
 
 import argparse
@@ -188,8 +188,8 @@ def train(options: dict[str, Any], folder: Path) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--build", type=int, default=100, help="models")
-    parser.add_argument("--train", type=int, default=20, help="models")
+    parser.add_argument("--build", type=int, default=100, help="number of models to build")
+    parser.add_argument("--train", type=int, default=20, help="number of models to train")
 
 
 def attack(args: argparse.Namespace, folder: Path) -> Outcomes:

@@ -1,6 +1,6 @@
-"""SIGKILL of a short training at random moments, resumed until complete: bitwise the run that was not interrupted.
+"""SIGKILL a short training at random moments and resume it until complete: the result must be bitwise the same.
 
-Of several processes (--processes 2), either all are killed or one of them; the others must then end by themselves.
+With several processes (--processes 2), either all are killed or one of them; the others must then end by themselves.
 """
 
 import argparse
@@ -26,7 +26,7 @@ KILLS = 3  # of one run, at most; then it may finish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=1, help="of the training")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes of the training")
     parser.add_argument("--model", choices=MODELS, default="RetinaNet")
     parser.add_argument("--iterations", type=int, default=12)
 

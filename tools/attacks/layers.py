@@ -1,6 +1,6 @@
-"""Every norm in random shapes, strides and dtypes, forward and backward, against torch's operations in float64.
+"""Run every norm on random shapes, strides and dtypes, forward and backward, against torch's operations in float64.
 
-Each case is a process of its own, so that one that dies is a failure and no more.
+Each case runs in its own process, so that a crash counts as one failure only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What became of the attacks: how many went well, how many were refused in one line, and each that did neither."""
+"""Count the attacks: how many went well, how many were refused in one line, and list each that did neither."""
 
 import json
 import os

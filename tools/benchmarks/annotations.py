@@ -1,7 +1,7 @@
-"""Opening a large COCO file: by domainnorm, checked, and by pycocotools.
+"""Time and memory for opening a large COCO file: by domainnorm, with its checks, and by pycocotools.
 
-On a made-up file of the proportions of COCO's `instances_train2017.json`: 7.3 objects an image, each with a polygon.
-Each way has a process of its own; time is its CPU time, memory the most that it held beyond what it held before.
+The file is synthetic, with the proportions of COCO's `instances_train2017.json`: 7.3 objects per image, each with a
+polygon. Each way runs in its own process; time is its CPU time, memory the peak above what it held before.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WAYS = {"boxes": "bbox", "boxes and masks": "segm"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=118_000)
-    parser.add_argument("--repeats", type=int, default=3, help="the median of so many times is taken")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timings, of which the median is taken")
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

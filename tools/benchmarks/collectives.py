@@ -1,7 +1,7 @@
-"""The calls of torch.distributed in one training step of each detector and norm, on CPU processes over gloo.
+"""Number of torch.distributed calls in one training step of each detector and norm, on CPU processes over gloo.
 
-The last row is of times: a synchronized layer's collective for both towers and all levels of RetinaNet's head, as a
-multiple of that for one tower and one level.
+The last row is of times: a synchronized layer's collective for both towers and all levels of RetinaNet's head, relative
+to that for one tower and one level.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TIME = "time for 2 towers and 5 levels / for one of each"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, nargs=1, default=[2])
-    parser.add_argument("--repeats", type=int, default=500, help="the median of so many times is taken")
+    parser.add_argument("--repeats", type=int, default=500, help="number of timings, of which the median is taken")
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

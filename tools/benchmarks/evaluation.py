@@ -1,8 +1,8 @@
 """AP of boxes and of masks, evaluated by domainnorm and by plain use of pycocotools.
 
-On a made-up data set of COCO's proportions, from the predictions and the ground truth as dicts to the numbers, which
-must be equal to the last bit. Each evaluation has a process of its own; time is its CPU time, memory the most that it
-held beyond what it held before.
+The data set is synthetic, with COCO's proportions. Measured is everything from predictions and ground truth as dicts to
+the scores, which must agree to the last bit. Each evaluation runs in its own process; time is its CPU time, memory the
+peak above what it held before.
 """
 
 import argparse
@@ -36,8 +36,8 @@ Data = tuple[list[dict[str, Any]], dict[str, Any]]  # predictions, ground truth
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--boxes", type=int, default=100, help="predicted in each image, with a mask each")
-    parser.add_argument("--repeats", type=int, default=3, help="the median of so many times is taken")
+    parser.add_argument("--boxes", type=int, default=100, help="number of predictions per image, each with a mask")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timings, of which the median is taken")
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, and the memory that it held. For Linux."""
+"""Run a measurement in its own process and report the memory that it held. For Linux."""
 
 import gc
 import multiprocessing

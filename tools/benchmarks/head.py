@@ -1,6 +1,6 @@
-"""One norm over five pyramid levels, forward and backward, against nn.BatchNorm2d on what is concatenated for free.
+"""One norm over five pyramid levels, forward and backward, against nn.BatchNorm2d on levels concatenated for free.
 
-On a GPU one nn.SyncBatchNorm for each level is a peer, too.
+On a GPU, one nn.SyncBatchNorm per level is compared, too.
 """
 
 import argparse
@@ -26,13 +26,15 @@ PEERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=25, help="rounds; the median of their ratios is taken")
+    parser.add_argument("--repeats", type=int, default=25, help="number of rounds; the median of their ratios is taken")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--size", type=int, nargs=2, help="height and width of the images; those of the docs")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument(
+        "--size", type=int, nargs=2, help="height and width of the images; by default those of the docs"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
 
 
 class _ConcatenateAndSplit(nn.Module):

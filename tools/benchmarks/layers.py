@@ -20,10 +20,10 @@ ALPHA = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=25, help="rounds; the median of their ratios is taken")
-    parser.add_argument("--layers", nargs="+", help="by name; all if left out")
+    parser.add_argument("--repeats", type=int, default=25, help="number of rounds; the median of their ratios is taken")
+    parser.add_argument("--layers", nargs="+", help="names of layers; all by default")
     parser.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="in both layouts; those of the docs"
+        "--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="each in both layouts; by default those of the docs"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 

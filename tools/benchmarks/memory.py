@@ -1,6 +1,6 @@
-"""The most memory that each layer's forward and backward hold, against nn.BatchNorm2d's.
+"""Peak memory of each layer's forward and backward passes, against nn.BatchNorm2d's.
 
-On a CPU that of a process of its own, on CUDA that of torch's allocator.
+On a CPU it is the memory of a separate process, on CUDA that of torch's allocator.
 """
 
 import argparse

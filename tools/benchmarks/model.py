@@ -1,9 +1,9 @@
-"""RetinaNet and Mask R-CNN against torchvision's own, with the same weights and inputs: a training step, an inference.
+"""RetinaNet and Mask R-CNN against torchvision's, with the same weights and inputs: a training step and an inference.
 
 Both are R50-FPN with BatchNorm in the backbone and the heads. A step is forward, losses and backward, without the
-optimizer; an inference is of one image. Losses are the same function where, as here, all images have equally many
-foreground anchors and as many anchors and RoIs are sampled as may be. They are compared with the proposals of
-torchvision's model in both: rounding decides between boxes of nearly equal scores.
+optimizer; an inference is of one image. The losses are the same function if, as here, all images have the same number
+of foreground anchors, and as many anchors and RoIs are sampled as possible. They are compared with the proposals of
+torchvision's model in both: rounding decides between boxes with nearly equal scores.
 """
 
 import argparse
@@ -39,10 +39,10 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[256, 320], help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=2, help="images in a training step")
+    parser.add_argument("--batch", type=int, default=2, help="number of images in a training step")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--repeats", type=int, default=7, help="the median of so many ratios is taken")
+    parser.add_argument("--repeats", type=int, default=7, help="number of ratios, of which the median is taken")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 
 

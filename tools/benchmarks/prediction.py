@@ -1,8 +1,8 @@
-"""What a Predictor takes for an image, beside the model that an evaluation runs and torchvision's.
+"""Time that a Predictor takes per image, against the model that an evaluation runs and torchvision's.
 
-R50-FPN detectors of random weights, as those of `model`; population statistics normalize. `exact` is the model of
-`dn.evaluate`; `fast` is what a Predictor makes of it, in float32 and in bfloat16. Random weights find little: boxes of
-all scores are kept. The difference is the largest relative one of the twenty best scores.
+R50-FPN detectors with random weights, as in `model`, under population statistics. `exact` is the model of
+`dn.evaluate`; `fast` is what a Predictor makes of it, in float32 and in bfloat16. Random weights find little, so boxes
+of all scores are kept. The difference is the largest relative one among the twenty best scores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .timing import milliseconds, ratio, times
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[256, 320], help="height and width of the images")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
-    parser.add_argument("--repeats", type=int, default=7, help="the median of so many ratios is taken")
+    parser.add_argument("--repeats", type=int, default=7, help="number of ratios, of which the median is taken")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 
 

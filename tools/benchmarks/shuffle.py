@@ -1,6 +1,6 @@
 """RoIShuffle against the usual way, which gathers all RoIs on every rank, on CPU processes over gloo.
 
-The usual way twice: as detectron2's project does it, and as fast as we could make it.
+The usual way is measured twice: as in detectron2's project, and as fast as we could make it.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from .table import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], help="8 take 22 GB")
-    parser.add_argument("--rois", type=int, default=512, help="a rank, on average")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[2, 4, 8], help="numbers of processes; 8 take 22 GB"
+    )
+    parser.add_argument("--rois", type=int, default=512, help="RoIs per rank, on average")
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--size", type=int, default=7, help="height and width of a RoI's features")
-    parser.add_argument("--repeats", type=int, default=7, help="the median of so many times is taken")
+    parser.add_argument("--repeats", type=int, default=7, help="number of timings, of which the median is taken")
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

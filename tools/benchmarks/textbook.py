@@ -1,4 +1,4 @@
-"""The layers as their papers' pages read: one tensor operation after the other, without running statistics."""
+"""The layers written as in their papers: one tensor operation after the other, without running statistics."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Candidates timed in turn, so that what the machine does besides harms all alike."""
+"""Time candidates in turn, so that other load on the machine affects all alike."""
 
 import random
 import statistics

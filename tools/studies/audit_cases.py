@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Whether `dn.audit` names what is wrong, and is silent where nothing is: the tables of docs/audit.md.
+"""Check that `dn.audit` names faults, and is silent where there are none: the tables of docs/audit.md.
 
     tools/studies/audit_cases.py [--page docs/audit.md] [--faults WORD …] [--sound NAME …] [--real WORD …]
 
-Each fault is planted in six variants of a small model (strength, architecture, width, batch), and each has a repaired
-twin. Their figures, and those of every other sound model, say between what the thresholds lie; hits and false alarms
-are counted on fresh variants, of other seeds and batches, that nothing was chosen on. Then sound models of many
-families, and real cases: what torchvision, and this library, do if they are used so. What is written into the page
-stands between markers; an hour on one core.
+Each fault is planted in six variants of a small model (strength, architecture, width, batch), each of which has a
+repaired twin. Their figures, and those of all other sound models, give the range for the thresholds. Hits and false
+alarms are counted on fresh variants with other seeds and batches, on which nothing was chosen. Then come sound models
+of many families, and real cases: what torchvision, and this library, do if used that way. The results are written into
+the page between markers; this takes an hour on one core.
 """
 
 import argparse

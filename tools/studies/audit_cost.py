@@ -3,10 +3,10 @@
 
     tools/studies/audit_cost.py FAULT RUN [--sound ROW] [--repaired ROW] [--seed 0] --out FOLDER
 
-The fault is planted in the model of a training RUN, or that was trained with it ("as_trained"). AP is of population
-statistics. The remedy is that of the finding that comes first, whatever was planted; where it is another training, it
-is one that a study has done: `--repaired table6/shuffle`. `--sound` names that of the model without the fault, RUN
-itself if not given.
+The fault is planted in the model of a training RUN, or was part of its training ("as_trained"). AP is under population
+statistics. The remedy is that of the first finding, whatever was planted. If it is another training, it is one that a
+study has done: `--repaired table6/shuffle`. `--sound` names the training of the model without the fault, by default RUN
+itself.
 """
 
 import argparse
@@ -279,10 +279,10 @@ REMEDIES: dict[str, Callable[[Case], None]] = {  # of what needs no training
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("run", type=Path, help="its folder, WORK/STUDY/ROW/seed-SEED")
+    parser.add_argument("run", type=Path, help="folder of the training, WORK/STUDY/ROW/seed-SEED")
     parser.add_argument("--sound", metavar="STUDY/ROW", help="the row of the model without the fault")
     parser.add_argument("--repaired", metavar="STUDY/ROW", help="the row that was trained with the remedy")
-    parser.add_argument("--leak", action="store_true", help="audit also what batch mates tell")
+    parser.add_argument("--leak", action="store_true", help="also audit the leak between samples of a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Small models that the cases of the audit's study plant their faults in."""
+"""Small models in which the cases of the audit's study plant their faults."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Real cases: libraries used as their documentation has it, trained for a minute, then audited."""
+"""Real cases: libraries used as in their documentation, trained for a minute, then audited."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Models of many families with nothing wrong, trained a little: the audit has to be silent about each."""
+"""Models of many families without faults, briefly trained: the audit must be silent about each."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Generated images, and models trained on them for seconds: what the cases of the audit's study are made of."""
+"""Generated images, and models trained on them for seconds: what the cases of the audit's study consist of."""
 
 import math
 from collections.abc import Callable, Iterator

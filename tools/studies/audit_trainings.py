@@ -1,4 +1,4 @@
-"""Faults of training: small batches, numbers, what is frozen, accumulation, checkpointing, averages, decay."""
+"""Faults of training: small batches, numerics, frozen layers, accumulation, checkpointing, averages, decay."""
 
 from typing import Any
 

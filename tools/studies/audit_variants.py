@@ -1,4 +1,4 @@
-"""What a case of the audit's study is: a fault in one variant of a model, and the same model repaired."""
+"""A case of the audit's study: a fault in one variant of a model, and the same model repaired."""
 
 import copy
 import functools

@@ -3,10 +3,11 @@
 
     tools/studies/classification.py [--data FOLDER] [--out docs/studies] [--images 3000] [--epochs 3] [--seeds 3]
 
-Fashion-MNIST at half resolution, from the folder of Debian's package dataset-fashion-mnist; `--data patches` takes the
-built-in data set. Sections: batch size, ghost size, SeqNorm, example weight α, decay of γ and β, minibatches of few
-classes, Batch Renorm over training. Writes classification.json, classification.md and classification.png. Each
-finished run is kept in classification.json at once: the same command goes on with those that are missing.
+The data is Fashion-MNIST at half resolution, from the folder of Debian's package dataset-fashion-mnist;
+`--data patches` uses the built-in data set. Sections: batch size, ghost size, SeqNorm, example weight α, decay of γ and
+β, minibatches of few classes, Batch Renorm over training. Writes classification.json, classification.md and
+classification.png. Each finished run is saved in classification.json immediately: the same command continues with those
+that are missing.
 """
 
 import argparse
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         ("rate", "learning rate for a batch of 128"),
     ):
         parser.add_argument(f"--{name}", type=type(defaults[name]), default=defaults[name], help=text)
-    parser.add_argument("--sections", nargs="+", metavar="SECTION", help="to train; all by default")
+    parser.add_argument("--sections", nargs="+", metavar="SECTION", help="sections to train; all by default")
     parser.add_argument("--seeds", type=int, default=defaults["seeds"])
     args = parser.parse_args(argv)
     options = {name: getattr(args, name) for name in defaults}

@@ -1,4 +1,4 @@
-"""What was seen in the committed run of the study classification.py, by section: written by hand, for its sizes."""
+"""Observations on the committed run of the study classification.py, by section: written by hand, for its sizes."""
 
 OVERVIEW = """
 | figure | the claim | here |

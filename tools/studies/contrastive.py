@@ -4,13 +4,13 @@
     tools/studies/contrastive.py [--norm GhostBN] [--keys "" | shuffled | population] [--data FOLDER] [--steps 1200]
         [--processes 2] [--seed 0] --out FOLDER
 
-A query encoder learns to find, among the keys in a queue, that of another view of its image; the key encoder is its
-moving average. Each process has eight normalization batches of 8 images (GhostBN): two processes stand for sixteen.
-The batches of a query and of its key are of the same images, those of the keys in the queue are not. `--keys
-shuffled`: the images are permuted over all batches of all processes before the key encoder; `--keys population`: it
-normalizes by moving averages of the query encoder's statistics. `--norm SyncBN`: over all images of all processes; GN:
-over none. FOLDER/results.json has the accuracy of the training task, under the statistics of training and of the
-population, and those of a nearest-neighbor and a linear classifier on the features, under the population statistics.
+A query encoder learns to find, among the keys in a queue, the key of another view of its image; the key encoder is its
+moving average. Each process has eight normalization batches of 8 images (GhostBN): two processes stand for sixteen. The
+batches of a query and of its key have the same images, those of the keys in the queue do not. `--keys shuffled`: the
+images are permuted over all batches of all processes before the key encoder. `--keys population`: the key encoder
+normalizes by moving averages of the query encoder's statistics. `--norm SyncBN` normalizes over all images of all
+processes, GN over none. FOLDER/results.json has the accuracy of the training task, under the statistics of training and
+of the population, and those of a nearest-neighbor and a linear classifier on the features, under population statistics.
 """
 
 import argparse
@@ -144,9 +144,11 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A small MoCo, and what its BatchNorm leaks.")
     parser.add_argument("--data", default=DEBIAN, help="folder of Fashion-MNIST, or 'patches'")
-    parser.add_argument("--images", type=int, default=20_000, help="to train on")
+    parser.add_argument("--images", type=int, default=20_000, help="number of training images")
     parser.add_argument("--norm", choices=list(NORMS), default="GhostBN")
-    parser.add_argument("--keys", choices=("", "shuffled", "population"), default="", help="how they are normalized")
+    parser.add_argument(
+        "--keys", choices=("", "shuffled", "population"), default="", help="how the keys are normalized"
+    )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=0.002, help="learning rate; 0: untrained")
     parser.add_argument("--processes", type=int, default=2)

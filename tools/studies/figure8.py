@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""A classifier that is trained on normalization batches of few classes: Fig. 8 of *Rethinking "Batch" in BatchNorm*.
+"""A classifier trained on normalization batches of few classes: Fig. 8 of *Rethinking "Batch" in BatchNorm*.
 
     tools/studies/figure8.py [--classes 8] [--data FOLDER] [--norm GhostBN] [--groups 32] [--shuffle]
         [--steps 1500] [--seed 0] --out FOLDER
 
-Each image is the sum of one of its class and a fainter one of another class, so that alone it hardly shows which of the
-two is meant; another image of its class in the batch would tell. An SGD step has eight normalization batches of 32
-images, `--classes` k of them and 32 / k images of each; 0: any. Accuracies under population statistics (EMA and
-recomputed) and under those of minibatches of 32, i.i.d. or made as in training, go to FOLDER/results.json.
+Each image is the sum of one of its class and a fainter one of another class, so that on its own it hardly shows which
+of the two is meant; another image of its class in the batch would. An SGD step has eight normalization batches of 32
+images, with `--classes` k classes in each and 32 / k images of each class; 0: any. Accuracies under population
+statistics (EMA and recomputed) and under those of minibatches of 32, i.i.d. or composed as in training, go to
+FOLDER/results.json.
 """
 
 import argparse
@@ -152,12 +153,18 @@ def train(args: argparse.Namespace, data: Images, test: Images) -> dict[str, Any
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A classifier trained on normalization batches of few classes.")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST; without it, generated images")
-    parser.add_argument("--classes", type=int, default=8, help="k, of 32 images; 0: any")
-    parser.add_argument("--norm", choices=("BN", "GhostBN", "BRN", "GN"), default="GhostBN", help="BN: of all images")
-    parser.add_argument("--groups", type=int, default=BATCH, help="images that GhostBN and BRN normalize together")
-    parser.add_argument("--shuffle", action="store_true", help="the images of a step, over its normalization batches")
+    parser.add_argument("--classes", type=int, default=8, help="k, classes in each batch of 32 images; 0: any")
+    parser.add_argument("--norm", choices=("BN", "GhostBN", "BRN", "GN"), default="GhostBN", help="BN: over all images")
+    parser.add_argument(
+        "--groups", type=int, default=BATCH, help="number of images that GhostBN and BRN normalize together"
+    )
+    parser.add_argument(
+        "--shuffle", action="store_true", help="shuffle the images of a step over its normalization batches"
+    )
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--count", type=int, default=64, help="minibatches of an evaluation; four times at the end")
+    parser.add_argument(
+        "--count", type=int, default=64, help="number of minibatches in an evaluation; four times as many at the end"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)

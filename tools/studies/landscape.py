@@ -4,12 +4,12 @@
     tools/studies/landscape.py --config-file F [--out output/landscape] [--every 1] [--factors 0.25 0.5 …] [--seed 0]
         [KEY VALUE …]
 
-At a step the loss of its images is computed again where other learning rates would lead, `weights - rate · gradient`,
-for rates of FACTOR times that of the step; the smallest and the largest of these losses bound the band of the figure:
-the wider, the less the gradient tells, the rougher the loss. The training is what it would have been without.
-Writes `results.json` and `landscape.png`.
+At a step, the loss of its images is computed again at the weights that other learning rates would lead to,
+`weights - rate · gradient`, for rates of FACTOR times the step's. The smallest and the largest of these losses bound
+the band of the figure: the wider it is, the less the gradient tells, and the rougher the loss. The training itself is
+not affected. Writes `results.json` and `landscape.png`.
 
-A model, a loop or data sets of one's own: `dn.train(cfg, model=…, train_data=…, hooks=[Landscape()])`, or
+For your own model, loop or data sets: `dn.train(cfg, model=…, train_data=…, hooks=[Landscape()])`, or
 `losses_along_gradient(loss, model, rates)` after a `backward()`.
 """
 
@@ -110,11 +110,13 @@ def draw(losses: dict[int, list[float]], title: str, file: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The loss along the gradient at the steps of a training.")
     parser.add_argument("--config-file", required=True)
-    parser.add_argument("--out", default="output/landscape", help="folder of the training, too")
-    parser.add_argument("--every", type=int, default=1, help="steps from one that is measured to the next")
-    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the learning rate of the step")
+    parser.add_argument("--out", default="output/landscape", help="folder of the results and of the training")
+    parser.add_argument("--every", type=int, default=1, help="number of steps between measurements")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=FACTORS, help="multiples of the step's learning rate"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="over the config")
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config options, which override those of FILE")
     args = parser.parse_intermixed_args(argv)  # run.py writes --seed and --out behind KEY VALUE
     try:
         if args.every < 1:

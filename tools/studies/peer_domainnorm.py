@@ -19,7 +19,7 @@ PLAIN = ("INPUT.MIN_SIZE_TRAIN", [peers.SIZE], "INPUT.RANDOM_FLIP", 0.0)
 
 def main() -> None:
     parser = peers.parser(__doc__)
-    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of the config's")
     args = parser.parse_args()
     sets = {
         split: [f"{name}={args.data}/{split}_{name}.json:{args.data}/images" for name in peers.LABORATORIES]

@@ -3,8 +3,9 @@
 
     tools/studies/peer_torchvision.py --data FOLDER [--plain] [--steps 800] [--seed 0] --out FOLDER
 
-Its layers and losses are torchvision's defaults (BatchNorm in the ResNet-18, none in pyramid and head); sizes of images
-and anchors, channels of the pyramid, optimizer, learning rates and steps are those of `configs/coco_folder.yaml`.
+Its layers and losses are torchvision's defaults (BatchNorm in the ResNet-18, none in pyramid and head). The sizes of
+images and anchors, the pyramid's channels, the optimizer, learning rates and steps are those of
+`configs/coco_folder.yaml`.
 """
 
 import math

@@ -3,9 +3,9 @@
 
     tools/studies/peer_ultralytics.py --python PYTHON --data FOLDER [--plain] [--epochs 36] [--seed 0] --out FOLDER
 
-ultralytics lives in an environment of its own, whose interpreter is `--python`: it trains `yolo11n.yaml` from random
-weights, and predicts, in a process of its own, which runs this file again; files between both are YOLO's and JSON.
-Nothing is downloaded. Options are its defaults but for the size of images, the batch and the number of epochs.
+ultralytics has its own environment, whose interpreter is `--python`. It trains `yolo11n.yaml` from random weights, and
+predicts, in a separate process that runs this file again; both exchange YOLO files and JSON. Nothing is downloaded.
+Options are its defaults except for the image size, the batch and the number of epochs.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the peers of the study `peers` have in common: data, arguments, and AP as this library has it."""
+"""What the rows of the study `peers` share: data, arguments, and AP as this library computes it."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ Found = tuple[list[list[float]], list[float], list[int]]
 def parser(about: str | None) -> argparse.ArgumentParser:
     """The arguments of a row."""
     made = argparse.ArgumentParser(description=(about or "").splitlines()[0])
-    made.add_argument("--data", type=Path, required=True, help="{train,val}_{pbc,bccd}.json and images/")
+    made.add_argument("--data", type=Path, required=True, help="folder with {train,val}_{pbc,bccd}.json and images/")
     made.add_argument("--plain", action="store_true", help="no augmentation")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, required=True)

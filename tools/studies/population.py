@@ -3,14 +3,14 @@
 
     tools/studies/population.py --norm-batch 2 --out FOLDER [--seed 0] [--batch 128] [--data FOLDER]
 
-What *Rethinking "Batch" in BatchNorm*, Tables 1 and 2 and Figs. 3 to 6, measure, all of one training: the validation
-error over training under the EMA and under recomputed statistics; of the trained model under statistics recomputed
-from N images, in batches of B, by each method; under minibatch statistics, on training and on validation images; and
-with the statistics frozen in the last fifth. Writes `results.json`, errors in percent. `tools/studies/run.py
-population` runs all rows.
+It measures what Tables 1 and 2 and Figs. 3 to 6 of *Rethinking "Batch" in BatchNorm* do, all in one training: the
+validation error over training under the EMA and under recomputed statistics; the trained model's error under statistics
+recomputed from N images, in batches of B, by each method; under minibatch statistics, on training and on validation
+images; and with the statistics frozen in the last fifth. Writes `results.json`, errors in percent.
+`tools/studies/run.py population` runs all rows.
 
-Fashion-MNIST at half resolution from the folder of Debian's package, the built-in `patches` where it is not there; each
-image has an intensity of its own, which makes the images of a small normalization batch unlike the population.
+The data is Fashion-MNIST at half resolution from the folder of Debian's package, or the built-in `patches` if it is
+missing; each image has its own intensity, which makes the images of a small normalization batch unlike the population.
 """
 
 import argparse
@@ -174,10 +174,10 @@ def against_number(model: nn.Module, images: Tensor, validation: Split) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A classifier of one normalization batch size, under all statistics.")
-    parser.add_argument("--norm-batch", type=int, required=True, help="images that are normalized together")
-    parser.add_argument("--batch", type=int, default=128, help="images of an SGD step")
+    parser.add_argument("--norm-batch", type=int, required=True, help="number of images normalized together")
+    parser.add_argument("--batch", type=int, default=128, help="number of images in an SGD step")
     parser.add_argument("--rate", type=float, default=0.2, help="learning rate for a batch of 128")
-    parser.add_argument("--images", type=int, default=6144, help="to train on")
+    parser.add_argument("--images", type=int, default=6144, help="number of training images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data", default=DEBIAN if Path(DEBIAN).exists() else "patches")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,8 +3,8 @@
 
     tools/studies/population_time.py --out FOLDER [--seed 0]
 
-CPU times on a ResNet-50, divided by that of one forward pass over the same images: of methods "pooled" and "exact", and
-of the exact statistics as the paper describes them, layer by layer. Writes `results.json`.
+CPU times on a ResNet-50, relative to one forward pass over the same images: for methods "pooled" and "exact", and for
+the exact statistics computed layer by layer, as the paper describes. Writes `results.json`.
 """
 
 import argparse

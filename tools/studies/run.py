@@ -4,11 +4,11 @@
     tools/studies/run.py NAME [--seeds 0 1 2] [--rows ROW …] [--jobs 1] [--work FOLDER]
         [--out docs/studies] [--report-only]
 
-Each row is a config of `configs/studies/`, trained once for each seed with `tools/train_net.py`, or a script of this
-folder; all have equal budgets. What is finished is skipped, what was interrupted goes on: the same command again, or
-with more seeds. After every run NAME.json, NAME.md and NAME.png in `--out` have all results so far, also those from
-before. `--report-only` makes the two latter from the JSON file. `--jobs` processes train at a time: as many as there
-are cores.
+Each row is a config of `configs/studies/`, trained once per seed with `tools/train_net.py`, or a script of this folder;
+all have equal budgets. The same command again, also with more seeds, skips finished runs and resumes interrupted ones.
+After every run, NAME.json, NAME.md and NAME.png in `--out` have all results so far, including earlier ones.
+`--report-only` makes the last two from the JSON file. `--jobs` processes train at a time: choose as many as there are
+cores.
 """
 
 import argparse
@@ -132,10 +132,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the rows of a study, and write its report.")
     parser.add_argument("name", choices=sorted(STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="some of them; all by default")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each of one thread")
-    parser.add_argument("--work", type=Path, default=Path("output/studies"), help="for the runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="for the report")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows to train; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes at a time, each with one thread")
+    parser.add_argument("--work", type=Path, default=Path("output/studies"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder for the report")
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     study = STUDIES[args.name]

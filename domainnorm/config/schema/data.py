@@ -8,35 +8,36 @@ class Input(Section, key="INPUT"):
     """Size and augmentation of images; sizes are in pixels."""
 
     MIN_SIZE_TRAIN = Option(
-        [800], "Shorter side; one is drawn for each image.", PIXELS, min_length=1, used_by=DETECTORS
+        [800], "Shorter side; of several, one is drawn for each image.", PIXELS, min_length=1, used_by=DETECTORS
     )
-    MAX_SIZE_TRAIN = Option(1333, "Largest longer side in training.", PIXELS, used_by=DETECTORS)
+    MAX_SIZE_TRAIN = Option(1333, "Upper limit of the longer side in training.", PIXELS, used_by=DETECTORS)
     MIN_SIZE_TEST = Option(800, "Shorter side in inference.", PIXELS, used_by=DETECTORS)
-    MAX_SIZE_TEST = Option(1333, "Largest longer side in inference.", PIXELS, used_by=DETECTORS)
+    MAX_SIZE_TEST = Option(1333, "Upper limit of the longer side in inference.", PIXELS, used_by=DETECTORS)
     RANDOM_FLIP = Option(0.5, "Probability of a horizontal flip in training.", SHARE)
     RANDOM_VERTICAL_FLIP = Option(0.0, "Probability of a vertical flip in training.", SHARE)
     PHOTOMETRIC_DISTORT = Option(
         0.0,
-        "Probability, in training, of a change of each of brightness, contrast, saturation, hue and order of channels.",
+        "Probability, in training, of changing each of brightness, contrast, saturation, hue and channel order.",
         SHARE,
     )
     RANDOM_IOU_CROP = Option(
         0.0,
-        "Probability, in training, of SSD's crop: of 0.3 to 1 of the sides, with enough of an object.",
+        "Probability, in training, of SSD's crop: 0.3 to 1 of each side, with enough overlap with an object.",
         SHARE,
         used_by=DETECTORS,
     )
     SCALE_JITTER = Option(
         [],
-        "Range of a factor, as 0.1, 2.0, instead of MIN_SIZE_TRAIN: the longer side becomes MAX_SIZE_TRAIN times one "
-        "that is drawn, and what exceeds MAX_SIZE_TRAIN is cropped; []: none.",
+        "Range of a random factor, such as 0.1, 2.0, instead of MIN_SIZE_TRAIN: the longer side becomes MAX_SIZE_TRAIN "
+        "times the factor, and what exceeds MAX_SIZE_TRAIN is cropped; []: none.",
         Range(min=0.01, max=10),
         element=float,
         used_by=DETECTORS,
     )
     MAX_INTENSITY = Option(
         0.0,
-        "Intensity of white in images of more than 8 bits; 0: 65535, of floats 1, 255 or 65535 by a sample of the set.",
+        "Intensity of white in images of more than 8 bits; 0: 65535 or, for floats, 1, 255 or 65535, by a sample of "
+        "the set.",
         INTENSITY,
     )
     CUTOUT = Option(
@@ -56,53 +57,60 @@ class Datasets(Section, key="DATASETS"):
 
     A data set is a name (shapes_train, coco_2017_train, …) or "annotations.json:image_folder"; for a Classifier
     patches_train, a folder with one subfolder for each class, "file.npz", or "images-idx3-ubyte:labels-idx1-ubyte".
-    "NAME=" before it is what tables, tags and results call it.
+    A prefix "NAME=" sets the name in tables, tags and results.
     """
 
     TRAIN = Option([], "Training sets: names, or pairs of paths such as NAME=annotations.json:image_folder.")
     VALIDATION = Option(
         0.0,
-        "Share of each class of TRAIN that is held out: the data set NAME@validation for each NAME.",
+        "Share of each class of TRAIN to hold out, as the data set NAME@validation for each NAME.",
         Range(min=0, max=0.99),
         used_by=CLASSIFIER,
     )
     TEST = Option([], "Data sets to evaluate on, one by one.")
-    DOMAINS = Option([], "Name of the domain of each of TRAIN; several may have the same; []: no domains.")
-    TEST_DOMAINS = Option([], "Name of the domain of each of TEST, '' for unknown; []: that of the same set in TRAIN.")
-    LABELS = Option("equal", "Categories: equal in all data sets, or all names in TRAIN.", ("equal", "union"))
-    RENAME = Option([], "New names of categories, such as rbc=RBC; those of one name become one.")
+    DOMAINS = Option([], "Domain name of each data set in TRAIN; several may share one; []: no domains.")
+    TEST_DOMAINS = Option([], "Domain name of each data set in TEST, '' if unknown; []: that of the same set in TRAIN.")
+    LABELS = Option(
+        "equal", "Categories: the same in all data sets (equal), or all names in TRAIN (union).", ("equal", "union")
+    )
+    RENAME = Option([], "New names of categories, such as rbc=RBC; categories with the same name are merged.")
 
 
 class DataLoader(Section, key="DATALOADER"):
-    """Loading, and what a batch is made of. A normalization batch is the share of one rank and one of ACCUMULATE."""
+    """Data loading and batches. A normalization batch is one rank's images in one of a step's ACCUMULATE passes."""
 
     NUM_WORKERS = Option(
         2,
-        "Number of loading processes for each rank; 0: the main process loads; -1: as many as there are cores for it, "
-        "up to 16.",
+        "Number of loading processes per rank; 0: the main process loads; -1: as many as the rank has cores, up to 16.",
         Range(min=-1, limit=256),
     )
-    ASPECT_RATIO_GROUPING = Option(True, "Fill a batch with either wide or tall images.", used_by=DETECTORS)
-    FILTER_EMPTY_ANNOTATIONS = Option(True, "Train without the images that have no object.", used_by=DETECTORS)
+    ASPECT_RATIO_GROUPING = Option(True, "Fill each batch with only wide or only tall images.", used_by=DETECTORS)
+    FILTER_EMPTY_ANNOTATIONS = Option(True, "Leave out training images without objects.", used_by=DETECTORS)
     RATIOS = Option(
         [],
-        "How often images of each of TRAIN are drawn; []: by their numbers.",
+        "Relative frequency of images from each data set in TRAIN; []: proportional to their numbers.",
         Range(above=0, limit=1e6),
         element=float,
     )
     COMPOSITION = Option(
         "mixed",
-        "Domains in a normalization batch: any; one, exchanged between the ranks; or one in the whole SGD step.",
+        "Domains in a normalization batch: any; one per rank, exchanged between ranks; or one for the whole SGD step.",
         ("mixed", "one_domain_per_rank", "one_domain_per_batch"),
     )
-    INVALID_BOXES = Option("error", "Boxes outside the image or of no area.", ("error", "skip"), used_by=DETECTORS)
+    INVALID_BOXES = Option(
+        "error", "What to do with boxes outside the image or without area.", ("error", "skip"), used_by=DETECTORS
+    )
     BATCHES = Option(
         "iid",
-        "Classes in a normalization batch: any; random ones; random ones, each once in a round; none in both halves.",
+        "Classes in a normalization batch: any; a random few; a few, each once per round; or no class in both halves.",
         ("iid", "few_classes", "few_classes_in_rounds", "class_disjoint_halves"),
         used_by=CLASSIFIER,
     )
-    CLASSES_PER_BATCH = Option(0, "Number of classes, if BATCHES has random ones.", CLASSES_OR_0, used_by=CLASSIFIER)
+    CLASSES_PER_BATCH = Option(
+        0, "Number of classes, if BATCHES is few_classes or few_classes_in_rounds.", CLASSES_OR_0, used_by=CLASSIFIER
+    )
     CLASSES_WITH_REPLACEMENT = Option(
-        True, "Draw them independently (Batch Renormalization, 4.3), so that one may come twice.", used_by=CLASSIFIER
+        True,
+        "Draw these classes independently (Batch Renormalization, 4.3), so that one may occur twice.",
+        used_by=CLASSIFIER,
     )

@@ -9,13 +9,13 @@ SHARED = ("shared", "per_domain")
 
 
 class Norm(Section, key="MODEL.NORM"):
-    """What all norms have."""
+    """Options of all norms."""
 
     EPS = Option(0.0, "Added to the variance; 0: the layer's own, 1e-5 (1e-3 in MobileNets).", Range(min=0, max=1))
     MOMENTUM = Option(0.0, "EMA momentum, as in torch; 0: the layer's own, 0.1 (0.01 in MobileNets and BRN).", SHARE)
     FIXED_WEIGHT = Option(False, "Weights (gamma) stay 1, and only biases are trained (Batch Renormalization, 4).")
     SYNC_GROUP_SIZE = Option(
-        0, "Processes, one after the other, that a synchronized norm merges; 0: all.", Range(min=0, limit=10**5)
+        0, "Number of consecutive processes that a synchronized norm merges; 0: all.", Range(min=0, limit=10**5)
     )
 
 
@@ -29,7 +29,7 @@ class GhostBN(Section, key="MODEL.NORM.GHOSTBN"):
     """BatchNorm over groups of samples of one process."""
 
     SAMPLES_PER_GROUP = Option(16, "Number of images, or RoIs, in a group.", IMAGES, renamed_from="GROUP_SIZE")
-    NUM_SAMPLE_GROUPS = Option(0, "Number of groups, of any size, instead of SAMPLES_PER_GROUP; 0: that.", IMAGES_OR_0)
+    NUM_SAMPLE_GROUPS = Option(0, "Number of groups, which replaces SAMPLES_PER_GROUP; 0: use that.", IMAGES_OR_0)
 
 
 class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):
@@ -41,9 +41,9 @@ class SeqNorm(Section, key="MODEL.NORM.SEQNORM"):
 
 
 class BGN(Section, key="MODEL.NORM.BGN"):
-    """Batch Group Normalization: the features C x H x W, flattened, in G pieces; all samples of a piece together.
+    """Batch Group Normalization: features C x H x W are flattened and split into G pieces, each with all samples.
 
-    Where G does not divide a layer's channels, its pieces split them in space, and it works at one size of features.
+    If G does not divide a layer's channels, its pieces split them in space, and the layer works at one feature size.
     """
 
     NUM_GROUPS = Option(16, "Number of pieces (G).", CHANNELS)
@@ -52,7 +52,7 @@ class BGN(Section, key="MODEL.NORM.BGN"):
 
 
 class GBGN(Section, key="MODEL.NORM.GBGN"):
-    """Groups of samples by groups of channels (Four Things, 3.4).
+    """Groups of samples and channels normalized together (Four Things, 3.4).
 
     A layer uses the greatest common divisor of NUM_CHANNEL_GROUPS and its channels.
     """
@@ -62,16 +62,16 @@ class GBGN(Section, key="MODEL.NORM.GBGN"):
 
 
 class BRN(Section, key="MODEL.NORM.BRN"):
-    """Batch Renormalization: BatchNorm, corrected towards the running statistics.
+    """Batch Renormalization: BatchNorm corrected towards the running statistics.
 
-    It is BatchNorm until BN_UNTIL; then the limits grow linearly. The three times are iterations, or below 1 shares of
+    It is BatchNorm until BN_UNTIL; then the limits grow linearly. The three times are iterations or, below 1, shares of
     SOLVER.MAX_ITER; the defaults are the paper's 5k, 40k and 25k of 130k steps.
     """
 
     R_MAX = Option(3.0, "Limit of the correction of the standard deviation.", Range(min=1, limit=1e6))
     D_MAX = Option(5.0, "Limit of the correction of the mean, in standard deviations.", Range(min=0, limit=1e6))
     BN_UNTIL = Option(
-        0.04, "When the limits begin to grow; 0, with R_MAX_AT and D_MAX_AT 0: they are constant.", ITERATIONS_OR_0
+        0.04, "When the limits begin to grow; if R_MAX_AT and D_MAX_AT are 0 too, they are constant.", ITERATIONS_OR_0
     )
     R_MAX_AT = Option(0.3, "When R_MAX is reached.", ITERATIONS_OR_0)
     D_MAX_AT = Option(0.2, "When D_MAX is reached.", ITERATIONS_OR_0)
@@ -81,7 +81,7 @@ class BRN(Section, key="MODEL.NORM.BRN"):
 
 
 class DatasetNorm(Section, key="MODEL.DATASET_NORM"):
-    """What data sets share in a norm, with MODEL.NORM_DOMAINS; the head of a RetinaNet has options of its own."""
+    """What data sets share in a norm, with MODEL.NORM_DOMAINS; the head of a RetinaNet has its own options."""
 
     SGD_STATISTICS = Option("per_domain", "Statistics that normalize in training.", SHARED)
     POPULATION_STATISTICS = Option("per_domain", "Statistics that normalize in inference.", SHARED)

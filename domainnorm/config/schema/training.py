@@ -4,7 +4,7 @@ from ..option import BELOW_ONE, IMAGES, IMAGES_OR_0, ITERATIONS, ITERATIONS_OR_0
 
 
 class Run(Section, key=""):
-    """The run as a whole. A CPU run is repeatable to the bit on one machine."""
+    """The run as a whole. On a CPU, runs are bitwise reproducible on the same machine."""
 
     OUTPUT_DIR = Option("./output", "Folder of checkpoints, logs and results.")
     SEED = Option(0, "Seed of weights, sampling and augmentation.", Range(min=0, limit=2**32 - 1))
@@ -17,10 +17,12 @@ class Solver(Section, key="SOLVER"):
     """
 
     IMS_PER_BATCH = Option(16, "Number of images in one SGD step, over all processes.", IMAGES)
-    ACCUMULATE = Option(1, "Backward passes in one SGD step, each with normalization batches of its own.", IMAGES)
+    ACCUMULATE = Option(
+        1, "Number of backward passes in one SGD step, each with its own normalization batches.", IMAGES
+    )
     VIRTUAL_BATCH = Option(
         0,
-        "Further images of each forward pass, on each process, which count in the statistics of norms alone.",
+        "Number of extra images in each process's forward pass that only count in the statistics of norms.",
         IMAGES_OR_0,
     )
     OPTIMIZER = Option("SGD", "Optimizer, of torch.optim.", ("SGD", "AdamW", "Adam", "RMSprop"))
@@ -45,19 +47,19 @@ class Solver(Section, key="SOLVER"):
     WEIGHT_DECAY_NORM = Option(0.0, "Weight decay of weight and bias of norm layers.", Range(min=0, limit=10))
     WEIGHT_DECAY_NORM_TARGET = Option(0.0, "What weights of norms decay to; biases: 0 (Four Things, 3.3).", (0.0, 1.0))
     WEIGHT_DECAY_BIAS = Option(1e-4, "Weight decay of biases outside of norm layers.", Range(min=0, limit=10))
-    FREEZE_NORM_AT = Option(0.0, "When norms begin to keep their statistics; 0: never.", ITERATIONS_OR_0)
-    FREEZE_NORM_LAYERS = Option([], "Beginnings of the names of layers to freeze, such as backbone.; []: all.")
-    FREEZE_NORM_RECOMPUTE = Option(False, "Freeze statistics recomputed as in TEST.RECOMPUTE, not those of the EMA.")
-    FREEZE_NORM_AFFINE = Option(False, "Also stop training weight and bias.")
+    FREEZE_NORM_AT = Option(0.0, "When the statistics of norms are frozen; 0: never.", ITERATIONS_OR_0)
+    FREEZE_NORM_LAYERS = Option([], "Name prefixes of the layers to freeze, such as backbone.; []: all.")
+    FREEZE_NORM_RECOMPUTE = Option(False, "Freeze statistics recomputed as in TEST.RECOMPUTE instead of the EMA's.")
+    FREEZE_NORM_AFFINE = Option(False, "Also freeze weight and bias.")
     FREEZE_NORM_WARMUP_ITERS = Option(0, "Number of iterations of a second warm-up, after freezing.", ITERATIONS_OR_0)
     AVERAGE_WEIGHTS = Option("", "Evaluate an average of the weights, with recomputed statistics.", ("", "EMA", "SWA"))
     AVERAGE_WEIGHTS_FROM = Option(0.0, "When the average begins.", ITERATIONS_OR_0)
     AVERAGE_WEIGHTS_DECAY = Option(0.999, "Decay of EMA at each iteration.", BELOW_ONE)
     CHECKPOINT_PERIOD = Option(
-        0, "Number of iterations from one checkpoint to the next; 0: MAX_ITER / 10, at most 5000.", ITERATIONS_OR_0
+        0, "Number of iterations between checkpoints; 0: MAX_ITER / 10, at most 5000.", ITERATIONS_OR_0
     )
     CHECKPOINT_KEEP = Option(
-        5, "Number of the last checkpoints that stay, beside model_final and model_best; 0: all.", ITERATIONS_OR_0
+        5, "Number of latest checkpoints to keep, besides model_final and model_best; 0: all.", ITERATIONS_OR_0
     )
 
 
