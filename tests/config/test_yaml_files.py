@@ -22,10 +22,10 @@ CHAIN = "a0: &a0 [x]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}]\n" for k in range(1,
 
 
 def refused(file):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(dn.UserError) as error:
         dn.load_config(file)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     message = str(error.value)
     assert message.isprintable() and len(message) < 600 + len(str(file)), message
     assert ".yaml" in message or " takes a number " in message
@@ -223,9 +223,9 @@ def test_bases_that_explode_are_read_once(tmp_path):
     (tmp_path / "b0.yaml").write_text("SEED: 3")
     for k in range(1, MAX_BASES):
         (tmp_path / f"b{k}.yaml").write_text(f"_BASE_: [{', '.join([f'b{k - 1}.yaml'] * 100)}]")
-    start = time.perf_counter()
+    start = time.process_time()
     assert dn.load_config(tmp_path / f"b{MAX_BASES - 1}.yaml").SEED == 3
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_order_of_bases(tmp_path):
