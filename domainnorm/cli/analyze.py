@@ -29,7 +29,7 @@ from . import Parser
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """KEY VALUE pairs may stand before, between or after the others."""
     parser = Parser(description="Report what the model of a config costs.", allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", required=True)
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="a YAML file, or its name in configs/")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="use noise of this size instead of images"
     )

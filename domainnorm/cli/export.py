@@ -22,11 +22,13 @@ from . import Parser
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """KEY VALUE pairs may stand before, between or after the others."""
     parser = Parser(description="Export the trained model of a config.", allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", required=True)
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--out", metavar="FILE", required=True)
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="a YAML file, or its name in configs/")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="of the exported file")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the exported file")
     parser.add_argument("--domain", help="name or number of the domain, if data sets are the domains of norms")
-    parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
+    parser.add_argument(
+        "--statistics", choices=("population", "minibatch"), default="population", help="which statistics normalize"
+    )
     parser.add_argument(
         "--example-weight", type=float, help="weight of an image's own moments, under population statistics"
     )

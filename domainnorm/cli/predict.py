@@ -41,7 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="0.5",
         help="keep objects with a higher score, 0.5 by default; or a run's thresholds.json: the best of each class",
     )
-    parser.add_argument("--statistics", choices=("population", "minibatch"), default="population")
+    parser.add_argument(
+        "--statistics", choices=("population", "minibatch"), default="population", help="which statistics normalize"
+    )
     parser.add_argument("--domain", help="name or number of the domain, if data sets are the domains of norms")
     parser.add_argument("--batch-size", type=int, default=1, help="images read together; results do not depend on it")
     parser.add_argument("--exact", action="store_true", help="same results as in evaluation, to the bit; slower")

@@ -22,8 +22,10 @@ from . import Parser
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """KEY VALUE pairs may stand before, between or after the others."""
     parser = Parser(description="Draw the data of a config.", allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", required=True)
-    parser.add_argument("--source", choices=("annotations", "loader"), required=True)
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="a YAML file, or its name in configs/")
+    parser.add_argument(
+        "--source", choices=("annotations", "loader"), required=True, help="what the files say, or what the model sees"
+    )
     parser.add_argument(
         "--number", type=int, default=16, help="number of images: per data set, or in total for the loader"
     )

@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """detectron2's arguments; KEY VALUE pairs may stand before, between or after them."""
     parser = Parser(description="Train or evaluate the model of a config.", allow_abbrev=False)
-    parser.add_argument("--config-file", metavar="FILE", required=True)
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="a YAML file, or its name in configs/")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS or, with --resume, the last checkpoint"
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="number of processes on this machine, also on CPU")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--num-machines", type=int, default=1, help="each starts the same command")
+    parser.add_argument("--machine-rank", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0, if there are several")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, which override those of FILE")
     args = parser.parse_intermixed_args(argv)
