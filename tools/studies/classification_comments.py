@@ -15,7 +15,7 @@ OVERVIEW = """
 | | … GBGN loses nothing | does not show |
 | Ghost Normalization, Table 1 | GhostBN beats BN by 0.7 | 0.3, within the seeds |
 | | SeqNorm beats BN by 1.7 | shows: 1.5 |
-| Figs. 4, 5 | GhostBN makes the loss rougher than BN | [weakly with linear layers; not in a residual network](landscape.md) |
+| Figs. 4, 5 | GhostBN makes the loss rougher than BN | [weakly, not in a residual network](landscape.md) |
 | Batch Renorm, Fig. 1 | in batches of 32 BRN is as good as BN | behind by 1.1 after 9 epochs, by 2.1 after 3 |
 | Fig. 2 | in micro-batches of 4 BRN is better than BN | does not show: BN loses nothing by them |
 | Fig. 3 | few classes cost BN 11 points, and BRN none | BN 13; BRN has 5 to 6 of them back |
