@@ -64,7 +64,7 @@ def faster_rcnn() -> FasterRCNN:
 
 
 def train_transforms() -> v2.Transform:
-    """Of image and target; random numbers of torch are seeded for each sample, so that a resumed run is the same."""
+    """Transform an image and its target. torch is seeded for each sample, so that a resumed run is the same."""
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(),

@@ -169,7 +169,7 @@ def _is_significant(values: Tensor, variance: float) -> bool:
 
 
 def _quantile(degrees: int) -> float:
-    """Of Student's t that a value is above with a probability of 0.15%, to a percent from 5 degrees on.
+    """The value that Student's t exceeds with a probability of 0.15%, accurate to a percent from 5 degrees on.
 
     (A. Hill, Algorithm 396, CACM 13, 1970.)
     """

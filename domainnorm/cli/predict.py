@@ -9,7 +9,6 @@ of each image with its predictions goes to DIR, as does `predictions.json`, in C
 """
 
 import argparse
-import itertools
 import json
 import logging
 import sys
@@ -91,14 +90,14 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def _score(text: str) -> float | dict[str, float]:
-    """A number; or of the file `thresholds.json`, the best score of each class that has one."""
+    """A number; or the best score of each class, from a file `thresholds.json`."""
     try:
         return float(text)
     except ValueError:
         file = user_path(text)
     try:
-        (found,) = itertools.islice(json.loads(file.read_bytes()).values(), 1)  # of boxes, where masks have their own
-        return {name: score for name, score in found["classes"].items() if score is not None}
+        best = json.loads(file.read_bytes())["bbox"]["classes"]
+        return {name: score for name, score in best.items() if score is not None}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"--score takes a number from 0 to 1 or a run's thresholds.json, got {text!r}: {error}"

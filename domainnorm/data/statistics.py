@@ -16,7 +16,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class SetStatistics:
-    """Of one data set, as it is used.
+    """The statistics of one data set, as it is used.
 
     Attributes:
         images: their number.

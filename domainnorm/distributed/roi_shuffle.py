@@ -201,7 +201,7 @@ class _Place:
             )
         else:
             reason = "the ranks differ; they must call it alike, and use its outputs in the loss alike"
-        places = "; ".join(f"rank {r}: {of} {what}" for r, (of, what) in enumerate(told))
+        places = "; ".join(f"rank {r}: {count} {what}" for r, (count, what) in enumerate(told))
         raise ValueError(f"RoIShuffle: {reason} ({places})")
 
 

@@ -167,7 +167,7 @@ def _raise_first(ranks: list[_Rank], received: list[int]) -> None:
 
 @contextmanager
 def _quiet_children() -> Iterator[None]:
-    """Of what one line says, started processes do not print pages: torch's C++, and what counts leaked semaphores."""
+    """Started processes do not print the traces of torch's C++ or warnings of leaked semaphores: one line says it."""
     values = {"TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update({name: value for name, value in values.items() if not before[name]})

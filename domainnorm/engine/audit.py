@@ -102,7 +102,7 @@ def audit_config(cfg: CfgNode, model: nn.Module, number: int, *, with_score: boo
 
 
 class _TrainingBatches:
-    """Of the training sets, as often as they are asked for the same ones; virtual images count as others."""
+    """Batches of the training sets, the same ones each time; virtual images are included."""
 
     def __init__(self, cfg: CfgNode, number: int, processes: int) -> None:
         self.cfg = cfg.clone()

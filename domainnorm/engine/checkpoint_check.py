@@ -85,7 +85,7 @@ def _optimizer(optimizer: torch.optim.Optimizer, found: Any) -> Iterator[str]:
     own, groups = optimizer.state_dict()["param_groups"], found.get("param_groups")
     groups = groups if isinstance(groups, list) else []
     numbers = [group.get("params") if isinstance(group, dict) else None for group in groups]
-    whole = all(isinstance(of, list) and all(type(number) is int for number in of) for of in numbers)
+    whole = all(isinstance(ids, list) and all(type(number) is int for number in ids) for ids in numbers)
     if not whole or numbers != [group["params"] for group in own]:
         yield "optimizer: its groups of parameters are not those of this model"
         return

@@ -39,7 +39,7 @@ def _name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """Of the source tree that the library is used from, if it is one."""
+    """The commit of the source tree that the library is imported from; "" if it is not in one."""
     root = Path(str(_LIBRARY.__file__)).parents[1]
     if not (root / ".git").exists():
         return ""

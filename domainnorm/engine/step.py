@@ -41,7 +41,7 @@ def first_backward(cfg: CfgNode, network: nn.Module, device: torch.device, loade
 def losses_of(
     cfg: CfgNode, network: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Of one forward pass; its last `SOLVER.VIRTUAL_BATCH` images take part in the statistics alone."""
+    """The losses of one forward pass. The last `SOLVER.VIRTUAL_BATCH` images only count in the statistics."""
     own = len(images) - cfg.SOLVER.VIRTUAL_BATCH
     model = network.module if isinstance(network, DistributedDataParallel) else network
     follow_batches = any(isinstance(m, DomainBatchNorm) and not m.frozen for m in model.modules())

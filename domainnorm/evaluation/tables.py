@@ -78,7 +78,7 @@ def overall(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_class(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each class its metrics: `{"AP-cat": 1.0, "AR-cat": 2.0}` as `{"cat": {"AP": 1.0, "AR": 2.0}}`."""
+    """The metrics of each class: `{"AP-cat": 1.0, "AR-cat": 2.0}` as `{"cat": {"AP": 1.0, "AR": 2.0}}`."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         metric, _, name = key.partition("-")

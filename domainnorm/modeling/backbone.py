@@ -106,7 +106,7 @@ def _mobilenet(name: str, norm: str, options: dict[str, Any], strides: tuple[int
 def _with_outputs(
     body: nn.Module, stages: list[list[str]], outputs: dict[int, tuple[str, int]], strides: tuple[int, ...]
 ) -> Body:
-    """Of `outputs`, by stride the child and its channels, those of `strides`."""
+    """A body with the outputs of `strides`. `outputs`: for each stride, the child and its number of channels."""
     names = {outputs[stride][0]: str(k) for k, stride in enumerate(strides)}
     getter = IntermediateLayerGetter(body, return_layers=names)
     there = [[name for name in stage if name in getter] for stage in stages]

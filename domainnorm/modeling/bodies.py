@@ -79,12 +79,12 @@ def torchvision_body(name: str, strides: tuple[int, ...]) -> Body:
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **plain)
     maps = _maps(model)
-    last = {of.stride: of for of in maps}  # the last one of each stride
+    last = {feature.stride: feature for feature in maps}  # the last one of each stride
     _check_strides(name, strides, list(last))
     outputs = {last[stride].name: str(k) for k, stride in enumerate(strides)}
     channels_last = {last[stride].name for stride in strides if last[stride].channels_last}
-    names = [of.name for of in maps if of.stride <= strides[-1]]
-    stages = [[of.name for of in maps if of.stride == stride] for stride in (2, *STRIDES)]
+    names = [feature.name for feature in maps if feature.stride <= strides[-1]]
+    stages = [[feature.name for feature in maps if feature.stride == stride] for stride in (2, *STRIDES)]
     return Body(Chain(model, names, outputs, channels_last), stages, [last[stride].channels for stride in strides])
 
 

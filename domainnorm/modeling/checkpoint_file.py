@@ -144,7 +144,7 @@ def _check_sum(file: Path) -> None:
 
 
 def _sha256(stream: IO[bytes], size: int) -> bytes:
-    """Of the first `size` bytes, as text."""
+    """The SHA-256 of the first `size` bytes, as text."""
     digest = hashlib.sha256()
     stream.seek(0)
     while size and (part := stream.read(min(size, 1 << 20))):

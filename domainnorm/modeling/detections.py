@@ -25,7 +25,7 @@ class Detections(nn.Module):
 
     @property
     def short_side(self) -> int:
-        """Of images as the model resizes them."""
+        """The shorter side of images after the model has resized them."""
         return int(self.transform.min_size[-1])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

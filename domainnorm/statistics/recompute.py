@@ -179,7 +179,7 @@ def _exact(
 
     def combine(name: str, values: list[tuple[Tensor, Tensor, Tensor]]) -> list[None]:
         _same_on_all_ranks(f"at {name}")
-        parts = Moments(*(torch.stack(of) for of in zip(*values, strict=True))).merge(0)[0]
+        parts = Moments(*(torch.stack(part) for part in zip(*values, strict=True))).merge(0)[0]
         merged = parts.merge_ranks(None) if world_size() > 1 else parts
         write(layers[name], merged.count, merged.mean, merged.var, merged.var)
         totals[name] = totals[name] + merged if name in totals else merged  # a layer that is reached several times

@@ -93,7 +93,7 @@ def _low_threshold(model: Any, images: Sequence[Tensor], own: float) -> float:
 
 
 def _difference(own: Sequence[Tensor], other: Sequence[Tensor], side: int) -> float:
-    """Of the detections in one image; infinite where only one of both finds any."""
+    """The difference of the detections in one image; infinite if only one of the two has any."""
     if not len(own[1]) or not len(other[1]):
         return 0.0 if len(own[1]) == len(other[1]) else float("inf")
     rows = [

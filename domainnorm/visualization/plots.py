@@ -43,7 +43,7 @@ def lines(panels: Mapping[str, Series], x_label: str) -> Figure:
 
 
 def precision_by_recall(curves: Mapping[str, np.ndarray]) -> Figure:
-    """Of each class the highest precision at 101 recalls or beyond, and their mean. Its area is AP50.
+    """The highest precision at 101 recalls or beyond, for each class, and the mean. The area under it is AP50.
 
     Args:
         curves: of each class (101,).

@@ -94,7 +94,7 @@ def make_input(random: Random, channels: int, dtype: torch.dtype) -> Tensor:
 
 
 def _numbers(shape: list[int]) -> Tensor:
-    """Of a mean of about 3."""
+    """Input with a mean of about 3."""
     return torch.randn(shape) * (0.3 + torch.rand(1)) + 3 * torch.randn(1)
 
 

@@ -63,8 +63,8 @@ class _SynchronizedEach(_OneForEach):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         group = dist.group.WORLD
-        of = ((x, n.weight, n.bias, n.running_mean, n.running_var) for x, n in zip(levels, self.norms, strict=True))
-        return [SyncBatchNorm.apply(*values, 1e-5, 0.1, group, 1) for values in of]
+        inputs = ((x, n.weight, n.bias, n.running_mean, n.running_var) for x, n in zip(levels, self.norms, strict=True))
+        return [SyncBatchNorm.apply(*values, 1e-5, 0.1, group, 1) for values in inputs]
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

@@ -101,9 +101,9 @@ def _inference(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 def _weighing(channels: int) -> dict[str, nn.Module]:
     mean, var = torch.zeros(channels), torch.ones(channels)
-    of = textbook.weighed(mean, var, ALPHA)
+    normalize = textbook.weighed(mean, var, ALPHA)
     ours = dn.set_example_weight(nn.Sequential(dn.DomainBatchNorm(channels)), ALPHA)
-    return {"ours": ours, "torch": nn.BatchNorm2d(channels), "textbook": textbook.Textbook(of, channels)}
+    return {"ours": ours, "torch": nn.BatchNorm2d(channels), "textbook": textbook.Textbook(normalize, channels)}
 
 
 Normalize = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -34,11 +34,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for layout in args.layouts:
         of_torch = measured("torch", tuple(args.shape), layout)
         for name in args.layers:
-            of = {who: measured(who, tuple(args.shape), layout, name) for who in ("ours", "textbook")}
+            used = {who: measured(who, tuple(args.shape), layout, name) for who in ("ours", "textbook")}
             yield {
                 "layer": name,
                 "layout": layout,
-                **{f"{who} / nn.BatchNorm2d": megabytes / of_torch for who, megabytes in of.items()},
+                **{f"{who} / nn.BatchNorm2d": megabytes / of_torch for who, megabytes in used.items()},
                 "MB, nn.BatchNorm2d": of_torch,
             }
 

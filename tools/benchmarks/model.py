@@ -172,8 +172,10 @@ def convolutions_of(run: Callable[[], object]) -> float:
     """The share of the processor's time that convolutions take in a run, by torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
-    of = profile.key_averages()
-    return sum(e.self_cpu_time_total for e in of if "conv" in e.key.lower()) / sum(e.self_cpu_time_total for e in of)
+    events = profile.key_averages()
+    return sum(e.self_cpu_time_total for e in events if "conv" in e.key.lower()) / sum(
+        e.self_cpu_time_total for e in events
+    )
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:

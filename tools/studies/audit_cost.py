@@ -121,7 +121,7 @@ def left_in_training(case: Case) -> None:
 
 
 def other_statistics(case: Case) -> None:
-    """Of dark images."""
+    """Statistics of dark images."""
     case.recompute(**NIGHT)
 
 
@@ -244,7 +244,7 @@ def no_padding(case: Case) -> None:
     for batch in _first(train_loader(case.cfg, rank=0, world_size=1), RECOMPUTED // size):
         for image, target in zip(*batch, strict=True):
             shapes.setdefault(image.shape, []).append((image, target))
-    batches = [of[k : k + size] for of in shapes.values() for k in range(0, len(of) - size + 1, size)]
+    batches = [alike[k : k + size] for alike in shapes.values() for k in range(0, len(alike) - size + 1, size)]
     dn.recompute_population_statistics(_Training(case.model), batches, progress=False)
 
 

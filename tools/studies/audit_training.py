@@ -47,7 +47,7 @@ def classify(batch: int, size: int = 32, source: Callable[[int], float] = lambda
 
 
 def _logits(output: Any) -> Tensor:
-    """Of classifiers with auxiliary outputs, and of segmentation models, the main ones."""
+    """The main outputs of classifiers with auxiliary outputs, and of segmentation models."""
     if isinstance(output, dict):
         output = output["out"].mean((2, 3))
     return output if isinstance(output, Tensor) else output[0]

@@ -79,18 +79,18 @@ def seq_norms() -> dict[str, Run]:
 
 def curves() -> dict[str, Run]:
     """Batch Renorm's figures: minibatches of 32, groups of 4 of them, few classes."""
-    of = partial(Run, batch=32, times=3, curve=True)
+    train = partial(Run, batch=32, times=3, curve=True)
     brn, few = {"momentum": 0.1}, ("few_classes", 2)
     return {
-        "BN": of("BN"),
-        "BRN": of("BRN", options=brn),
-        "BN, groups of 4": of("GhostBN", options={"samples_per_group": 4}),
-        "BRN, groups of 4": of("BRN", options=brn | {"samples_per_group": 4}),
-        "BN, 2 classes": of("BN", pattern=few),
-        "GhostBN, 2 classes, each once": of(
+        "BN": train("BN"),
+        "BRN": train("BRN", options=brn),
+        "BN, groups of 4": train("GhostBN", options={"samples_per_group": 4}),
+        "BRN, groups of 4": train("BRN", options=brn | {"samples_per_group": 4}),
+        "BN, 2 classes": train("BN", pattern=few),
+        "GhostBN, 2 classes, each once": train(
             "GhostBN", options={"samples_per_group": 2}, pattern=("few_classes_in_rounds", 2)
         ),
-        "BRN, 2 classes": of("BRN", options=brn, pattern=few),
+        "BRN, 2 classes": train("BRN", options=brn, pattern=few),
     }
 
 
@@ -115,33 +115,33 @@ def norms(batch: int) -> dict[str, Run]:
 
 def remedies(kind: str, classes: int) -> dict[str, Run]:
     """For minibatches of 32 images; all remedies where classes are fewest, as is the leak of labels largest there."""
-    of = partial(Run, batch=32, pattern=(kind, classes), times=3)
-    runs = {"BN": of("BN")}
+    train = partial(Run, batch=32, pattern=(kind, classes), times=3)
+    runs = {"BN": train("BN")}
     if kind == "class_disjoint_halves":
-        return runs | {"GhostBN, any order": of("GhostBN", options={"samples_per_group": 16})}
-    runs |= {"GN": of("GN", options=GN), "GBGN": of("GBGN", options=GBGN)}
-    runs["BRN, momentum 0.1"] = of("BRN", options={"momentum": 0.1})
+        return runs | {"GhostBN, any order": train("GhostBN", options={"samples_per_group": 16})}
+    runs |= {"GN": train("GN", options=GN), "GBGN": train("GBGN", options=GBGN)}
+    runs["BRN, momentum 0.1"] = train("BRN", options={"momentum": 0.1})
     if kind == "iid":
         return runs
     size = {"samples_per_group": classes}
-    runs["GhostBN, any order"] = of("GhostBN", options=size)
-    runs["GhostBN, each class once"] = of("GhostBN", options=size, pattern=(f"{kind}_in_rounds", classes))
+    runs["GhostBN, any order"] = train("GhostBN", options=size)
+    runs["GhostBN, each class once"] = train("GhostBN", options=size, pattern=(f"{kind}_in_rounds", classes))
     if classes == 2:
         for larger in (4, 8, 16):
-            runs[f"GhostBN of {larger}, any order"] = of("GhostBN", options={"samples_per_group": larger})
-        runs["BRN, momentum 0.02"] = of("BRN", options={"momentum": 0.02})
-        runs["BN, frozen from half-way on"] = of("BN", freeze=True)
-        runs["BGN"] = of("BGN", options={"num_groups": 4})
-        runs["SeqNorm"] = of("SeqNorm", options={"num_channel_groups": 8, "num_sample_groups": 2})
+            runs[f"GhostBN of {larger}, any order"] = train("GhostBN", options={"samples_per_group": larger})
+        runs["BRN, momentum 0.02"] = train("BRN", options={"momentum": 0.02})
+        runs["BN, frozen from half-way on"] = train("BN", freeze=True)
+        runs["BGN"] = train("BGN", options={"num_groups": 4})
+        runs["SeqNorm"] = train("SeqNorm", options={"num_channel_groups": 8, "num_sample_groups": 2})
     return runs
 
 
 def ordered(runs: dict[str, dict[str, Run]], seeds: int) -> Iterator[tuple[int, Run]]:
     """All of one seed before the next. The effect of decay is small: two more seeds."""
     for seed in range(seeds + 2):
-        for section, of in runs.items():
+        for section, own in runs.items():
             if seed < {"decay": seeds + 2}.get(section, seeds):
-                yield from ((seed, run) for run in of.values())
+                yield from ((seed, run) for run in own.values())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -72,7 +72,7 @@ def table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 def report(results: dict[str, Any], sections: dict[str, dict[str, Run]], folder: Path) -> None:
     """classification.md and classification.png."""
-    measured = Measured(results, sections)
+    study = Measured(results, sections)
     sizes = results["settings"]
     committed = sizes == {"data": "Fashion-MNIST"} | {k: v for k, v in SIZES.items() if k != "seeds"}
     lines = [
@@ -101,91 +101,95 @@ def report(results: dict[str, Any], sections: dict[str, dict[str, Run]], folder:
         "renorm": ("Over training (Batch Renormalization, Figs. 1 to 3)", _renorm),
     }
     for key, (title, part) in parts.items():
-        if not measured.begun(key):
+        if not study.begun(key):
             continue
-        lines += [f"## {title}", "", *part(measured)]
+        lines += [f"## {title}", "", *part(study)]
         if committed and key in COMMENTS:
             lines += [COMMENTS[key].strip(), ""]
     (folder / "classification.md").write_text("\n".join(lines), encoding="utf-8")
-    _figure(measured, folder / "classification.png")
+    _figure(study, folder / "classification.png")
 
 
-def _passes(of: Measured, times: int = 1, part: int = 1) -> str:
-    sizes = of.results["settings"]
+def _passes(study: Measured, times: int = 1, part: int = 1) -> str:
+    sizes = study.results["settings"]
     epochs = sizes["epochs"] * times
     return f"{epochs} epoch{'s' * (epochs > 1)} of {sizes['images'] // part} images"
 
 
-def _rate(of: Measured) -> list[str]:
-    rates = of.sections["rate"]
-    chosen = of.results["settings"]["rate"]
+def _rate(study: Measured) -> list[str]:
+    rates = study.sections["rate"]
+    chosen = study.results["settings"]["rate"]
     text = (
-        f"BN, batch 128, {_passes(of)}: validation accuracy by learning rate. All others use {chosen:g} · batch / 128."
+        f"BN, batch 128, {_passes(study)}: validation accuracy by learning rate. All "
+        f"others use {chosen:g} · batch / 128."
     )
-    return [text, "", *table(rates, [[of.cell("rate", name, "validation") for name in rates]])]
+    return [text, "", *table(rates, [[study.cell("rate", name, "validation") for name in rates]])]
 
 
-def _batch_size(of: Measured) -> list[str]:
-    names = {name: [f"{name}/{size}" for size in _sizes(of)] for name in _norms(of)}
-    head = ["batch size", *_sizes(of)]
+def _batch_size(study: Measured) -> list[str]:
+    names = {name: [f"{name}/{size}" for size in _sizes(study)] for name in _norms(study)}
+    head = ["batch size", *_sizes(study)]
     lines = [
-        f"{_passes(of)}. GN has 8 groups; GBGN 8 channel groups of 2 examples; GhostBN groups of 16, of 4 at batch 8,",
+        f"{_passes(study)}. GN has 8 groups; GBGN 8 channel groups of 2 examples; GhostBN groups of "
+        f"16, of 4 at batch 8,",
         "of 2 at 4 and 2 (where it is BN); SeqNorm 8 channel groups, then the groups of GhostBN; BGN the paper's G,",
         "512, 128, 16, 2, 1, or the nearest number that divides a layer's features. BRN has the paper's schedule of",
         "limits in shares of the steps, and momentum 0.1 · batch / 32, from 0.01 to 0.1.",
         "",
     ]
     for title, measure in (("EMA", EMA), ("Recomputed", RECOMPUTED), ("α", ALPHA)):
-        rows = [[name, *(of.cell("batch size", run, measure) for run in runs)] for name, runs in names.items()]
+        rows = [[name, *(study.cell("batch size", run, measure) for run in runs)] for name, runs in names.items()]
         lines += [f"{title}:", "", *table(head, [row for row in rows if {*row[1:]} != {"-"}])]
-    chosen = [[name, *(_weights(of, "batch size", run) for run in runs)] for name, runs in names.items()]
+    chosen = [[name, *(_weights(study, "batch size", run) for run in runs)] for name, runs in names.items()]
     return [*lines, "The α chosen for each seed:", "", *table(head, [row for row in chosen if {*row[1:]} != {"-"}])]
 
 
-def _weights(of: Measured, section: str, name: str) -> str:
-    return ", ".join(f"{weight:g}" for weight in of.values(section, name, "α")) or "-"
+def _weights(study: Measured, section: str, name: str) -> str:
+    return ", ".join(f"{weight:g}" for weight in study.values(section, name, "α")) or "-"
 
 
-def _sizes(of: Measured) -> list[int]:
-    return sorted({int(name.split("/")[1]) for name in of.sections["batch size"]}, reverse=True)
+def _sizes(study: Measured) -> list[int]:
+    return sorted({int(name.split("/")[1]) for name in study.sections["batch size"]}, reverse=True)
 
 
-def _norms(of: Measured) -> list[str]:
-    return list(dict.fromkeys(name.split("/")[0] for name in of.sections["batch size"]))
+def _norms(study: Measured) -> list[str]:
+    return list(dict.fromkeys(name.split("/")[0] for name in study.sections["batch size"]))
 
 
-def _ghost_size(of: Measured) -> list[str]:
+def _ghost_size(study: Measured) -> list[str]:
     rows = []
-    for size in of.sections["ghost size"]:
-        cells = [of.cell("ghost size", size, measure) for measure in (EMA, ALPHA, RECOMPUTED)]
-        rows.append([size, *cells, _weights(of, "ghost size", size)])
+    for size in study.sections["ghost size"]:
+        cells = [study.cell("ghost size", size, measure) for measure in (EMA, ALPHA, RECOMPUTED)]
+        rows.append([size, *cells, _weights(study, "ghost size", size)])
     head = ("group size", "EMA, α = 0", "α chosen", "recomputed, α = 0", "the α of each seed")
-    return [f"GhostBN, batch 128 (at 128 it is BN), {_passes(of, times=3)}.", "", *table(head, rows)]
+    return [f"GhostBN, batch 128 (at 128 it is BN), {_passes(study, times=3)}.", "", *table(head, rows)]
 
 
-def _all_four(of: Measured) -> list[str]:
-    """Of the runs by batch size: γ and β decay in all of them."""
-    sizes = _sizes(of)
+def _all_four(study: Measured) -> list[str]:
+    """Rows from the runs by batch size; γ and β decay in all of them."""
+    sizes = _sizes(study)
     alone = {name: [(name, EMA)] * len(sizes) for name in ("BN", "GN", "GhostBN")}
     together = [("GBGN" if size == 2 else "GhostBN", ALPHA) for size in sizes]
     rows = []
     for name, columns in (alone | {"GhostBN and α; at 2 GBGN and α": together}).items():
         cells = zip(sizes, columns, strict=True)
-        rows.append([name, *(of.cell("batch size", f"{norm}/{size}", measure) for size, (norm, measure) in cells)])
-    text = f"{_passes(of)}; cells of the tables above: γ and β decay as the weights everywhere."
+        rows.append([name, *(study.cell("batch size", f"{norm}/{size}", measure) for size, (norm, measure) in cells)])
+    text = f"{_passes(study)}; cells of the tables above: γ and β decay as the weights everywhere."
     return [text, "", *table(("batch size", *sizes), rows)]
 
 
-def _seq_norm(of: Measured) -> list[str]:
+def _seq_norm(study: Measured) -> list[str]:
     measures = ("validation", EMA)
-    rows = [[name, *(of.cell("SeqNorm", name, measure) for measure in measures)] for name in of.sections["SeqNorm"]]
-    text = f"Batch 128, {_passes(of, times=3)}; *groups* are of samples, of which SeqNorm has the paper's eight."
+    rows = [
+        [name, *(study.cell("SeqNorm", name, measure) for measure in measures)] for name in study.sections["SeqNorm"]
+    ]
+    text = f"Batch 128, {_passes(study, times=3)}; *groups* are of samples, of which SeqNorm has the paper's eight."
     return [text, "", *table(("norm", "validation accuracy", "test accuracy"), rows)]
 
 
-def curve(of: Measured, name: str, measure: str) -> list[list[float]]:
+def curve(study: Measured, name: str, measure: str) -> list[list[float]]:
     """The values of all seeds at each point; none where it was not measured."""
-    curves = of.values("renorm", name, "curve")
+    curves = study.values("renorm", name, "curve")
     points = zip(*curves, strict=True)
     return [[point[measure] for point in seeds] for seeds in points if all(measure in point for point in seeds)]
 
@@ -203,12 +207,13 @@ CURVES = {  # label -> its runs, what is measured
 }
 
 
-def _renorm(of: Measured) -> list[str]:
-    points = {label: curve(of, *which) for label, which in CURVES.items()}
+def _renorm(study: Measured) -> list[str]:
+    points = {label: curve(study, *which) for label, which in CURVES.items()}
     thirds = [len(points["BN"]) * k // 3 - 1 for k in (1, 2, 3)]
     rows = [[label, *(spread(values[k]) for k in thirds)] for label, values in points.items() if values]
     text = [
-        f"Minibatches of 32 images, {_passes(of, times=3)}; momentum 0.1. *Groups of 4*: each minibatch is normalized",
+        f"Minibatches of 32 images, {_passes(study, times=3)}; momentum 0.1. *Groups of 4*: each "
+        f"minibatch is normalized",
         "in eight parts. *2 classes*: 16 images of each of two classes. Accuracy after a third of the training, two",
         "thirds, and all of it:",
         "",
@@ -216,31 +221,36 @@ def _renorm(of: Measured) -> list[str]:
     return [*text, *table(("", "1/3", "2/3", "end"), rows)]
 
 
-def _alpha(of: Measured) -> list[str]:
+def _alpha(study: Measured) -> list[str]:
     head = ["α", *(f"{weight:g}" for weight in SWEEP)]
     lines = [
-        f"Batch 128: {_passes(of, times=3)}, batch 8: {_passes(of)}. GN is weighed against recomputed statistics.",
+        f"Batch 128: {_passes(study, times=3)}, batch 8: {_passes(study)}. GN is weighed against "
+        f"recomputed statistics.",
         "",
     ]
     for title, index in (("Test accuracy", 0), ("Cross-entropy", 1)):
-        lines += [f"{title}:", "", *table(head, [[name, *of.sweep(name, index)] for name in of.sections["α"]])]
+        lines += [
+            f"{title}:",
+            "",
+            *table(head, [[name, *study.sweep(name, index)] for name in study.sections["α"]]),
+        ]
     return lines
 
 
-def _decay(of: Measured) -> list[str]:
-    without = of.values("decay", "none")
+def _decay(study: Measured) -> list[str]:
+    without = study.values("decay", "none")
     rows = []
-    for name in of.sections["decay"]:
-        values = of.values("decay", name)
+    for name in study.sections["decay"]:
+        values = study.values("decay", name)
         against = spread([a - b for a, b in zip(values, without, strict=True)], sign="+")
         rows.append([name, spread(values), "" if name == "none" else against])
-    text = f"BN, batch 32, {_passes(of, times=5, part=3)}, {len(without)} seeds; the other weights decay by 5e-4."
+    text = f"BN, batch 32, {_passes(study, times=5, part=3)}, {len(without)} seeds; the other weights decay by 5e-4."
     return [text, "", *table(("decay of γ and β", "test accuracy", "minus that of none, same seed"), rows)]
 
 
-def few_rows(of: Measured) -> dict[str, tuple[str, str]]:
+def few_rows(study: Measured) -> dict[str, tuple[str, str]]:
     """Label of a row -> name of its runs, what is measured."""
-    names = dict.fromkeys(name.split("/")[0] for name in of.sections["few classes"])
+    names = dict.fromkeys(name.split("/")[0] for name in study.sections["few classes"])
     rows: dict[str, tuple[str, str]] = {}
     for name in names:
         rows[name] = (name, EMA)
@@ -254,14 +264,14 @@ def few_rows(of: Measured) -> dict[str, tuple[str, str]]:
     return rows
 
 
-def _few_classes(of: Measured) -> list[str]:
-    kinds = list(dict.fromkeys(name.split("/")[1] for name in of.sections["few classes"]))
+def _few_classes(study: Measured) -> list[str]:
+    kinds = list(dict.fromkeys(name.split("/")[1] for name in study.sections["few classes"]))
     rows = [
-        [label, *(of.cell("few classes", f"{name}/{kind}", measure) for kind in kinds)]
-        for label, (name, measure) in few_rows(of).items()
+        [label, *(study.cell("few classes", f"{name}/{kind}", measure) for kind in kinds)]
+        for label, (name, measure) in few_rows(study).items()
     ]
     text = [
-        f"Training minibatches of 32 images, {_passes(of, times=3)}; tests are of the usual images. In disjoint",
+        f"Training minibatches of 32 images, {_passes(study, times=3)}; tests are of the usual images. In disjoint",
         "halves, each half of a minibatch has classes of its own, half of all. GhostBN has groups of as many images as",
         "the minibatch has classes (halves: 16, one half): in any order, or such that each group has each class once.",
         "BGN has G = 4; SeqNorm 8 channel groups and 2 groups of examples; the others are as above.",
@@ -270,36 +280,38 @@ def _few_classes(of: Measured) -> list[str]:
     return [*text, *table(("trained on", *kinds), rows)]
 
 
-def _figure(of: Measured, file: Path) -> None:
+def _figure(study: Measured, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     figure, ((left, right), (low, last), (iid, few)) = plt.subplots(3, 2, figsize=(10, 12))
-    for name in _norms(of):
-        points = [(size, of.values("batch size", f"{name}/{size}")) for size in _sizes(of)]
+    for name in _norms(study):
+        points = [(size, study.values("batch size", f"{name}/{size}")) for size in _sizes(study)]
         _errors(left, [(size, values) for size, values in points if values], name)
-    left.set(xscale="log", xlabel="batch size", xticks=_sizes(of), xticklabels=_sizes(of))
+    left.set(xscale="log", xlabel="batch size", xticks=_sizes(study), xticklabels=_sizes(study))
     for label, measure in (("α = 0", EMA), ("α chosen", ALPHA), ("recomputed", RECOMPUTED)):
-        sizes = of.sections["ghost size"]
-        _errors(right, [(int(size), of.values("ghost size", size, measure)) for size in sizes], label)
+        sizes = study.sections["ghost size"]
+        _errors(right, [(int(size), study.values("ghost size", size, measure)) for size in sizes], label)
     right.set(xscale="log", xlabel="ghost size at batch 128", xticks=[*map(int, sizes)], xticklabels=[*sizes])
-    for name in of.sections["α"]:
-        sweeps = of.values("α", name, "sweep")
+    for name in study.sections["α"]:
+        sweeps = study.values("α", name, "sweep")
         _errors(low, [(weight, [s[k][0] for s in sweeps]) for k, weight in enumerate(SWEEP)], name)
     low.set(xlabel="α", ylim=(max(low.get_ylim()[0], 60), None))
-    rows = {label: of.values("few classes", f"{name}/2 classes × 16", m) for label, (name, m) in few_rows(of).items()}
-    rows = {"BN, i.i.d. minibatches": of.values("few classes", "BN/i.i.d.")} | rows
+    rows = {
+        label: study.values("few classes", f"{name}/2 classes × 16", m) for label, (name, m) in few_rows(study).items()
+    }
+    rows = {"BN, i.i.d. minibatches": study.values("few classes", "BN/i.i.d.")} | rows
     shown = [(label.replace("minibatch statistics, ", ""), values) for label, values in rows.items() if values][::-1]
     means = [statistics.mean(values) for _, values in shown]
     deviations = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in shown]
     last.barh([label for label, _ in shown], means, xerr=deviations, color="lightsteelblue")
     last.set(xlim=(max(min(means) - 5, 0), None), xlabel="test accuracy, %, trained on 2 classes × 16")
     last.tick_params(axis="y", labelsize=7)
-    for label, which in CURVES.items() if of.begun("renorm") else ():
+    for label, which in CURVES.items() if study.begun("renorm") else ():
         axis = few if label.startswith("2 classes") else iid
-        _errors(axis, list(enumerate(curve(of, *which), 1)), label.removeprefix("2 classes: "))
+        _errors(axis, list(enumerate(curve(study, *which), 1)), label.removeprefix("2 classes: "))
     iid.set(xlabel="epoch", title="minibatches of 32")
     few.set(xlabel="epoch", title="minibatches of 2 classes")
     for axis in (iid, few):

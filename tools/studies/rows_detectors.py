@@ -12,7 +12,7 @@ def _table6(data: tuple[str, ...] = ()) -> dict[str, Row]:
     one, two = "population AP", "minibatch AP"
 
     def row(title: str, config: str, images: int = 4, processes: int = 1, paper: tuple[float, ...] = ()) -> Row:
-        """Of `images` normalized together on each process, of four in a step."""
+        """A row with `images` normalized together on each process, four in a step."""
         options = ("SOLVER.ACCUMULATE", str(4 // images // processes), *data)
         figures = dict(zip((one, two), paper, strict=False))
         return Row(title, f"{TABLE_6}/{config}.yaml", options, processes, paper=figures)

@@ -23,7 +23,7 @@ def write_report(study: Study, name: str, content: Mapping[str, Any], folder: Pa
 
 
 def figures(study: Study, content: Mapping[str, Any], row: str, column: str) -> list[float]:
-    """Of all seeds that were run."""
+    """The figures of all seeds that were run."""
     found = (study.value(row, run["results"], column) for run in runs(study, content, row).values())
     return [value for value in found if value is not None]
 

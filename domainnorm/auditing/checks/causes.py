@@ -78,17 +78,17 @@ def _is_average(module: nn.Module) -> bool:
     return isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")  # timm's
 
 
-def unknown(seen: Seen, norm: Norm, sites: list[SiteStatistics]) -> list[SiteStatistics]:
-    """What is so far from all domains, and nearer to another one than to its own, whose statistics may lag.
+def unknown(seen: Seen, norm: Norm, sites: list[SiteStatistics]) -> list[tuple[SiteStatistics, float, int]]:
+    """Sites that are far from all domains and nearer to another one than to their own: divergence, and which that is.
 
-    Where each batch has samples of all domains, as a head has of all pyramid levels, nothing is of a new one.
+    If each batch has samples of all domains, as a head has of all pyramid levels, no sample is of a new domain.
     """
     domains = norm.mean.shape[0]
     levels = len({s.domain for s in sites}) == domains and all(len(s.sizes) == seen.batches for s in sites)
     if domains == 1 or levels:
         return []
     apart = ((s, *distance(s)) for s in sites)
-    return [s for s, value, nearest in apart if value >= seen.thresholds.far_domain and nearest != s.domain]
+    return [found for found in apart if found[1] >= seen.thresholds.far_domain and found[2] != found[0].domain]
 
 
 def distance(site: SiteStatistics) -> tuple[float, int]:

@@ -9,7 +9,7 @@ from ..divergence import divergence, mean_of, pairwise
 from ..finding import Finding, Place
 from ..seen import Seen
 from ..site import SiteStatistics
-from .causes import distance, unknown
+from .causes import unknown
 
 ENOUGH = 4  # batches that can be told from others
 PAPER = 'Rethinking "Batch", 5.1 and 5.2, Table 4'
@@ -133,8 +133,7 @@ def _far(seen: Seen) -> list[Finding]:
     """Inputs that are unlike all domains that a layer knows."""
     places = []
     for _, norm, sites in seen.layers():
-        for s in unknown(seen, norm, sites):
-            value, nearest = distance(s)
+        for s, value, nearest in unknown(seen, norm, sites):
             places.append((Place(norm.name, s.call if s.call else None, s.domain, value), nearest))
     places.sort(key=lambda pair: -pair[0].value)
     if not places:
